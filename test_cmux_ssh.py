@@ -78,10 +78,13 @@ def program(name, package=""):
     return path
 
 
+def keygen(*words):
+    subprocess.run([program("ssh-keygen", "openssh-client"), "-q", *map(str, words)], check=True, stdout=DEVNULL)
+
+
 def compiled():
-    """The words that run the program as Python has compiled it, under its own name: at each of some thousand starts it would
-    be compiled anew, for half of all the time that the tests take. (Others start PROGRAM itself.) Nor is time spent on
-    site-packages, of which it needs none."""
+    """The words that run the program as Python has compiled it: to compile it at each of some thousand starts would take
+    half of all the time. (Others start PROGRAM itself.) Of site-packages it needs none."""
     plain = PROGRAM.name != "cmux_ssh.py" or sys.implementation.name != "cpython"  # tuned by a test; PyPy takes source alone
     return [sys.executable, "-S", str(PROGRAM) if plain else compiled_copy()]
 
@@ -96,7 +99,6 @@ def compiled_copy():
 
 
 def until(probe, what, seconds=PATIENCE):
-    """The first true answer of probe, asked again and again until the deadline."""
     end = time.monotonic() + seconds
     while True:
         answer = probe()
@@ -104,6 +106,12 @@ def until(probe, what, seconds=PATIENCE):
             return answer
         assert time.monotonic() < end, f"not within {seconds:g} s: {what}"
         time.sleep(0.02)
+
+
+def at_once(workers, act, *items):
+    """What act makes of each of the items, so many at a time."""
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(act, *items))
 
 
 class Process(namedtuple("Process", "pid ppid cmdline environ")):
@@ -158,7 +166,6 @@ def running(command):
 
 
 def naming(text):
-    """The processes whose command line holds text anywhere."""
     return [p for p in processes(environ=False) if text.encode() in p.cmdline and p.pid != os.getpid()]
 
 
@@ -346,7 +353,6 @@ class Line:
         end.close()
 
     def drop(self):
-        """Cut every connection there is, now."""
         with self._lock:
             live, self._live = self._live, []
         for end in live:
@@ -404,47 +410,25 @@ fold grep head id kill ln ls mkdir mkfifo mktemp mv nl nohup od paste printf ps 
 stty tail tar tee test touch tr true tty uname uniq wc which xargs""".split()
 
 
-class Keys:
-    """The host's and the user's key pair, made once for all tests."""
-
-    def __init__(self, directory):
-        self.host, self.user, self.stranger, self.other_host = (
-            directory / name for name in ("host_key", "user_key", "stranger_key", "other_host_key"))
-        for key in (self.host, self.user, self.stranger, self.other_host):
-            subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-t", "ed25519", "-N", "", "-C", "rig", "-f", str(key)],
-                           check=True)
+Keys = namedtuple("Keys", "host user stranger other_host")
 
 
 def public(key):
     return " ".join(Path(f"{key}.pub").read_text().split()[:2])
 
 
-class Answer:
+class Answer(namedtuple("Answer", "argv code out err seconds")):
     """How a run of the program ended."""
 
-    def __init__(self, argv, code, out, err, seconds):
-        self.argv, self.code, self.out, self.err, self.seconds = argv, code, out, err, seconds
-
-    @property
-    def ended(self):
-        return self.code, self.out, self.err
-
-    @property
-    def rows(self):
-        return list(map(json.loads, self.out.splitlines()))
+    ended = property(lambda self: self[1:4])
+    text = property(lambda self: self.out.decode())
+    said = property(lambda self: self.err.decode(errors="replace"))
+    rows = property(lambda self: list(map(json.loads, self.out.splitlines())))
 
     @property
     def json(self):
         assert self.out.isascii()
         return json.loads(self.out)
-
-    @property
-    def text(self):
-        return self.out.decode()
-
-    @property
-    def said(self):
-        return self.err.decode(errors="replace")
 
     def __repr__(self):
         return f"<{' '.join(map(shlex.quote, self.argv))}: {self.code} after {self.seconds:.2f} s\nout {self.out[-2000:]!r}\nerr {self.err[-2000:]!r}>"
@@ -457,6 +441,16 @@ class Child(subprocess.Popen):
         out, err = super().communicate(data, timeout)
         assert b"Traceback" not in (out or b"") + (err or b""), (self.args, out, err)
         return out, err
+
+    def end(self, data=None, seconds=60):
+        began = time.monotonic()
+        try:
+            out, err = self.communicate(data, seconds)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            raise AssertionError(f"still running after {seconds:g} s: {self.args}, {self.communicate()}") from None
+        return Answer(self.args, self.returncode, out or b"", err or b"", time.monotonic() - began)
 
 
 class Site:
@@ -490,13 +484,15 @@ class Site:
 
     # -- hosts
 
-    def host(self, name, *config, shared=True):
-        """Add an entry to the ssh config; shared adds the keys and known hosts of the rig below it."""
+    def host(self, name, *config):
+        """Add an entry to the ssh config; the keys and known hosts of the rig stand below it."""
         self.entries.insert(0, f"Host {name}\n" + "".join(f"  {line}\n" for line in config))
-        if not shared:
-            self.entries[0] += f"  User {getpass.getuser()}\n  IdentityFile {self.keys.user}\n  IdentitiesOnly yes\n"
         self._write_config()
         return name
+
+    def trusted(self):
+        """For an entry bare-*, which has nothing of the rig's: its known hosts."""
+        return [f"UserKnownHostsFile {self.known_hosts}", "HostKeyAlias rig"]
 
     def at(self, name, port=None, *config):
         """A host that is a port of this machine: that of the first daemon, unless another is given."""
@@ -508,8 +504,7 @@ class Site:
                   "  StrictHostKeyChecking yes\n")
         self.config.write_text("\n".join(self.entries) + "\n" + common)
 
-    def sshd_config(self, name, *lines, shell="", env=None,
-                    host_key=None):
+    def sshd_config(self, name, *lines, shell="", env=None, host_key=None):
         """A configuration for sshd with stock limits, whose sessions live in a home of their own. (With sntrup761, ssh 9.2
         spends 0.12 s of the processor on each connection, a seventh of all the time that the tests take.)"""
         home = self.far_home(name)
@@ -557,7 +552,6 @@ class Site:
         return f"box-{shell}" if (self.dir / f"login-box-{shell}").exists() else self.inetd(f"box-{shell}", shell=shell)
 
     def daemon(self, name, *lines, config=(), **options):
-        """A real sshd on a free port of 127.0.0.1."""
         self.sshd_config(name, *lines, **options)
         for _ in range(5):
             port = free_port()
@@ -612,31 +606,17 @@ class Site:
     def environment(self, env=None):
         return {**self.env, **(env or {})}
 
-    def ssh(self, host, command, *options, stdin=None,
-            env=None):
-        """Plain ssh with the same config, to see what the host does by itself."""
+    def ssh(self, host, command, *options, stdin=None, env=None):
         return subprocess.run([program("ssh", "openssh-client"), "-F", str(self.config), "-o", "BatchMode=yes", *options, host, command],
                               input=stdin, stdin=DEVNULL if stdin is None else None, capture_output=True, env=self.environment(env), timeout=60)
 
-    def start(self, *args, cwd=None, env=None,
-              stdin=DEVNULL, sh=""):
+    def start(self, *args, cwd=None, env=None, stdin=DEVNULL, sh=""):
         """The program, left running, in a process group of its own like a job of a shell; or started by a line of sh as "$@"."""
         return Child([*(["sh", "-c", sh, "sh"] if sh else []), *compiled(), *args], cwd=cwd or self.dir, env=self.environment(env), stdin=stdin,
-                                stdout=PIPE, stderr=PIPE, start_new_session=True)
+                     stdout=PIPE, stderr=PIPE, start_new_session=True)
 
-    def cli(self, *args, cwd=None, env=None, stdin=None,
-            seconds=60, sh=""):
-        """Run the program to its end."""
-        began = time.monotonic()
-        child = self.start(*args, cwd=cwd, env=env, stdin=DEVNULL if stdin is None else PIPE, sh=sh)
-        try:
-            out, err = child.communicate(stdin, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)
-            out, err = child.communicate()
-            raise AssertionError(f"still running after {seconds:g} s: {args}\nout {out!r}\nerr {err!r}") from None
-        return Answer(args, child.returncode, out, err, time.monotonic() - began)
+    def cli(self, *args, stdin=None, seconds=60, **options):
+        return self.start(*args, stdin=DEVNULL if stdin is None else PIPE, **options).end(stdin, seconds)
 
     def masters(self):
         """The ssh processes of this site that hold connections open."""
@@ -645,7 +625,6 @@ class Site:
                 if name in p.cmdline and (b"[mux]" in p.cmdline or b"\0-M\0" in p.cmdline) and b"sshd" not in p.cmdline]
 
     def sockets(self):
-        """The directory of the masters' control sockets."""
         found = [re.search(rb"(/[^\0 ]+)/m\.\w+(?: \[mux\]|\0)", master.cmdline) for master in self.masters()]
         return next(Path(os.fsdecode(match.group(1))) for match in found if match)
 
@@ -665,7 +644,6 @@ class Site:
 
 
 class Terminal:
-    """A program on a real terminal, as a person has it."""
 
     def __init__(self, argv, cwd, env, rows=24):
         self.output, self._screen = b"", b""
@@ -676,7 +654,6 @@ class Terminal:
         os.close(far)
 
     def _read(self, seconds):
-        """Take in what is there; False once the terminal is closed."""
         if not select.select([self._end], [], [], seconds)[0]:
             return True
         try:
@@ -728,13 +705,15 @@ class Terminal:
             os.close(self._end)
             assert b"Traceback" not in self.output, self.output.decode(errors="replace")
 
-
-def on_terminal(site, *args, cwd, env=None, rows=24):
-    return Terminal([*compiled(), *args], cwd, site.environment({"TERM": "xterm", **(env or {})}), rows)
+    def talk(self, *words, code=0):
+        """What is awaited and what is typed, in turns, until it ends with this code."""
+        for at, text in enumerate(words):
+            self.send(text) if at % 2 else self.expect(text)
+        assert self.wait() == code, self.output
+        return self
 
 
 def script(path, text):
-    """A program of sh."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return path
@@ -785,8 +764,8 @@ class Repo:
             (self.dir / "dangling").symlink_to("nowhere/at all")
         self.commit("first")
 
-    def git(self, *args):
-        done = subprocess.run(["git", *args], cwd=self.dir, env=self.site.environment(), capture_output=True)
+    def git(self, *args, env=None, stdin=None):
+        done = subprocess.run(["git", *args], cwd=self.dir, env=self.site.environment(env), input=stdin, capture_output=True)
         assert done.returncode == 0, (args, done.stderr)
         return done.stdout.decode().strip()
 
@@ -802,9 +781,10 @@ class Repo:
         self.git("commit", "-q", "--allow-empty", "-m", message)
         return self.id("HEAD")
 
-    def save(self, path, data, mode=None):
-        """A commit of that file."""
-        self.write(path, data, mode)
+    def save(self, files, data=b"", mode=None):
+        """A commit of these files, or of that one."""
+        for path, content in (files if isinstance(files, dict) else {files: data}).items():
+            self.write(path, content, mode)
         return self.commit()
 
     def tree(self):
@@ -825,7 +805,6 @@ class Repo:
         return self.site.cli(*args, cwd=self.dir, **options)
 
     def ok(self, *args, **options):
-        """A call that has to succeed."""
         done = self.cli(*args, **options)
         assert done.code == 0, done
         return done
@@ -834,8 +813,8 @@ class Repo:
         """Workspaces on a host; without names, main."""
         return self.ok("new", "-H", host, *(names or ["main"]), **options)
 
-    def terminal(self, *args, **options):
-        return on_terminal(self.site, *args, cwd=self.dir, **options)
+    def terminal(self, *args, env=None, rows=24):
+        return Terminal([*compiled(), *args], self.dir, self.site.environment({"TERM": "xterm", **(env or {})}), rows)
 
     def secret(self, name, value=b"", command="", **options):
         self.ok("secrets", "set", name, *(["--command", command] if command else []), stdin=value if isinstance(value, bytes) else value.encode(), **options)
@@ -856,14 +835,12 @@ class Repo:
         return Path((rows if name in rows else self.workspaces())[name]["path"].replace("~", str(self.site.far_home()), 1))
 
     def far(self, path, name="main"):
-        """The content of a file of a workspace."""
         return (self.path(name) / path).read_bytes()
 
     def history(self, *words):
         return self.ok("history", "--json", *words).rows
 
     def arrived(self, name="main"):
-        """The workspace has the files of the commit."""
         assert tree_of(self.path(name)) == self.tree()
 
     def pulled(self, path, name="main"):
@@ -872,8 +849,11 @@ class Repo:
     def id(self, name):
         return self.git("rev-parse", name)
 
+    def lose(self, name):
+        name = self.id(name)
+        (self.dir / ".git/objects" / name[:2] / name[2:]).unlink()
+
     def changed(self, what="--name-only"):
-        """The paths that a pull changed, a line each."""
         return self.git("diff", what, "main", "cmux/main")
 
     def job(self, *command, host="box", options=()):
@@ -885,7 +865,6 @@ class Repo:
 
     @contextlib.contextmanager
     def amended(self):
-        """The record, to be changed."""
         record = json.loads(self.record().read_bytes())
         yield record
         self.record().write_text(json.dumps(record))
@@ -937,7 +916,10 @@ def keys():
     with tempfile.TemporaryDirectory(prefix="cmux-k", dir="/tmp") as directory:
         if os.geteuid() == 0:  # sshd's separation directory; a service manager makes it at boot
             os.makedirs("/run/sshd", mode=0o755, exist_ok=True)
-        yield Keys(Path(directory))
+        made = Keys(*(Path(directory) / f"{name}_key" for name in Keys._fields))
+        for key in made:
+            keygen("-t", "ed25519", "-N", "", "-C", "rig", "-f", key)
+        yield made
 
 
 @contextlib.contextmanager
@@ -976,7 +958,6 @@ def repo(request):
 
 @pytest.fixture
 def odd(request):
-    """A project with every kind of file and name."""
     return Repo(site_of(request), f"{os.urandom(4).hex()}/project", odd=True)
 
 
@@ -994,6 +975,12 @@ def line(site):
     return site.line("far")
 
 
+@pytest.fixture(params=["box", "nogit"])
+def place(request, site):
+    """A host with git, and one without."""
+    return bare_host(site) if request.param == "nogit" else request.param
+
+
 @pytest.fixture
 def nap():
     """A command of this test's own, which runs nowhere any more in the end."""
@@ -1005,7 +992,7 @@ def nap():
 @pytest.fixture
 def client(repo):
     """One of `mcp` that makes workspaces on `box`."""
-    with open_mcp(repo, "-H", "box") as opened:
+    with Mcp(repo, "-H", "box") as opened:
         yield opened
 
 
@@ -1077,10 +1064,22 @@ class Source:
     def find(self, *kinds):
         return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
 
-    def outside(self, room, nodes):
-        """Where nodes stand that only one room may hold."""
+    def doors(self):
+        """What the code reaches for: names, attributes of names, modules imported below the top of the file; and the literals that
+        begin a list or are an argument, which are the shapes that a command has."""
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Name):
+                yield node, node.id
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                yield node, f"{node.value.id}.{node.attr}"
+            elif isinstance(node, (ast.Import, ast.ImportFrom)) and self.room(node) != "Header":
+                yield from ((node, name) for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]))
+            firsts = node.elts[:1] if isinstance(node, (ast.List, ast.Tuple)) else node.args if isinstance(node, ast.Call) else []
+            yield from ((first, repr(first.value)) for first in firsts if isinstance(first, ast.Constant))
+
+    def outside(self, room, doors):
         return [f"line {node.lineno} ({self.room(node)}): {self.text.splitlines()[node.lineno - 1].strip()}"
-                for node in nodes if self.room(node) != room]
+                for node, name in self.doors() if re.fullmatch(doors, name) and self.room(node) != room]
 
 
 @shared_fixture
@@ -1109,37 +1108,14 @@ def test_a_room_names_only_rooms_above_it(source):
     assert not wrong
 
 
-def names_used(source, module):
-    """Uses of a module: its name, or an import of or from it that isn't at the top of the file."""
-    return [n for n in source.find(ast.Name) if n.id == module] + [
-        n for n in source.find(ast.Import, ast.ImportFrom) if source.room(n) != "Header"
-        and module in ([a.name for a in n.names] if isinstance(n, ast.Import) else [n.module])]
-
-
-def attributes_of(source, module, pattern):
-    return [n for n in source.find(ast.Attribute)
-            if isinstance(n.value, ast.Name) and n.value.id == module and re.match(pattern + r"\Z", n.attr)]
-
-
 @promise(4)
 def test_only_the_room_processes_spawns_and_kills(source):
-    doors = names_used(source, "subprocess") + names_used(source, "signal") + names_used(source, "multiprocessing")
-    doors += attributes_of(source, "os", r"fork\w*|posix_spawn\w*|kill|killpg|system|popen|exec[lv]\w*|spawn\w*|_exit")
-    assert not source.outside("Processes", doors)
+    assert not source.outside("Processes", r"subprocess|signal|multiprocessing|os\.(fork\w*|posix_spawn\w*|kill|killpg|system|popen|exec[lv]\w*|spawn\w*|_exit)")
 
 
-def commands(source, word):
-    """Where a literal word begins a list or tuple, or is an argument of a call: the shapes a command has."""
-    firsts = [n.elts[0] for n in source.find(ast.List, ast.Tuple) if n.elts]
-    firsts += [a for n in source.find(ast.Call) for a in n.args]
-    return [n for n in firsts if isinstance(n, ast.Constant) and n.value == word]
-
-
-def test_ssh_git_and_the_terminal_have_a_room_each(source):
-    prints = [n for n in source.find(ast.Name) if n.id in ("print", "input", "SystemExit", "exit", "quit")]
-    prints += attributes_of(source, "sys", "stdout|stderr|exit|__stdout__|__stderr__")
-    for room, nodes in (("SSH", names_used(source, "socket") + commands(source, "ssh")), ("Git", commands(source, "git")), ("Command line", prints)):
-        assert not source.outside(room, nodes)
+@each("room, doors", [("SSH", "socket|'ssh'"), ("Git", "'git'"), ("Command line", r"print|input|SystemExit|exit|quit|sys\.(stdout|stderr|exit|__stdout__|__stderr__)")])
+def test_ssh_git_and_the_terminal_have_a_room_each(source, room, doors):
+    assert not source.outside(room, doors)
 
 
 # Lowered with each step of the simplification, never raised. The goal: 330,000 bytes each. (ruff holds the lines to 100 columns.)
@@ -1192,13 +1168,13 @@ print(world() == before, all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__), le
     assert not site.state.exists() and not list(site.tmp.iterdir())
 
 
-def test_assertions_do_no_work_that_python_O_would_leave_out(source):
+def test_assertions_do_no_work(source):
     """They tell mypy what is known; what a host or a user can bring about is raised."""
     calls = [call for node in source.find(ast.Assert) for call in ast.walk(node.test) if isinstance(call, (ast.Call, ast.NamedExpr, ast.Compare))]
     assert all(isinstance(call, ast.Call) and getattr(call.func, "id", "") == "isinstance" for call in calls), [call.lineno for call in calls]
 
 
-def test_the_head_says_name_version_and_licence_and_lists_the_rooms(source):
+def test_the_head_names_version_licence_and_rooms(source):
     assert re.search(r"cmux_ssh(.|\n)*\d+\.\d+(.|\n)*MIT", "\n".join(source.text.splitlines()[:8]))
     rows = re.findall(r"(?:^ {4}| {2})([ \d]\d) (\w+(?: \w+)?) {2,}\S", source.text.split('"""')[1], re.M)
     told = sorted((int(number), name) for number, name in rows)
@@ -1210,8 +1186,7 @@ def test_the_head_says_name_version_and_licence_and_lists_the_rooms(source):
 @compat
 def test_version_names_itself_and_its_digest():
     done = subprocess.run([sys.executable, "-W", "error", "-I", "-S", str(PROGRAM), "--version"], capture_output=True)
-    assert done.returncode == 0 and done.stderr == b"" and done.stdout.startswith(b"cmux_ssh")
-    assert done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {digest(PROGRAM.read_bytes())})\n".encode()
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout == f"cmux_ssh.py {c.__version__} (sha256 {digest(PROGRAM.read_bytes())})\n".encode()
 
 
 @each("command", ["", "secrets", *c.VERBS])
@@ -1247,38 +1222,36 @@ def test_a_death_by_signal_is_128_plus_the_signal(shared, name, number):
 
 @promise(5)
 def test_json_tells_a_commands_own_255_from_a_dead_line(shared):
-    own = shared.exec("exit 255", options=["--json"])
-    assert own.code == 255 and own.json["exit_code"] == 255 and not own.json.get("error")
+    own = shared.exec("echo 'Host key verification failed.' >&2; exit 255", options=["--json"])  # as ssh says it
+    assert own.code == 255 and own.json["exit_code"] == 255 and own.json["error"] is None and own.json["stderr"] == "Host key verification failed.\n"
     shared.site.host("nobody-there", "ProxyCommand false")
     dead = shared.exec("exit 255", host="nobody-there", options=["--json", "-w", "elsewhere"])
     assert dead.code == 255 and dead.json["error"]["message"] and dead.json["error"]["type"] and dead.json["stopped"] is None, dead
 
 
 @compat
-def test_json_has_the_promised_keys(shared):
+def test_json_has_the_promised_keys_and_is_ascii(shared):
     ran = shared.exec("echo out; echo err >&2; exit 3", options=["--json"])
     assert ran.code == 3 and ran.err == b"" and ran.out.count(b"\n") == 1
-    result = ran.json
-    assert (result["workspace"], result["host"], result["exit_code"]) == ("main", "box", 3)
-    assert (result["stdout"], result["stderr"], result["timed_out"], result["truncated"]) == ("out\n", "err\n", False, False)
-    assert 0 <= result["duration"] < 20
-
-
-def test_json_carries_bytes_that_are_not_text_as_base64_and_is_ascii(shared):
+    told = {"workspace": "main", "host": "box", "exit_code": 3, "stdout": "out\n", "stderr": "err\n", "timed_out": False, "truncated": False}
+    assert {key: ran.json[key] for key in told} == told and 0 <= ran.json["duration"] < 20
     result = shared.exec("cat", options=["--json"], stdin=BINARY).json
     assert base64.b64decode(result["stdout_base64"]) == BINARY and "stdout" not in result
-    esc = shared.exec("cat", options=["--json"], stdin="\x1b]52;c;x\x07 \u009b \u202e ü\r".encode())
-    assert esc.json["stdout"] == "\x1b]52;c;x\x07 \u009b \u202e ü\r" and not set(esc.out) - set(b"\n" + bytes(range(32, 127)))
+    text = "\x1b]52;c;x\x07 \u009b \u202e ü\r"
+    esc = shared.exec("cat", options=["--json"], stdin=text.encode())
+    assert esc.json["stdout"] == text and not set(esc.out) - set(b"\n" + bytes(range(32, 127)))
+    assert shared.exec("pwd", options=["--json", "--cwd", "nosuch"]).json["host"] == "box"
 
 
-def test_odd_bytes_go_through_unchanged_both_ways(shared):
+def test_stdin_arrives_or_is_left_alone(shared):
     for data in (b"\0", b"\xff\xfe\x80", b"no newline", b"\n", b"\r\n\r", b"\n~.\n~C\n", b"\x04\x03\x1a", BINARY, b"", os.urandom(1 << 20)):
-        ran = shared.exec("cat; cat >&2 </dev/null", stdin=data)
-        assert (ran.code, ran.err) == (0, b"") and ran.out == data, data[:99]
+        assert shared.exec("cat; cat >&2 </dev/null", stdin=data).ended == (0, data, b"")
+    assert shared.exec("echo done", stdin=bytes(1 << 22)).ended == (0, b"done\n", b"")
+    assert shared.exec("cat; echo end", options=["-n"], stdin=b"secret stdin").ended == (0, b"end\n", b"")
 
 
 @promise(5)
-def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared):
+def test_a_megabyte_on_both_streams_arrives_whole(shared):
     ran = shared.exec("dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' a & "
                       "dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' b >&2; wait")
     assert ran.code == 0 and ran.out == b"a" * (1 << 20) and ran.err == b"b" * (1 << 20)
@@ -1286,14 +1259,7 @@ def test_a_megabyte_on_both_streams_at_once_arrives_whole(shared):
 
 def test_output_streams_as_it_is_written(shared):
     child = shared.start("exec", "--", "echo first; read x; echo $x", stdin=PIPE)
-    assert child.stdout.readline() == b"first\n"
-    out, err = child.communicate(b"second\n")
-    assert (child.returncode, out, err) == (0, b"second\n", b"")
-
-
-def test_a_command_may_ignore_a_large_stdin_and_n_leaves_it_alone(shared):
-    assert shared.exec("echo done", stdin=bytes(1 << 22)).ended == (0, b"done\n", b"")
-    assert shared.exec("cat; echo end", options=["-n"], stdin=b"secret stdin").ended == (0, b"end\n", b"")
+    assert child.stdout.readline() == b"first\n" and child.end(b"second\n").ended == (0, b"second\n", b"")
 
 
 @promise(5)
@@ -1303,36 +1269,22 @@ def test_a_background_child_does_not_hold_the_call(shared):
     assert ran.ended == (0, b"ok\n", b"") and ran.seconds < 10
 
 
-def test_a_command_not_found_is_127_and_a_missing_cwd_is_said(shared):
-    assert shared.exec("no-such-command-here").code == 127
-    assert shared.exec("no-such-command-here", "x").code == 127
-    refused(shared.exec("pwd", options=["--cwd", "no/such/dir"]), 125, "no/such/dir")
-    assert shared.exec("pwd", options=["--json", "--cwd", "nosuch"]).json["host"] == "box"
-
-
-def test_cwd_and_env_reach_the_command(repo):
-    ran = repo.exec('printf "%s|%s|%s" "$A" "$B" "${PWD##*/}"', options=["--env", "A=x y=z", "--env", "B=it's $HOME\n\"q\"", "--cwd", "src"])
-    assert (ran.code, ran.out) == (0, b"x y=z|it's $HOME\n\"q\"|src")
-
-
 def test_the_promised_environment_and_nothing_of_ours(shared):
-    ran = shared.exec("env", env={"MY_LOCAL_TOKEN": "leak", "AWS_SECRET_ACCESS_KEY": "leak", "LC_X": "leak"})
+    ran = shared.exec('printf "%s|%s|%s\\n" "$A" "$B" "${PWD##*/}"; env', options=["--env", "A=x y=z", "--env", "B=it's $HOME\n\"q\"", "--cwd", "src"],
+                      env={"MY_LOCAL_TOKEN": "leak", "AWS_SECRET_ACCESS_KEY": "leak", "LC_X": "leak"})
+    assert ran.text.startswith("x y=z|it's $HOME\n\"q\"|src\n")
     seen = dict(line.split("=", 1) for line in ran.text.splitlines() if "=" in line)
-    assert (seen["CMUX_WORKSPACE"], seen["CMUX_PROJECT"], seen["CMUX_RUNTIME"]) == ("main", "project", "ssh")
-    assert seen["GIT_TERMINAL_PROMPT"] == "0" and seen["GIT_EDITOR"] == seen["EDITOR"] == seen["VISUAL"] == "true"
+    promised = {"CMUX_WORKSPACE": "main", "CMUX_PROJECT": "project", "CMUX_RUNTIME": "ssh", "GIT_TERMINAL_PROMPT": "0", "GIT_EDITOR": "true", "EDITOR": "true", "VISUAL": "true"}
+    assert {name: seen[name] for name in promised} == promised
     assert "leak" not in ran.text and not {"CMUX_SSH_HOME", "CMUX_SSH_COMMAND", "SSH_ASKPASS", "GIT_CONFIG_GLOBAL"} & set(seen)
 
 
-def test_one_argument_is_a_line_for_bash_and_several_are_an_argv(shared):
+def test_one_argument_is_a_line_and_several_an_argv(shared):
     assert shared.exec('a=(x y); [[ ${a[1]} == y ]] && echo "$BASH_VERSION"').out.strip(), "the host has bash"
     assert shared.exec("echo", "$HOME; *").out == b"$HOME; *\n"
     assert shared.exec("echo a; echo b |\n cat # c").out == b"a\nb\n"
-
-
-@each("line", ["-e", "-c", "+x", "--version"])
-def test_a_shell_line_is_never_an_option_of_its_shell(shared, line):
-    ran = shared.exec(line, stdin=b"echo read from stdin\n")
-    assert (ran.code, ran.out) == (127, b""), ran
+    for words in ("-e", "-c", "+x", "--version", "no-such-command-here", "no-such-command-here x"):  # a line is no option of its shell
+        assert shared.exec(*words.split(), stdin=b"echo read from stdin\n").ended[:2] == (127, b""), words
 
 
 def test_login_reads_the_profile_first(shared):
@@ -1341,12 +1293,14 @@ def test_login_reads_the_profile_first(shared):
     assert shared.exec('echo "<$FROM_PROFILE>"', options=["--login"]).out.endswith(b"<yes>\n")
 
 
-def test_the_workspace_defaults_to_the_branch_and_the_host_to_its_own(repo, site):
+def test_defaults_of_workspace_and_host(repo, site):
     repo.git("checkout", "-q", "-b", "feature/über x".replace(" ", "-"))
     assert repo.exec("pwd").code == 0
     (name,) = repo.workspaces()
     assert name.startswith("feature") and "/" not in name
     assert repo.cli("exec", "--", "echo again").out == b"again\n"
+    repo.git("checkout", "-q", "--detach")
+    assert repo.exec("cat README").ended == (0, b"hello\n", b"")
     repo.git("checkout", "-q", "main")
     assert repo.cli("exec", "--", "echo env", env={"CMUX_SSH_HOST": site.at("second")}).out == b"env\n"
     repo.git("config", "cmux.host", site.at("third"))
@@ -1363,23 +1317,17 @@ def test_exec_without_any_host_says_how_to_name_one(repo):
 
 
 def unique():
-    """A number for sleep that no other process on this machine sleeps for."""
     return f"{random.randrange(40000, 10**8)}"
 
 
 @contextlib.contextmanager
 def stranger(*words):
-    """A process of somebody else."""
     child = subprocess.Popen(words, start_new_session=True)
     try:
         yield child
     finally:
         child.kill()
         child.wait()
-
-
-def gone(command):
-    until(lambda: not running(command), f"no {command} is left", 15)
 
 
 class Nap(str):
@@ -1392,36 +1340,31 @@ class Nap(str):
         until(lambda: len(running(self)) >= count, f"{self} runs")
 
     def gone(self):
-        gone(self)
+        until(lambda: not running(self), f"no {self} is left", 15)
 
 
 @promise(6)
 @compat
-def test_a_timeout_keeps_early_output_exits_124_and_leaves_no_process(shared, nap):
-    ran = shared.exec(f"echo early; {nap} & {nap}", options=["--timeout", "1"])
-    assert (ran.code, ran.out) == (124, b"early\n") and ran.seconds < 15
-    nap.gone()
+def test_a_timeout_keeps_early_output_and_leaves_no_process(shared, nap):
+    for trap, limit in (("", "0.02m"), ("trap '' TERM INT HUP; ", "1")):
+        ran = shared.exec(f"{trap}echo early; {nap} & {nap}", options=["--timeout", limit])
+        assert (ran.code, ran.out) == (124, b"early\n") and 1 < ran.seconds < 15
+        nap.gone()
     assert shared.exec("echo a long time", options=["--timeout", "99999999"]).out == b"a long time\n"
     told = shared.exec(f"echo early; {nap}", options=["--timeout", "1", "--json"])
     assert told.code == 124 and told.json["timed_out"] is True and told.json["stdout"] == "early\n"
-
-
-def test_a_timeout_ends_a_command_that_ignores_term(shared, nap):
-    ran = shared.exec(f"trap '' TERM INT HUP; echo on; {nap}; {nap}", options=["--timeout", "1"])
-    assert (ran.code, ran.out) == (124, b"on\n")
 
 
 @each("stdin", ["null", "open"])
 @each("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 @promise(6)
 def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin, nap):
-    child = shared.start("exec", "--", f"echo early; {nap} & {nap}",
-                         stdin=PIPE if stdin == "open" else DEVNULL)
+    child = shared.start("exec", "--", f"echo early; {nap} & {nap}", stdin=PIPE if stdin == "open" else DEVNULL)
     assert child.stdout.readline() == b"early\n"
     nap.runs(2)
     os.killpg(child.pid, sig) if sig == signal.SIGINT else os.kill(child.pid, sig)
-    _, err = child.communicate()
-    assert child.returncode == code, err
+    ran = child.end()
+    assert ran.code == code, ran
 
 
 @promise(6)
@@ -1439,7 +1382,7 @@ COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '
 
 
 @each("face", ["exec", "logs", "logs -f", "new", "several"])
-def test_colours_and_progress_pass_to_a_terminal_and_nothing_else(repo, face):
+def test_only_colours_and_progress_pass_to_a_terminal(repo, face):
     words = face.split()
     if face == "new":
         repo.save(".cmux/init", b"#!/bin/sh\n" + COLOURFUL.encode(), 0o755)
@@ -1452,37 +1395,33 @@ def test_colours_and_progress_pass_to_a_terminal_and_nothing_else(repo, face):
     else:
         words.append(repo.job(COLOURFUL))
         repo.ok("wait", words[-1])
-    terminal = repo.terminal(*words)
-    assert terminal.wait() == 0
-    label, on = ("a | ", "\x1b[1;32m") if face == "several" else ("", "\x1b[1;32m")
+    terminal = repo.terminal(*words).talk()
+    label, on = "a | " * (face == "several"), "\x1b[1;32m"
     seen = re.sub(r"\x1b\[m\x1b\[1;32m", "", terminal.output.decode())  # off between two pieces, and on again
     assert f"{label}ä \x1b[31mred\x1b[0m {on}10%\r{label}20%" in seen, seen
     assert "^[]0;t^G^[[2J^H\ufffd^[[%sm\\x9b1m\r\n" % ("8" * 43) in seen.replace("\r\r", "\r"), seen
     assert f"{label}\x1b[7mleft\x1b[m" in seen, seen
 
 
-def test_a_dead_master_is_a_lost_line_ends_the_command_and_the_next_call_works(repo, site, nap):
+def test_a_dead_master_is_a_lost_line(repo, site, nap):
     repo.new()
     child = repo.start("exec", "--json", "--", f"echo early; {nap}")
     nap.runs()
     for master in until(site.masters, "there is a master"):
         kill(master.pid)
-    out, err = child.communicate()
-    assert child.returncode == 255
-    document = json.loads(out)
-    assert document["error"]["message"], document
+    ran = child.end()
+    assert ran.code == 255 and ran.json["error"]["message"], ran
     nap.gone()
     assert repo.exec("echo again").out == b"again\n"
 
 
-def test_a_line_cut_in_mid_command_is_a_lost_line(repo, site):
-    line, nap = site.line("far"), Nap()
+def test_a_line_cut_in_mid_command_is_a_lost_line(repo, line, nap):
     repo.new(host="far")
     child = repo.start("exec", "-H", "far", "--", f"echo early; {nap}")
     assert child.stdout.readline() == b"early\n"
     line.drop()
-    _, err = child.communicate()
-    assert child.returncode == 255 and err.strip()
+    ran = child.end()
+    assert ran.code == 255 and ran.said.strip(), ran
     nap.gone()
     assert repo.exec("echo again", host="far").out == b"again\n"
 
@@ -1501,7 +1440,6 @@ def gated(site, name):
 
 
 def sent_whole(line, more):
-    """Wait until so many bytes more have gone up the line, and nothing follows them."""
     goal, seen = line.up + more, [0, 0.0]
 
     def quiet():
@@ -1526,18 +1464,17 @@ def test_a_command_that_was_sent_runs_no_second_time(site, how):
     assert waits.exists()
     line.trap = ("down", 0, lambda: (until(log.exists, "it runs"), line.drop()))  # which holds back the answer
     gate.unlink()
-    out, err = child.communicate()
-    assert child.returncode == 255, (out, err)
+    ran = child.end()
+    assert ran.code == 255, ran
     if how != "job":
-        told = json.loads(out)["error"]
+        told = ran.json["error"]
         assert told["type"] == "ConnectionLost" and "before the command was seen to begin" in told["message"] and "may still run" in told["hint"], told
     assert repo.exec("true", host="far").code == 0  # by now a second one would have begun
     assert slurp(log) == b"run\n"
 
 
-def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site, tuned):
+def test_a_slow_shell_may_still_run_what_was_sent(site, tuned, repo):
     gate, waits = gated(site, "slow")
-    repo = Repo(site)
     repo.new(host="slow")
     tuned(START_PATIENCE=1)
     gate.touch()
@@ -1549,9 +1486,9 @@ def test_a_shell_that_is_slow_to_start_may_still_run_what_was_sent(site, tuned):
     assert site.log("slow").count("Starting session") == before + 1, "a minute each is not waited three times"
 
 
-def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
+def test_a_guard_lost_alone_is_a_lost_line(repo, site, nap):
     """It watches over a command whose own stdin streams, on the connection that had room."""
-    nap, mine, held = Nap(), Nap(), []
+    mine, held = Nap(), []
     repo.new()
     first = {master.pid for master in site.masters()}
     while len(site.masters()) == 1:
@@ -1565,8 +1502,8 @@ def test_a_guard_that_is_lost_alone_is_a_lost_line_and_no_exit_code(repo, site):
     time.sleep(0.5)  # the guard is told the pid right after
     for master in site.masters():
         kill(master.pid) if master.pid not in first else None
-    out, err = child.communicate()
-    assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
+    ran = child.end()
+    assert ran.code == 255 and ran.json["error"]["type"] == "ConnectionLost", ran
     mine.gone()
     for other in held:
         other.terminate()
@@ -1582,7 +1519,7 @@ def test_a_session_opened_ahead_does_what_another_does(site, sh, setsid):
     (tools / "setsid").symlink_to(program("setsid", "util-linux")) if setsid else None
     assert in_library(Repo(site), r"""
 log, group, *naps = sys.argv[1:]
-workspace, odd = cmux_ssh.Project(".").create("main", "nogit"), "new/a\nfile\n"
+workspace, odd = here("nogit"), "new/a\nfile\n"
 def warm():
     wait_ready(log)
     return workspace
@@ -1629,7 +1566,7 @@ def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
     assert again.seconds < first.seconds - 2.5, "the next process need not find out again"
 
 
-def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
+def test_commands_of_a_hung_master_go_on_when_it_wakes(repo, site):
     repo.new()
     child = repo.start("exec", "-n", "--", "touch begun; until [ -e go ]; do sleep 0.05; done; echo on; exit 4")
     until(lambda: (repo.path() / "begun").exists(), "it runs")
@@ -1638,11 +1575,11 @@ def test_what_runs_over_a_master_that_hung_goes_on_when_it_wakes(repo, site):
     assert repo.exec("true", seconds=100).code == 0
     kill(master.pid, signal.SIGCONT)
     assert repo.exec("touch go").code == 0 and len(site.masters()) == 2
-    assert child.communicate()[0] == b"on\n" and child.returncode == 4
+    assert child.end().ended == (4, b"on\n", b"")
 
 
 @each("stdin", [None, pytest.param(b"in", marks=slow)])
-def test_a_command_whose_master_hangs_is_stopped_over_another(repo, stdin, site, nap):
+def test_a_hung_master_is_stopped_over_another(repo, stdin, site, nap):
     repo.new()
     child = repo.start("exec", "--timeout", "3", "--json", "--", f"cat; echo on; {nap}", stdin=DEVNULL if stdin is None else PIPE)
     if stdin:
@@ -1652,10 +1589,9 @@ def test_a_command_whose_master_hangs_is_stopped_over_another(repo, stdin, site,
     nap.runs()
     for master in site.masters():
         kill(master.pid, signal.SIGSTOP)
-    out, err = child.communicate()
-    told = json.loads(out)
-    assert (child.returncode, told["timed_out"], told["stopped"]) == (124, True, "confirmed"), (told, err)
-    assert told["duration"] < 18, "the silent session is not waited for as long as one that answers"
+    ran = child.end()
+    assert (ran.code, ran.json["timed_out"], ran.json["stopped"]) == (124, True, "confirmed"), ran
+    assert ran.json["duration"] < 18, "the silent session is not waited for as long as one that answers"
 
 
 def test_a_timeout_comes_also_while_output_never_pauses(shared):
@@ -1670,22 +1606,20 @@ def test_a_timeout_comes_also_while_output_never_pauses(shared):
 @each("how", ["timeout", "SIGINT", "SIGTERM"])
 @each("where", ["pipe", "terminal", "several"])
 @promise(6)
-def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, where, how):
-    nap, several = Nap(), where == "several"
-    repo.new("main", *(["b"] if several else []))
+def test_a_reader_that_stops_holds_up_no_stop(repo, nap, where, how):
+    several = where == "several"
+    repo.new("main", *["b"] * several)
     reader, writer = pty.openpty() if where == "terminal" else os.pipe()
-    child = Child(
-        [*compiled(), "exec", *(["--all"] if several else []), *(["--timeout", "3"] if how == "timeout" else []), "--",
-         f"{nap} & yes"], cwd=repo.dir, env=repo.site.environment(), stdin=DEVNULL, stdout=writer, stderr=PIPE)
+    child = Child([*compiled(), "exec", *["--all"] * several, *["--timeout=3"] * (how == "timeout"), "--", f"{nap} & yes"],
+                  cwd=repo.dir, env=repo.site.env, stdin=DEVNULL, stdout=writer, stderr=PIPE)
     os.close(writer)
     try:
         nap.runs()
         time.sleep(1)  # until the output is full
         if how != "timeout":
             child.send_signal(getattr(signal, how))
-        _, err = child.communicate()
-        said = b"0 of 2 succeeded" if several else b"its processes have ended"
-        assert child.returncode == (124 if how == "timeout" else 130) and said in err, err
+        ran = child.end()
+        assert ran.code == (124 if how == "timeout" else 130) and ("0 of 2 succeeded" if several else "its processes have ended") in ran.said, ran
         nap.gone()
     finally:
         child.kill()
@@ -1695,13 +1629,13 @@ def test_a_reader_that_stops_holds_up_neither_a_timeout_nor_an_interrupt(repo, w
 @slow
 @pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a /proc of its own")
 @each("shell", ["dash", "bash", "mksh", "ksh", "busybox sh", "zsh"])
-def test_a_process_that_hides_is_ended_and_not_confirmed_blindly(site, shell):
+def test_a_hidden_process_is_not_confirmed_blindly(site, shell, repo):
     """hidepid=2, and a command, or a child of its group, that is not dumpable: no table shows it to its own user."""
     napping = unique()
     site.script("names/sh", """exec bash -c 'exec -a sh zsh "$@"' sh "$@\"""" if shell == "zsh" else f'exec {shell} "$@"')
     login = site.script("login", "exec unshare -m sh -c 'mount -t proc -o hidepid=2 proc /proc && exec setpriv --reuid 65534 --regid 65534 "
                         f"--clear-groups env PATH={site.dir}/names:$PATH sh -c \"$SSH_ORIGINAL_COMMAND\"'")
-    host, repo = site.daemon("hides", f"ForceCommand {login}"), Repo(site)
+    host = site.daemon("hides", f"ForceCommand {login}")
     for path in (site.dir, site.remote):
         path.chmod(0o755)
     os.chown(site.far_home(host), 65534, 65534)
@@ -1721,10 +1655,10 @@ def test_a_process_that_hides_is_ended_and_not_confirmed_blindly(site, shell):
 
 
 @each("ps", [True, False])
-def test_a_process_name_with_a_newline_misleads_no_stop(site, ps):
+def test_a_process_name_with_a_newline_misleads_no_stop(site, ps, repo, nap):
     """It once shifted the table of processes, and a stop killed bystanders."""
     site.inetd("bare", shell="busybox") if ps else small_host(site, "setsid", "bash")
-    repo, nap, odd = Repo(site), Nap(), site.dir / "a\nb c d"
+    odd = site.dir / "a\nb c d"
     shutil.copy(program("sleep"), odd)
     with stranger(str(odd), "300") as one_, stranger("sleep", "300") as other:
         ran = repo.exec(f"{nap} & {nap}", host="bare", options=["--timeout", "1"])
@@ -1752,10 +1686,9 @@ def ssh_add(site, env, *words):
 
 
 def locked_key(site):
-    """The user's key with the passphrase "right"."""
     key = site.dir / "locked"
     shutil.copy(site.keys.user, key)
-    subprocess.run([program("ssh-keygen", "openssh-client"), "-q", "-p", "-P", "", "-N", "right", "-f", str(key)], check=True, stdout=DEVNULL)
+    keygen("-p", "-P", "", "-N", "right", "-f", key)
     return key
 
 
@@ -1767,7 +1700,7 @@ class Hostile:
         xauth = site.dir / "xauth"
         script(xauth, f"touch {self.xauth}")
         local, remote, socks = self.ports
-        site.daemon("hostile", "AcceptEnv *", "X11Forwarding yes", "GatewayPorts yes", "AllowTcpForwarding yes", "PermitTunnel yes",
+        site.daemon("hostile", f"HostKey {site.keys.other_host}", "AcceptEnv *", "X11Forwarding yes", "GatewayPorts yes", "AllowTcpForwarding yes", "PermitTunnel yes",
                     f"XAuthLocation {xauth}", config=[
                         "ForwardAgent yes", "ForwardX11 yes", "ForwardX11Trusted yes", f"XAuthLocation {xauth}", "SendEnv *",
                         "SetEnv FROM_CONFIG=leak", f"LocalForward {local} 127.0.0.1:{site.port}", f"RemoteForward {remote} 127.0.0.1:{site.port}",
@@ -1785,14 +1718,15 @@ LOOK = 'env; echo "agent=<$SSH_AUTH_SOCK> display=<$DISPLAY>"; tty; echo up >up;
 
 
 @promise(1)
-def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
-    repo, hostile = Repo(site), Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
+def test_a_config_that_lets_everything_leave_lets_nothing_leave(site, repo):
+    hostile = Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
     with agent(site) as env:
-        before = ssh_add(site, env, "-L")
+        before, known = ssh_add(site, env, "-L"), site.known_hosts.read_bytes()
         # The control: plain ssh with this very config does leak, or the test would prove nothing.
         plain = site.ssh("hostile", "", "-o", "RemoteCommand=env", "-o", "ControlMaster=no", "-T", env={**env, **LEAKS})
         assert b"SSH_AUTH_SOCK=" in plain.stdout and b"FOO_SECRET=leak" in plain.stdout and b"FROM_CONFIG=leak" in plain.stdout, plain
-        assert hostile.marker.exists() and ssh_add(site, env, "-L") != before
+        assert hostile.marker.exists() and ssh_add(site, env, "-L") != before and site.known_hosts.read_bytes() != known
+        site.known_hosts.write_bytes(known)
         hostile.marker.unlink()
         hostile.xauth.unlink(missing_ok=True)
         ssh_add(site, env, "-q", "-d", site.keys.user)
@@ -1802,12 +1736,11 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site):
         until(up.exists, "the command runs")
         listening = hostile.listening()
         (repo.path() / "go").touch()
-        out, err = child.communicate()
-        assert child.returncode == 0 and err == b"", (out, err)
-        assert listening == [] and b"leak" not in out and b"hijacked" not in out
-        assert b"agent=<> display=<>" in out and b"not a tty" in out, out
+        ran = child.end()
+        assert (ran.code, ran.err, listening) == (0, b"", []) and b"leak" not in ran.out and b"hijacked" not in ran.out, ran
+        assert b"agent=<> display=<>" in ran.out and b"not a tty" in ran.out, ran
         assert not hostile.marker.exists() and not hostile.xauth.exists() and not (site.dir / "user-cm").exists()
-        assert ssh_add(site, env, "-L") == before
+        assert ssh_add(site, env, "-L") == before and site.known_hosts.read_bytes() == known
 
 
 @each("directive", ["RemoteCommand echo hijacked", "SessionType none", "StdinNull yes", "ForkAfterAuthentication yes", "RequestTTY force",
@@ -1838,9 +1771,9 @@ def in_sshs_place(site, text):
 
 
 @each("when", ["later", "for a command"])
-def test_what_the_config_says_only_for_a_command_does_not_leave_either(site, when):
-    """Match exec may change its mind. OpenSSH 10 has Match sessiontype and Match command: before, a program in ssh's place
-    that looks for a word behind the host plays them."""
+def test_what_the_config_adds_for_a_command_does_not_leave(site, when):
+    """Match exec may change its mind. Before OpenSSH 10, which has Match sessiontype and Match command, a program in ssh's
+    place plays them."""
     new = int(re.findall(rb"OpenSSH_(\d+)", subprocess.run([program("ssh"), "-V"], stderr=PIPE).stderr)[0]) >= 10
     repo, flag, seen = Repo(site, files={"big": os.urandom(400_000)}), site.dir / "flag", site.dir / "seen"
     site.daemon("far", "AcceptEnv *", site.first(f"env >>{seen}"))
@@ -1860,26 +1793,16 @@ print(cmux_ssh.pull(main).branch, project.create("other", "far").name)
 """, str(flag if when == "later" else "/dev/null")) == "0\ncmux/main other\n"
     repo.ok("doctor", "far")
     repo.ok("diff", "-w", "main")
-    terminal = repo.terminal("shell", "-w", "main")
-    terminal.expect(b"[#$] ")
-    terminal.send(b"exit 7\r")
-    assert terminal.wait() == 7 and b"CMUX_SSH=1" in seen.read_bytes() and b"leak" not in seen.read_bytes()
+    repo.terminal("shell", "-w", "main").talk(b"[#$] ", b"exit 7\r", code=7)
+    assert b"CMUX_SSH=1" in seen.read_bytes() and b"leak" not in seen.read_bytes()
     site.known_hosts.write_text(f"rig {public(site.keys.other_host)}\n")
     repo.save("big", os.urandom(400_000))
     refused(repo.cli("push", "-w", "other"), 255, "has changed")
     assert site.ssh("far", "exec true", env={"CARRIES": "yes"}).returncode == 0 and b"leak" in seen.read_bytes(), "plain ssh does all that"
 
 
-def test_known_hosts_is_not_written_by_the_host(repo, site):
-    """UpdateHostKeys lets a server write into it."""
-    site.daemon("two-keys", f"HostKey {site.keys.other_host}", config=["UpdateHostKeys yes"])
-    before = site.known_hosts.read_bytes()
-    assert repo.exec("true", host="two-keys").code == 0 and site.known_hosts.read_bytes() == before
-
-
 @promise(1)
-def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site):
-    repo = Repo(site)
+def test_proxies_and_a_coder_entry_reach_the_host(site, repo):
     site.daemon("inner", config=["ProxyJump box"])
     site.inetd("piped", config=["SendEnv *"])
     coder = site.dir / "coder prog"
@@ -1893,7 +1816,7 @@ def test_proxyjump_proxycommand_and_a_coder_entry_reach_the_host(site):
     assert "Accepted publickey" in site.log("inner") and "Accepted publickey" in site.log("box")
 
 
-def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo, site):
+def test_proxycommand_keeps_its_environment(repo, site):
     inner = site.sshd_config("needy", "AcceptEnv *")
     proxy = site.dir / "proxy"
     script(proxy, f'[ "$PROXY_PROFILE" = work ] || exit 3\nexec {program("sshd")} -i -f {inner} -E {site.dir}/log-needy')
@@ -1903,8 +1826,7 @@ def test_proxycommand_keeps_its_environment_though_sendenv_would_send_it(repo, s
 
 
 @promise(1)
-def test_a_changed_host_key_is_refused_even_where_checking_is_off(site):
-    repo = Repo(site)
+def test_a_changed_host_key_is_always_refused(site, repo):
     site.inetd("mitm", host_key=site.keys.other_host, config=["StrictHostKeyChecking no", "LogLevel QUIET"])
     before = site.known_hosts.read_bytes()
     repo.secret("TOKEN", b"s3cr3t-for-mitm")
@@ -1914,7 +1836,7 @@ def test_a_changed_host_key_is_refused_even_where_checking_is_off(site):
 
 
 @each("text", [b"REMOTE HOST IDENTIFICATION HAS CHANGED", b"x\nHost key verification failed.", b"Could not resolve hostname"])
-def test_what_a_server_says_last_is_not_taken_for_sshs_own_word(repo, text, site):
+def test_a_servers_last_words_are_not_sshs_own(repo, text, site):
     body = b"\x01" + struct.pack(">II", 2, len(text)) + text + struct.pack(">I", 0)
     pad = 8 - (len(body) + 5) % 8 + 8
 
@@ -1936,15 +1858,7 @@ def test_what_a_server_says_last_is_not_taken_for_sshs_own_word(repo, text, site
     assert ran.code == 255 and "ended the connection" in ran.said and "keygen" not in ran.said and "does not resolve" not in ran.said, ran
 
 
-def test_an_unknown_host_key_is_refused_with_what_to_do_and_nothing_is_recorded(site):
-    repo, empty = Repo(site), site.dir / "no_known_hosts"
-    empty.touch()
-    site.inetd("new-here", config=["StrictHostKeyChecking ask", f"UserKnownHostsFile {empty}", "LogLevel QUIET"])
-    refused(repo.exec("true", host="new-here"), 255, f"accept it: {site.env['CMUX_SSH_COMMAND']} new-here true")
-    assert empty.read_bytes() == b""
-
-
-def test_a_server_that_wants_a_password_gets_no_prompt_anywhere(site):
+def test_a_server_that_wants_a_password_gets_no_prompt(site):
     asked = site.dir / "asked"
     askpass = site.dir / "askpass"
     script(askpass, f"touch {asked}\necho password")
@@ -1953,29 +1867,22 @@ def test_a_server_that_wants_a_password_gets_no_prompt_anywhere(site):
     assert ran.code == 255 and ran.said.strip() and not asked.exists(), ran
 
 
-@promise(5)
-def test_a_forged_ssh_error_of_the_remote_command_is_the_commands_own(shared):
-    ran = shared.exec("echo 'Host key verification failed.' >&2; exit 255", options=["--json"])
-    assert ran.code == 255 and ran.json["exit_code"] == 255 and not ran.json.get("error")
-    assert ran.json["stderr"] == "Host key verification failed.\n"
-
-
 @promise(4)
 def test_a_promisor_repository_fetches_nothing(repo, site):
-    trap, blob = site.dir / "trap", repo.id("HEAD:README")
+    trap = site.dir / "trap"
     for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
                        ("remote.origin.url", f"ext::sh -c touch% {trap}"), ("protocol.ext.allow", "always"),
                        ("core.sshCommand", f"touch {trap}"), ("remote.origin.uploadpack", f"touch {trap};")):
         repo.git("config", key, value)
-    (repo.dir / ".git/objects" / blob[:2] / blob[2:]).unlink()
+    repo.lose("HEAD:README")
     made = repo.cli("new", "-H", "box", "a")
     assert made.code == 1 and not trap.exists() and repo.workspaces() == {}
 
 
-def test_a_git_directory_inside_another_repository_is_refused(repo, site):
+def test_a_git_directory_of_a_clone_or_of_somebody_else_is_refused(repo, site):
     """It came with a clone, and its config names a host and a work tree."""
     inner = repo.dir / "vendor"
-    subprocess.run(["git", "clone", "-q", "--bare", str(repo.dir), str(inner)], env=site.environment(), check=True)
+    repo.git("clone", "-q", "--bare", ".", str(inner))
     (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {site.home}\n[cmux]\n host = box\n")
     for words in (["new", "w"], ["new", "--dirty", "w"], ["exec", "-n", "--", "true"], ["list"]):
         refused(site.cli(*words, cwd=inner), 125 if words[0] == "exec" else 1, "inside another repository")
@@ -1983,28 +1890,22 @@ def test_a_git_directory_inside_another_repository_is_refused(repo, site):
     inner.rename(apart)
     (apart / "config").write_text("[core]\n repositoryformatversion = 0\n bare = true\n")
     assert site.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
+    if os.geteuid() == 0:  # only root can make a repository of somebody else's
+        subprocess.run(["chown", "-R", "65534:65534", str(repo.dir)], check=True)
+        refused(repo.cli("new", "-H", "box", "a"), 1, "another user")
 
 
-@each("large", [False, True])
-def test_unreadable_or_very_large_attributes_are_no_traceback(site, large):
-    repo = Repo(site, files={".gitattributes": b"#" * (1 << 20) + b"\n* text\n" if large else b"x text\n", "a/.gitattributes": b"hidden export-ignore\n", "a/hidden": b"1"})
-    if not large:
-        blob = repo.id("HEAD:.gitattributes")
-        (repo.dir / ".git/objects" / blob[:2] / blob[2:]).unlink()
-        refused(repo.cli("new", "-H", "box", "w"), 1, "partial clone")
-        return
+def test_unreadable_or_huge_attributes(site):
+    repo = Repo(site, files={".gitattributes": b"#" * (1 << 20) + b"\n* text\n", "a/.gitattributes": b"hidden export-ignore\n", "a/hidden": b"1"})
     repo.new("w")
     repo.arrived("w")
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a repository of somebody else's")
-def test_a_repository_of_somebody_else_is_refused(repo):
-    subprocess.run(["chown", "-R", "65534:65534", str(repo.dir)], check=True)
-    refused(repo.cli("new", "-H", "box", "a"), 1, "another user")
+    repo.save(".gitattributes", b"x text\n")
+    repo.lose("HEAD:.gitattributes")
+    refused(repo.cli("new", "-H", "box", "x"), 1, "partial clone")
 
 
 @promise(1)
-def test_only_the_tree_leaves_no_history_no_config_no_untracked_file(repo, site):
+def test_only_the_tree_leaves(repo, site):
     secrets = {"token": b"tok-in-git-config-1", "dotenv": b"untracked-dotenv-2", "stash": b"only-in-the-stash-3", "branch": b"other-branch-blob-4",
                "old": b"only-in-history-5", "message": b"commit-message-6"}
     repo.git("config", "http.extraheader", secrets["token"].decode())
@@ -2058,18 +1959,26 @@ def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_sh
     secret = repo.exec('cat; printf %s "$TOKEN"', host=host, stdin=BINARY)
     assert secret.ended == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
     repo.arrived()
+    assert in_library(repo, """
+workspace = here()
+def warm():  # a session that was opened ahead
+    wait_ready(sys.argv[1])
+    return workspace
+workspace.exec("true")
+print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").content,
+      warm().edit("a\\n'b", [{"old": "one", "new": "two"}])["diff"].count("two"), warm().exec(["cat"], stdin=b"in").stdout)
+""", str(site.dir / f"log-{host}")) == "b\"<it's><!x>\" True b'one\\n' 1 b'in'\n"
 
 
 @each("foreign", ["bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc"])
-def test_a_shell_that_is_not_ours_runs_nothing_and_reads_no_secret(site, foreign):
-    """The account's ForceCommand, or what its .bashrc runs, reads what we send in place of our command."""
-    flag, touched, got, nap = site.dir / "flag", site.dir / "touched", site.dir / "got", Nap()
+def test_a_foreign_shell_runs_nothing_and_reads_no_secret(site, foreign, repo, nap):
+    """A ForceCommand, or what .bashrc runs, reads what we send in place of our command."""
+    flag, touched, got = site.dir / "flag", site.dir / "touched", site.dir / "got"
     if foreign == ".bashrc":
         host = site.login("bash")
         (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || exec zsh\n")
     else:
         host = site.daemon("foreign", site.first(f"[ ! -e {flag} ] || exec {foreign}" + f" >>{got}" * (foreign == "cat")))
-    repo = Repo(site)
     repo.new(host=host)
     for number, value in enumerate((f"touch {touched}", nap)):
         repo.secret(f"S{number}", value)
@@ -2085,21 +1994,12 @@ def test_a_shell_that_is_not_ours_runs_nothing_and_reads_no_secret(site, foreign
 
 
 @promise(2)
-def test_a_secret_arrives_byte_for_byte_and_lies_nowhere_on_the_host(repo, site):
-    value = "it's \"q\"\n$(touch x) `id` \\n\\\\ \t\r\n  spaces  \n#!*ü🐙\u202e-Zx9Yw8".encode()
-    repo.secret("TOKEN", value)
-    ran = repo.exec('printf %s "$TOKEN"')
-    assert ran.ended == (0, value, b"")
-    assert repo.exec("sh", "-c", "sleep 0.1; printf %s \"$TOKEN\"").out == value
-    assert not files_holding(site.far_home(), b"Zx9Yw8") and "Zx9Yw8" not in site.log()
-
-
-@promise(2)
 @compat
-def test_odd_secret_values_arrive_exactly(repo, site):
-    """And names that are used otherwise; but not _, which every shell sets anew."""
-    odd = [b"", b"x", b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode()]
-    values = dict(zip(["GIT_AUTHOR_NAME", "k", "n", "v", "CMUX", "OPENAI_API_KEY", "lower", "V1", "V2", "V3"], odd))
+def test_a_secret_arrives_and_lies_nowhere_on_the_host(repo, site):
+    """Also under names that are used otherwise; but not _, which every shell sets anew."""
+    odd = [b"", b"x", b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode(),
+           "it's \"q\"\n$(touch x) `id` \\n\\\\ \t\r\n  spaces  \n#!*ü🐙\u202e-Zx9Yw8".encode()]
+    values = dict(zip(["GIT_AUTHOR_NAME", "k", "n", "v", "CMUX", "OPENAI_API_KEY", "lower", "V1", "V2", "V3", "TOKEN"], odd))
     for name, value in values.items():
         repo.secret(name, value)
     (site.dir / "dotenv").write_text('V99="trailing\\n\\n"\n')
@@ -2107,6 +2007,8 @@ def test_odd_secret_values_arrive_exactly(repo, site):
     values["V99"] = b"trailing\n\n"
     ran = repo.exec("; ".join(f'printf "%s." "${name}"' for name in values))
     assert (ran.code, ran.out) == (0, b"".join(value + b"." for value in values.values()))
+    assert repo.exec("sh", "-c", "sleep 0.1; printf %s \"$TOKEN\"").out == odd[-1]
+    assert not files_holding(site.far_home(), b"Zx9Yw8") and "Zx9Yw8" not in site.log()
 
 
 @slow
@@ -2117,8 +2019,7 @@ def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo, site)
     repo.new()
     with Watch(value) as watch:
         repo.secret("TOKEN", value)
-        with ThreadPoolExecutor(10) as pool:
-            runs = list(pool.map(lambda n: repo.exec('sleep 0.1; printf %s "$TOKEN" | cksum', host="box"), range(50)))
+        runs = at_once(10, lambda n: repo.exec('sleep 0.1; printf %s "$TOKEN" | cksum', host="box"), range(50))
     assert len({r.out for r in runs}) == 1 and all(r.code == 0 for r in runs), runs
     assert watch.looks > 20 and not watch.hits, watch.hits
     assert not [p for p in site.masters() if value in p.environ]
@@ -2126,9 +2027,9 @@ def test_while_50_commands_run_the_secret_stands_in_no_process_table(repo, site)
 
 
 @promise(2)
-def test_a_secret_is_in_the_environment_of_no_local_process(repo):
+def test_a_secret_is_in_the_environment_of_no_local_process(repo, nap):
     """Not even where a variable of that name stood in ours: ProxyCommand and Match exec would see it."""
-    nap, value = Nap(), b"Sentinel-" + os.urandom(8).hex().encode()
+    value = b"Sentinel-" + os.urandom(8).hex().encode()
     repo.secret("TOKEN", value)
     child = repo.start("exec", "-H", "box", "--", nap)
     nap.runs()
@@ -2139,7 +2040,7 @@ def test_a_secret_is_in_the_environment_of_no_local_process(repo):
 
 
 @promise(2)
-def test_secrets_are_stored_0600_outside_the_repository_and_listed_by_name_only(repo, site):
+def test_secrets_are_stored_0600_and_listed_by_name_only(repo, site):
     repo.secret("B_TOKEN", b"value-of-b")
     repo.secret("A_TOKEN", b"value-of-a")
     listed = repo.cli("secrets", "list")
@@ -2185,10 +2086,9 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     assert seen("a") == ["global-1"]
 
 
-def test_exec_hands_over_the_secrets_that_are_named_or_none(repo, site):
+def test_exec_hands_over_the_named_secrets(repo, site):
     """Also to the init hook of a workspace that it makes, and to jobs."""
-    repo.write(".cmux/init", b"#!/bin/sh\necho $A $B >init\n", 0o755)
-    repo.commit()
+    repo.save(".cmux/init", b"#!/bin/sh\necho $A $B >init\n", 0o755)
     repo.ok("secrets", "import", "-", stdin=b"A=1\nB=2\n")
     repo.secret("BAD", command="exit 3")
     for options, out in (("-w w1 --no-secrets", "\n"), ("-w w2 --secret B", "2\n"), ("-w w4 --secret A --secret B", "1 2\n")):
@@ -2212,8 +2112,8 @@ print(w.read("j").content, project.create("v", "box", secrets=()).read("init").c
 """) == "b'own all\\n' b'\\n'\nb'2\\n' b'\\n'\n"
 
 
-def test_what_any_scope_may_have_sent_is_masked_and_looked_for(repo, site):
-    """Also what a narrower scope hides by now, and what a command of this workspace's made; of other workspaces no command is run."""
+def test_secrets_of_every_scope_are_masked(repo, site):
+    """Also what a narrower scope hides by now; of other workspaces no command is run."""
     repo.new("w", "other")
     ran = site.dir / "ran"
     repo.ok("secrets", "set", "T", "--global", "--command", "echo glo''bal-value")
@@ -2221,7 +2121,7 @@ def test_what_any_scope_may_have_sent_is_masked_and_looked_for(repo, site):
     repo.ok("secrets", "set", "T", "-w", "w", "--command", "echo ow''n-value")
     repo.ok("secrets", "set", "T", "-w", "other", "--command", f"touch {ran}; echo x")
     do(repo, "for f in global project own; do echo $f-value >$f; done", "w")
-    with open_mcp(repo, "-w", "w") as client:
+    with Mcp(repo, "-w", "w") as client:
         assert all(client("read", path=name).count("[secret T]") == 1 for name in ("global", "project", "own"))
     told = repo.ok("pull", "w", "--json").json["secrets"]
     assert told == {name: ["T"] for name in ("global", "project", "own")} and not ran.exists()
@@ -2237,9 +2137,11 @@ def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
     repo.ok("secrets", "rm", "TOKEN")
     repo.secret("LOUD", command="head -c 200000 /dev/zero >&2; echo v")
     refused(repo.exec("true"), 125, "The command for the secret LOUD")
+    repo.secret("LOUD", command="echo abcdefg; exit 7")
+    refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, "failed with status 7")
 
 
-def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo, site):
+def test_no_secret_lies_in_the_history_or_a_record(repo, site):
     values = {"PLAIN": "hunter2-hunter2-XYZ", "QUOTE": "it's-a-s\u00e9cret-Q9", "LINES": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n-----END KEY-----"}
     for name, value in values.items():
         repo.secret(name, value)
@@ -2256,8 +2158,8 @@ def test_no_secret_lies_in_the_history_or_in_the_record_of_a_job_here(repo, site
 
 
 @promise(1)
-def test_dirty_never_takes_the_state_along(repo, site):
-    """A home that is a repository holds the secrets of every project. And `git add` fails where an excluded path is ignored already."""
+def test_the_state_is_never_sent(repo, site):
+    """A home that is a repository holds the secrets of every project. (`git add` fails where an excluded path is ignored already.)"""
     home = Repo(site, name="home/dotfiles")
     env = {"CMUX_SSH_HOME": str(home.dir / ".local" / "state" / "cmux-ssh")}
     repo.secret("OTHER", b"other-project-secret-1234", env=env)
@@ -2268,6 +2170,13 @@ def test_dirty_never_takes_the_state_along(repo, site):
     assert b"cmux-ssh" not in home.git("ls-tree", "-r", "--name-only", home.git("for-each-ref", "--format=%(objectname)", "refs/cmux/sent")).encode()
     home.write(".gitignore", b".local\n")
     home.new("--dirty", "ignored", env=env)
+    clean = home.id("HEAD")
+    (home.dir / ".gitignore").unlink()
+    home.git("add", ".local")
+    home.git("commit", "-q", "-m", "everything")
+    for words in (("new", "-H", "box", "x"), ("new", "-H", "box", "--dirty", "x"), ("push", "-w", "main", "--force")):
+        refused(home.cli(*words, env=env), 2, "in the commit")
+    home.new("--ref", clean, "x", env=env)
 
 
 @each("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x", "CMUX_WORKSPACE"])
@@ -2320,29 +2229,18 @@ def test_dotenv_values_and_their_comments(repo, site):
     assert repo.exec('echo "${#A}"').out == b"110002\n"
 
 
-def test_a_secret_that_a_shortened_error_cuts_is_masked(repo, client):
-    value = "S3cretValue-0123456789-abcdefghijklmnopqrstuvwxyz"
-    repo.secret("TOK", value)
-    for length in range(50, 140, 5):
-        text = client.refusal("read", path="d" * length + value)
-        assert "S3cr" not in text and ("[secret TOK]" in text) == (length <= 90), text  # after 90 all of it is cut
-
-
-def test_a_secret_command_that_closes_its_output_and_goes_on_is_ended(repo):
+def test_a_secret_command_that_goes_on_is_ended(repo):
     nap = Nap()  # from inside: of its own it is given two minutes
     repo.secret("T", command=f"printf hunter2; exec >&- 2>&-; exec {nap}")
     assert in_library(repo, """
 run = cmux_ssh.run
 cmux_ssh.run = lambda *words, **more: run(*words, **dict(more, patience=1))
-try:
-    cmux_ssh.Project(".").ensure("main", "box").exec("true")
-except cmux_ssh.CmuxError as error:
-    print(error)
+print(raised(cmux_ssh.Project(".").ensure("main", "box").exec, "true"))
 """) == "The command for the secret T: A local command did not end in time.\n"
     nap.gone()
 
 
-def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo):
+def test_a_closed_stdin_is_no_empty_one(repo):
     repo.new()
     for words, stdin in (("write f", "<&-"), ("secrets set X", "<&-"), ("secrets set X", "</dev/null"), ("batch", "<&-"), ("edit README", "<&-")):
         done = repo.cli(*words.split(), sh=f'exec "$@" {stdin}')
@@ -2350,24 +2248,21 @@ def test_a_closed_stdin_is_neither_an_empty_file_nor_an_empty_secret(repo):
     assert not (repo.path() / "f").exists() and repo.cli("secrets", "list").out == b""
 
 
-def test_library_a_cancel_reaches_the_command_that_makes_a_secret(shared, nap):
+def test_library_cancel_reaches_the_command_of_a_secret(shared, nap):
     shared.secret("SLOW", command=f"exec {nap}")
     try:
         assert in_library(shared, """
-workspace = cmux_ssh.Project(".").workspace("main")
+workspace = here()
 for call in (lambda cancel: workspace.exec("echo ran", cancel=cancel).exit_code, lambda cancel: workspace.start("true", cancel=cancel)):
     cancel = cmux_ssh.Cancel()
     threading.Timer(0.5, cancel.set).start()
-    try:
-        print(call(cancel))
-    except cmux_ssh.Cancelled:
-        print("cancelled")
-""") == "130\ncancelled\n"
+    print(repr(raised(call, cancel))[:9])
+""") == "130\nCancelled\n"
     finally:
         shared.ok("secrets", "rm", "SLOW")
 
 
-def test_a_secret_that_another_process_changes_is_new_at_once(repo):
+def test_a_secret_changed_elsewhere_is_new_at_once(repo):
     assert in_library(repo, """
 import subprocess
 project = cmux_ssh.Project(".")
@@ -2420,30 +2315,18 @@ def test_a_part_of_a_long_secret_is_found_in_linear_time(repo, client):
             assert shown(f"[...]{data}" if first else f"{data}[...]") == (f"[...]{masked}" if first else f"{masked}[...]").replace(secret, "[secret S]"), (data, secret)
     for n in range(2):
         repo.secret(f"LONG{n}", b"x" * 100_000 + b"y%d" % n)
+    repo.secret("KEY", "-----BEGIN KEY-----\n" + "\n".join(os.urandom(24).hex() for _ in range(26)) + "\n-----END KEY-----\n")
     assert shown(("x" * 99_000 + "z[...]") * 8 + "x" * 99_000 + "end").endswith("x" * 20 + "end")
+    client("exec", command="yes '[...]' | tr -d '\\n' | head -c 1000000; yes '[...]' | tr -d '\\n' | head -c 1000000 >&2")  # seen: 99 s
 
 
 # === Hosts: any that ssh reaches (promise 9) ===
 
 
-@each("shell", SHELLS)
-def test_sessions_opened_ahead_begin_under_every_login_shell(site, shell):
-    host = site.login(shell)
-    assert in_library(Repo(site, odd=True), """
-workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
-def warm():
-    wait_ready(sys.argv[2])
-    return workspace
-print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").content,
-      warm().edit("a\\n'b", [{"old": "one", "new": "two"}])["diff"].count("two"), warm().exec(["cat"], stdin=b"in").stdout)
-""", host, str(site.dir / f"log-{host}")) == "b\"<it's><!x>\" True b'one\\n' 1 b'in'\n"
-
-
 @slow
 @each("way", ["master", "direct"])
-def test_a_server_that_ends_silent_channels_ends_no_command_of_ours(site, tuned, way):
+def test_a_server_that_ends_silent_channels(site, tuned, way, repo, nap):
     site.daemon("hasty", "ChannelTimeout session:command=3s")
-    repo, nap = Repo(site), Nap()
     if way == "direct":
         ssh_without_masters(site)
     repo.new(host="hasty")
@@ -2478,38 +2361,10 @@ def small_host(site, *more):
     return site.inetd("bare", shell="busybox", env={"PATH": posix_tools(site.dir / "busybox-bin", *more)})
 
 
-def test_a_host_with_only_posix_utilities_is_enough(site):
-    small_host(site)
-    repo, nap = Repo(site, odd=True), Nap()
-    assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
-    ran = repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare")
-    assert ran.ended == (9, b"<it's>", b"")
-    repo.arrived()
-    assert repo.exec(f"echo early; {nap} & {nap}", host="bare", options=["--timeout", "1"]).code == 124
-    nap.gone()
-    repo.new("second", host="bare")
-    repo.arrived("second")
-
-
-def test_a_host_with_busybox_and_git_is_enough(site):
-    small_host(site, "git")
-    repo = Repo(site, odd=True)
-    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="bare").out.strip() == b"1"
-
-
-def test_a_server_that_refuses_a_second_session_per_connection_works(site):
-    """What gateways and tiny servers do; the sessions go over connections of their own."""
-    site.daemon("single", "MaxSessions 1")
-    repo = Repo(site)
-    with ThreadPoolExecutor(4) as pool:
-        runs = list(pool.map(lambda n: repo.exec(f"echo {n}; sleep 0.3", host="single"), range(4)))
-    assert [r.out for r in runs] == [b"%d\n" % n for n in range(4)], runs
-
-
 def test_pipes_that_cannot_be_made_leave_none_open(shared):
     assert in_library(shared, """
 import os, resource
-workspace = cmux_ssh.Project(".", warm=0).workspace("main")
+workspace = here(warm=0)
 workspace.exec("true")
 held = [os.dup(2)]
 resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -2550,15 +2405,8 @@ def test_a_process_that_was_waited_for_is_not_killed(monkeypatch):
     assert struck == [running_on.pid]
 
 
-def test_a_client_without_multiplexing_works(repo, site):
-    ssh_without_masters(site)
-    ran = repo.exec("cat; exit 4", stdin=BINARY)
-    assert ran.ended == (4, BINARY, b"")
-
-
 @each("programs", ["plain", "gzip", "gzip, near", "false gzip", "gzip that stops", "gzip that hangs"])
-def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site, tuned, programs):
-    """As if it were far away, and near."""
+def test_an_archive_arrives_or_is_refused_by_any_gzip(site, tuned, programs):
     small_host(site)
     path = site.dir / "busybox-bin"
     scripts = {"false gzip": "cat >/dev/null; echo gzip", "gzip that stops": f"head -c 60000 | {program('gzip')} -dc",
@@ -2577,15 +2425,11 @@ def test_whatever_gzip_the_host_has_the_archive_arrives_or_is_refused(site, tune
     assert ("compressed to" in made.said) == (programs == "gzip"), made
 
 
-def test_a_tar_that_goes_on_after_the_last_byte_is_waited_for(site, tuned):
-    slow = site.dir / "slow" / "tar"
-    slow.parent.mkdir()
-    script(slow, f'{program("tar")} "$@"; r=$?; sleep 5; exit $r')
-    site.inetd("slow", env={"PATH": f"{slow.parent}:{os.environ['PATH']}"})
+def test_a_slow_tar_is_waited_for(site, tuned):
+    site.inetd("slow", env=replaced(site, tar=f'{program("tar")} "$@"; r=$?; sleep 5; exit $r'))
     tuned(STALL_PATIENCE=2)
-    terminal = on_terminal(site, "new", "-H", "slow", "main", cwd=Repo(site).dir)
-    terminal.expect(rb"main  unpacking \d+s")
-    assert terminal.wait() == 0 and not any("unpacking" in line for line in terminal.lines()), terminal.output
+    terminal = Repo(site).terminal("new", "-H", "slow", "main").talk(rb"main  unpacking \d+s")
+    assert not any("unpacking" in line for line in terminal.lines()), terminal.output
 
 
 def test_an_init_hook_on_a_noexec_file_system_is_said(repo, site):
@@ -2604,7 +2448,7 @@ def test_an_init_hook_on_a_noexec_file_system_is_said(repo, site):
         subprocess.run(["umount", "-l", str(root)], check=True)
 
 
-def test_a_full_disk_or_readonly_home_on_the_host_is_said(repo, site):
+def test_a_readonly_home_on_the_host_is_said(repo, site):
     """A file where the directory should be fails for root, too."""
     (site.far_home() / "cmux").write_text("in the way")
     made = repo.cli("new", "-H", "box", "a")
@@ -2627,15 +2471,13 @@ def test_a_cdpath_of_the_host_misleads_no_script(site, shell):
     do(repo, "echo y >sub/y")
     repo.ok("pull")
     assert repo.pulled("sub/y") == "y"
-    terminal = repo.terminal("shell")
-    terminal.expect(b"as it likes")
-    terminal.send(b"pwd; exit 3\r")
-    assert terminal.wait() == 3 and str(repo.path()).encode() in terminal.output
+    terminal = repo.terminal("shell").talk(b"as it likes", b"pwd; exit 3\r", code=3)
+    assert str(repo.path()).encode() in terminal.output
     assert not [p for p in trap.rglob("*") if p.name not in ("cmux", ".cmux", "sub")]
 
 
-def test_a_home_with_a_newline_is_refused(site):
-    repo, home = Repo(site), site.dir / "new\nline"
+def test_a_home_with_a_newline_is_refused(site, repo):
+    home = site.dir / "new\nline"
     home.mkdir()
     site.daemon("odd-home", site.first(f"HOME='{home}'; export HOME"))
     refused(repo.cli("new", "-H", "odd-home", "main"), 1, "a newline is in the path")
@@ -2662,7 +2504,7 @@ GOOD_HOSTS = ["box", "root@box", "u.s-e_r+1@a.b-c_d", "127.0.0.1", "::1", "u@fe8
 
 
 @each("way", ["option", "environment", "git config"])
-def test_hostile_host_strings_are_refused_before_anything_is_started(repo, way, site):
+def test_hostile_host_strings_start_nothing(repo, way, site):
     log = site.dir / "was-called"
     shim = script(site.dir / "shim", f"touch {log}\nexit 255")
     for host in BAD_HOSTS[::1 if way == "option" else 3]:
@@ -2688,7 +2530,7 @@ def test_honest_host_strings_reach_ssh(repo, site):
         assert shlex.split(re.findall("`(.*)`", ran.said)[0])[-1] == host, "and the command to paste names it"
 
 
-def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo, site):
+def test_hosts_and_users_that_openssh_allows_work(repo, site):
     """From the option to the state file and back, and in what a hint tells to run."""
     user = getpass.getuser()
     for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
@@ -2700,35 +2542,17 @@ def test_a_host_and_a_user_that_only_openssh_itself_restricts_work(repo, site):
     assert site.environment()["CMUX_SSH_COMMAND"] + " 'DOMAIN\\ada@locked' true" in said, said
 
 
-def test_a_host_that_does_not_resolve_or_refuses_or_hangs_up_is_255_and_said(repo, site):
-    refused(repo.exec("true", host="no-such-host.invalid"), 255, "no-such-host.invalid")
-    site.at("closed", free_port())
-    refused(repo.exec("true", host="closed"), 255, "refused")
-    site.line("hangs-up").refuse = True
-    refused(repo.exec("true", host="hangs-up"), 255, "hangs-up")
-    refused(repo.cli("new", "-H", "closed", "a"), 255)
-    assert repo.workspaces() == {}
-    repo.new("a")  # a typing error in -H spoils no name
-
-
-def test_a_key_that_is_not_accepted_is_255_and_said(repo, site):
-    site.inetd("stranger", config=[f"IdentityFile {site.keys.stranger}"])
-    config = site.config.read_text().replace(f"  IdentityFile {site.keys.user}\n", "  # no other key\n")
-    site.config.write_text(config)
-    refused(repo.exec("true", host="stranger"), 255, "stranger")
-
-
 def test_more_keys_than_the_server_lets_try_are_said(repo, site):
-    site.daemon("bare-h", "MaxAuthTries 3", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"])
+    site.daemon("bare-h", "MaxAuthTries 3", config=site.trusted())
     with agent(site) as env:
         for n in range(3):
             more = str(site.dir / f"key{n}")
-            subprocess.run([program("ssh-keygen"), "-q", "-t", "ed25519", "-N", "", "-f", more], check=True)
+            keygen("-t", "ed25519", "-N", "", "-f", more)
             ssh_add(site, env, "-q", more)
         ssh_add(site, env, "-q", site.keys.user)
         ran, found = repo.exec("true", host="bare-h", env=env), repo.cli("doctor", "bare-h", env=env)
-        terminal = repo.terminal("exec", "-H", "bare-h", "--", "true", env=env)
-        assert terminal.wait() == 255 and b"question" not in terminal.output, "nobody could answer it"
+        terminal = repo.terminal("exec", "-H", "bare-h", "--", "true", env=env).talk(code=255)
+        assert b"question" not in terminal.output, "nobody could answer it"
     for said in (ran.said, found.text):
         assert "too many keys were tried" in said and "IdentitiesOnly yes, and IdentityFile" in said and "accepted none" not in said, said
     assert (ran.code, found.code) == (255, 255)
@@ -2745,9 +2569,9 @@ def test_an_ssh_before_7_8_is_refused_in_one_sentence(repo, words, site):
     assert repo.workspaces() == {} and "Accepted" not in site.log()
 
 
-def test_a_server_that_turns_us_away_is_waited_for_then_named(repo, site):
+def test_a_server_that_turns_us_away(repo, line):
     """OpenSSH 9.8 and later say so before their banner, for MaxStartups and for a penalty."""
-    line, words = site.line("far"), b"Not allowed at this time\r\n"
+    words = b"Not allowed at this time\r\n"
     line.away = (2, words)
     assert repo.exec("echo in", host="far").out == b"in\n" and line.connections == 3
     line.away = (99, words)
@@ -2756,16 +2580,8 @@ def test_a_server_that_turns_us_away_is_waited_for_then_named(repo, site):
     assert "far turns this address away" in repo.cli("doctor", "far").text
 
 
-def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo, site):
-    line = site.line("silent", "ConnectTimeout 2")
-    line.stall()
-    ran = repo.exec("true", host="silent", seconds=40)
-    refused(ran, 255, "silent took the connection, and then said nothing")
-    assert "doctor silent" in ran.said and line.connections == 1, "it is no drop, which would be tried again"
-
-
 @each("entry, named", [("HostKeyAlias Box.new", "box.new"), ("", "[127.0.0.1]:{port}"), ("UserKnownHostsFile {first} {second}", "[127.0.0.1]:{port}")])
-def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo, entry, named, site):
+def test_the_command_for_a_changed_key_works(repo, entry, named, site):
     first, second = site.dir / "known one", site.dir / "known'2"
     site.daemon("bare-h", config=[entry.format(first=f'"{first}"', second=f'"{second}"'), f'UserKnownHostsFile "{second}"', f"IdentityFile {site.keys.user}", "IdentitiesOnly yes"])
     first.write_text(f"other {public(site.keys.host)}\n")
@@ -2782,31 +2598,25 @@ def test_the_command_told_for_a_changed_key_makes_ssh_forget_it(repo, entry, nam
 @each("trouble, answers_, code, words", [
     ("unknown", [("yes/no", "no")], 255, "not known"), ("unknown", [("yes/no", "yes")], 0, "it ran"), ("changed", [], 255, "ssh-keygen -f"), ("strict", [], 255, "not known"),
     ("passphrase", [("passphrase", "right")], 0, "it ran"), ("passphrase", [("passphrase", "wrong"), ("passphrase.*passphrase", "")], 255, "accepted none")])
-def test_on_a_terminal_ssh_asks_once_and_what_came_of_it_is_told(repo, trouble, answers_, code, words, site):
+def test_on_a_terminal_ssh_asks_once(repo, trouble, answers_, code, words, site):
     if trouble == "passphrase":
-        site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig", f"IdentityFile {locked_key(site)}", "IdentitiesOnly yes"])
+        site.daemon("bare-h", config=[*site.trusted(), f"IdentityFile {locked_key(site)}", "IdentitiesOnly yes"])
     else:
         site.daemon("h", host_key=site.keys.other_host, config=[f"StrictHostKeyChecking {'yes' if trouble == 'strict' else 'ask'}", f"HostKeyAlias {'rig' if trouble == 'changed' else 'new'}"])
-    terminal = repo.terminal("exec", "-H", "bare-h" if trouble == "passphrase" else "h", "--", "echo it ran")
-    for question, answer in answers_:
-        terminal.expect(b"(?s)" + question.encode())
-        terminal.send(answer.encode() + b"\r")
-    assert terminal.wait() == code, terminal.output
+    turns = [text for question, answer in answers_ for text in (b"(?s)" + question.encode(), answer.encode() + b"\r")]
+    terminal = repo.terminal("exec", "-H", "bare-h" if trouble == "passphrase" else "h", "--", "echo it ran").talk(*turns, code=code)
     assert words.encode() in terminal.output and b"debug1" not in terminal.output and b"no reason" not in terminal.output
     assert (b"may have a question" in terminal.output) == bool(answers_), terminal.output
 
 
 @each("lost", ["passphrase", "agent"])
-def test_a_login_that_needed_a_person_serves_all_that_comes_after(repo, lost, site):
-    """A key whose passphrase was typed once, or that has left the agent since. Nothing knocks in vain for long: failed logins cost penalties."""
+def test_a_login_by_a_person_serves_all_after_it(repo, lost, site):
+    """A key whose passphrase was typed once, or that has left the agent since: failed logins cost penalties."""
     key, words = locked_key(site), ("exec", "-H", "bare-h", "--", "echo work >>README")
-    site.daemon("bare-h", config=[f"UserKnownHostsFile {site.known_hosts}", "HostKeyAlias rig"] + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
+    site.daemon("bare-h", config=site.trusted() + ["IdentitiesOnly yes", f"IdentityFile {key}"] * (lost == "passphrase"))
     with agent(site) as env:
         def asked(*words):
-            terminal = repo.terminal(*words, env=env)
-            terminal.expect(b"passphrase")
-            terminal.send(b"right\r")
-            assert terminal.wait() == 0, terminal.output
+            repo.terminal(*words, env=env).talk(b"passphrase", b"right\r")
         if lost == "passphrase":
             asked(*words)
         else:
@@ -2840,7 +2650,7 @@ def test_contract_a_tilde_is_the_home_over_there(repo, root, site):
     assert repo.cli("read", "README").out == b"hello\n" and repo.cli("write", "w", stdin=b"w").code == 0 and repo.cli("edit", "w", "--old", "w", "--new", "v").code == 0
 
 
-def test_a_server_that_asks_for_the_agent_is_named_then_left(repo, site):
+def test_a_server_that_asks_for_the_agent_is_left(repo, site):
     """What ssh writes into its log then was seen on a real one; no server here does it."""
     words, name = "Warning: ssh server tried agent forwarding.\nWarning: this is probably a break-in attempt by a malicious server.\n", site.dir / "name"
     in_sshs_place(
@@ -2859,12 +2669,11 @@ def test_a_server_that_asks_for_the_agent_is_named_then_left(repo, site):
     assert again.code == 0 and not again.said, again
 
 
-def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
+def test_a_child_of_a_proxy_does_not_keep_a_call(site, repo):
     """A session of its own ends with its ssh, whoever holds its stderr."""
     server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
     nap, work = Nap(), Nap()
     site.host("kept", f"ProxyCommand sh -c '{nap} & exec {server}'")
-    repo = Repo(site)
     ssh_without_masters(site)
     repo.new(host="kept")
     try:
@@ -2874,8 +2683,8 @@ def test_a_proxy_that_leaves_a_child_behind_does_not_keep_a_call(site):
             words = process.cmdline.split(b"\0")
             if b"kept" in words and b"-S" in words and b"none" in words:
                 kill(process.pid, signal.SIGKILL)
-        out, err = child.communicate()
-        assert child.returncode == 255 and json.loads(out)["error"]["type"] == "ConnectionLost", (out, err)
+        ran = child.end()
+        assert ran.code == 255 and ran.json["error"]["type"] == "ConnectionLost", ran
     finally:
         subprocess.run(["pkill", "-f", nap])
 
@@ -2887,7 +2696,7 @@ def test_every_kind_of_tar_unpacks_the_same(site, tar):
     path.unlink()
     path.symlink_to(program(tar, {"bsdtar": "libarchive-tools"}.get(tar, tar)))
     repo = Repo(site, odd=True)
-    repo.new(host="bare")
+    assert repo.exec("git status --porcelain; git log --format=%s | wc -l", host="bare").out.strip() == b"1"
     repo.arrived()
     repo.ok("exec", "--", "echo agent >>plain.txt; rm empty; echo n >'new file'")
     repo.ok("pull")
@@ -2911,7 +2720,7 @@ def test_a_home_with_any_name_works(site, name):
 
 
 @each("what", ["bytes", "inodes"])
-def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site, what):
+def test_a_full_disk_on_the_host_leaves_nothing_half(site, what):
     home = site.far_home("small")
     site.inetd("small")
     entry = site.entries[0]
@@ -2927,7 +2736,7 @@ def test_a_full_disk_on_the_host_is_said_and_leaves_nothing_half(site, what):
 
 
 @each("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
-def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo, verb, room, site):
+def test_a_full_disk_on_this_machine_is_said(repo, verb, room, site):
     """TMPDIR, where a shadow repository and a command's stdin lie, is a small tmpfs in a namespace of its own."""
     assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
     repo.save("large", os.urandom(300000))
@@ -2947,14 +2756,13 @@ def test_a_full_disk_on_this_machine_is_said_and_not_a_traceback(repo, verb, roo
 # === Many at once (promise 8) ===
 
 
-def test_a_foreign_shell_in_a_session_opened_ahead_runs_nothing(site):
+def test_a_foreign_shell_in_a_session_opened_ahead(site, repo):
     host, flag, touched = site.login("bash"), site.dir / "flag", site.dir / "touched"
     (site.far_home(host) / ".bashrc").write_text(f"[ ! -e {flag} ] || {{ echo >>{flag}; exec dash; }}\n")
-    repo = Repo(site)
     repo.secret("S", b"touch %s" % os.fsencode(touched))
     assert in_library(repo, """
 import os
-workspace = cmux_ssh.Project(".").create("main", sys.argv[1])
+workspace = here(sys.argv[1])
 def said():
     try:
         return workspace.exec(["true"]).exit_code
@@ -2975,11 +2783,10 @@ print([said() for _ in range(5)])
 
 @slow
 @promise(8)
-def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo, site):
+def test_20_processes_on_a_cold_connection_all_succeed(repo, site):
     children = [repo.start("exec", "-H", "box", "--", f"echo {n}; cat README") for n in range(20)]
     for n, child in enumerate(children):
-        out, err = child.communicate(timeout=120)
-        assert (child.returncode, out, err) == (0, f"{n}\nhello\n".encode(), b""), site.log()
+        assert child.end(seconds=120).ended == (0, f"{n}\nhello\n".encode(), b""), site.log()
     assert set(repo.workspaces()) == {"main"}, "created once"
     assert "drop connection" not in site.log()
 
@@ -2987,8 +2794,7 @@ def test_20_processes_at_once_on_a_cold_connection_all_succeed(repo, site):
 @slow
 @promise(8)
 def test_200_commands_50_at_a_time_all_succeed(shared):
-    with ThreadPoolExecutor(50) as pool:
-        runs = list(pool.map(lambda n: shared.exec(f"echo {n}; exit {n}"), range(200)))
+    runs = at_once(50, lambda n: shared.exec(f"echo {n}; exit {n}"), range(200))
     assert [r.ended for r in runs] == [(n, b"%d\n" % n, b"") for n in range(200)]
     assert "drop connection" not in shared.site.log()
 
@@ -2996,7 +2802,7 @@ def test_200_commands_50_at_a_time_all_succeed(shared):
 @slow
 @each("way", ["refuses", "hangs up"])
 @promise(8)
-def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(repo, way, site):
+def test_a_host_that_is_down_is_not_hammered(repo, way, site):
     """And each attempt is answered within a minute, though it may wait for its turn to try."""
     log = site.dir / "attempts"
     line = site.line("down")
@@ -3004,8 +2810,7 @@ def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(rep
     if way == "refuses":
         site.at("down", free_port())
     in_sshs_place(site, f'case " $* " in *" -G "*|*" -V "*|*" -O "*) ;; *) echo try >>{log};; esac\nexec $ssh "$@"')
-    with ThreadPoolExecutor(20) as pool:
-        runs = list(pool.map(lambda n: repo.exec("true", host="down", seconds=60), range(100)))
+    runs = at_once(20, lambda n: repo.exec("true", host="down", seconds=60), range(100))
     assert {r.code for r in runs} == {255} and all(r.said.strip() for r in runs)
     assert log.read_text().count("try") <= 12 and line.connections <= 12
     line.refuse = False
@@ -3014,7 +2819,7 @@ def test_a_host_that_is_down_sees_a_handful_of_connections_from_100_attempts(rep
 
 
 @slow
-def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo, site):
+def test_50_processes_keep_to_the_budget(repo, site):
     """Each master of theirs takes a mark before it connects and gives it back when it is authenticated; sshd
     numbers the sessions of a connection from 0."""
     marks = site.dir / "marks"
@@ -3022,8 +2827,7 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     assert repo.exec("true").code == 0
     meet = "touch here-$N; i=0; while [ $(ls here-* | wc -l) -lt 50 ] && [ $i -lt 600 ]; do sleep 0.1; i=$((i+1)); done; echo met"
     children = [repo.start("exec", "--env", f"N={n}", "--", meet) for n in range(50)]
-    said = [child.communicate(timeout=150) for child in children]
-    assert [(child.returncode, *words) for child, words in zip(children, said)] == [(0, b"met\n", b"")] * 50
+    assert [child.end(seconds=150).ended for child in children] == [(0, b"met\n", b"")] * 50
     under_way = most = 0
     for mark in marks.read_text().split():
         under_way += 1 if mark == "+" else -1
@@ -3034,8 +2838,8 @@ def test_50_processes_at_once_keep_to_the_budget_of_sessions_and_handshakes(repo
     assert "drop connection" not in site.log() and "no more sessions" not in site.log()
 
 
-def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site, line):
-    """While the line is stalled the connections that came are the handshakes under way. It was a day."""
+def test_a_dropped_handshake_is_forgotten(repo, site, line):
+    """While the line is stalled the connections that came are the handshakes under way."""
     ssh_without_masters(site)
     repo.new(host="far")
     line.away = (1, b"")
@@ -3057,8 +2861,8 @@ def test_one_dropped_handshake_is_forgotten_after_a_minute(repo, site, line):
 
 
 @each("what", ["slot", "two slots", "handshake", "lock", "host that is down"])
-def test_waiting_costs_nothing_however_many_wait_and_ends_at_once(repo, what, site, line):
-    """Forty threads; in a second each of them looked 150 times, a fifth of a core for the rest of us."""
+def test_waiting_costs_nothing_and_ends_at_once(repo, what, site, line):
+    """Of forty threads each looked 150 times a second."""
     repo.new(host="far")
     line.refuse = "slot" in what  # no second connection
     if what == "handshake":
@@ -3107,19 +2911,20 @@ if what == "handshake":                    # the commands that could not begin a
 
 
 @each("way", ["one master", "MaxSessions 1", "no masters"])
-def test_commands_that_stream_do_not_wait_for_each_other(site, way):
-    """Each needs two: those that held one waited for the next for ten minutes, and all failed."""
+def test_commands_that_stream_do_not_wait_for_each_other(site, way, repo):
+    """Each needs two: all held one, and waited for the next."""
     site.daemon("few", way if way == "MaxSessions 1" else "")
     if way == "no masters":
         ssh_without_masters(site)
-    repo, line = Repo(site), site.line("far", to="few")
+    line = site.line("far", to="few")
     repo.new(host="far")
     line.refuse = way == "one master"  # another cannot be had
     assert in_library(repo, """
-together, workspace = threading.Barrier(16), cmux_ssh.Project(".", warm=0).workspace("main")
+together, workspace = threading.Barrier(16), here(warm=0)
 def run(number, stdin):
     together.wait()
-    return workspace.exec("sleep 1; cat", stdin=stdin and b"%d" % number).stdout == b"%d" % number
+    done = workspace.exec("sleep 1; cat; exit %d" % number, stdin=stdin and bytes(range(256)) * number)
+    return (done.exit_code, done.stdout) == (number, bytes(range(256)) * number)
 with ThreadPoolExecutor(16) as pool:
     list(pool.map(run, range(16), [b""] * 16))      # as many connections as there can be
     print(list(pool.map(run, range(16), [b"some"] * 16)).count(True))
@@ -3127,15 +2932,14 @@ with ThreadPoolExecutor(16) as pool:
 
 
 @each("sh", ["dash", "bash"])
-def test_a_host_that_allows_few_processes_is_given_fewer(site, sh):
-    """Of forty at once 33 ended together with their wrapper, it was said. (The limit binds no root: the account is another.)"""
+def test_a_host_that_allows_few_processes_is_given_fewer(site, sh, repo):
+    """(The limit binds no root: the account is another.)"""
     uid = 60000 + os.getpid() % 5000
     login = site.script("few", f"exec {program('setpriv')} --reuid {uid} --clear-groups bash -c 'ulimit -u 26; exec {program(sh)} -c \"$SSH_ORIGINAL_COMMAND\"'")
     site.inetd("few", f"ForceCommand {login}")
     for path in (site.dir, site.remote):
         path.chmod(0o755)
     os.chown(site.far_home("few"), uid, -1)
-    repo = Repo(site)
     repo.new(host="few")
     rows = repo.cli("batch", "-j", "40", stdin=calls([["sleep", "1"]] * 40, workspace="main"), seconds=120).rows
     assert [row["ok"] and row["result"]["exit_code"] for row in rows] == [0] * 40, rows
@@ -3158,47 +2962,40 @@ def test_top_in_a_pipe_says_why_it_knows_nothing(repo, tuned, site):
     assert "has not answered" in repo.cli("top").text and "has not answered" in repo.cli("top", "--json").json[0]["error"]
 
 
-def test_a_slow_line_is_only_slow(repo, line):
+def test_a_line_that_is_slow_or_stalls_loses_nothing(repo, line):
+    data = os.urandom(1 << 20)
     line.delay = 0.025
-    data = os.urandom(1 << 18)
-    ran = repo.exec("cat", host="far", stdin=data)
-    assert (ran.code, ran.err) == (0, b"") and ran.out == data
-
-
-def test_a_line_that_stalls_and_goes_on_loses_nothing(repo, site):
-    line, data = site.line("far"), os.urandom(1 << 20)
-    repo.new(host="far")
+    assert repo.exec("cat", host="far", stdin=data[:1 << 18]).ended == (0, data[:1 << 18], b"")
+    line.delay = 0.0
     child = repo.start("exec", "-H", "far", "--", "cat", stdin=PIPE)
     line.stall()
     threading.Timer(1.5, line.go_on).start()
-    out, err = child.communicate(data)
-    assert (child.returncode, err) == (0, b"") and out == data
+    assert child.end(data).ended == (0, data, b"")
 
 
-def test_a_second_process_has_sessions_waiting_too_on_a_master_more(repo, site):
-    """Sessions opened ahead take the upper half of a master's slots: the first process has them all. The next
-    starts one master more for its own."""
-    with open_agent(repo, "-H", "box") as first:
+def test_a_second_process_has_sessions_waiting_too(repo, site):
+    """Sessions opened ahead take the upper half of a master's slots: the next process starts one master more for its own."""
+    with Agent(repo, "-H", "box") as first:
         first("exec", command="true")
         until(lambda: (open_sessions(site), len(site.masters())) == (4, 1), "the first has its own")
-        with open_agent(repo) as second:
+        with Agent(repo) as second:
             second("exec", command="true")
             until(lambda: (open_sessions(site), len(site.masters())) == (8, 2), "the second has, too")
     until(lambda: open_sessions(site) == 0, "they are given back")
 
 
-def test_sessions_wait_ready_again_after_a_command_that_took_long(repo, tuned, site):
+def test_sessions_wait_again_after_a_long_command(repo, tuned, site):
     tuned(WARM_IDLE=3)  # what the keeper sleeps once all that waited is given up
-    with open_agent(repo, "-H", "box") as talker:
+    with Agent(repo, "-H", "box") as talker:
         talker("exec", command="sleep 4")
         until(lambda: open_sessions(site) == 4, "they are opened", 2.5)
 
 
-def test_close_gives_up_a_session_that_is_just_being_opened_ahead(repo, site, line):
+def test_close_gives_up_a_session_being_opened_ahead(repo, site, line):
     repo.new(host="far")
     line.delay = 0.1
     assert in_library(repo, """
-workspace = cmux_ssh.Project(".").workspace("main")
+workspace = here()
 for pause in range(6):
     workspace.exec("true")              # in the next two tenths of a second another is opened
     time.sleep(pause / 20)
@@ -3210,9 +3007,9 @@ wait_ready(sys.argv[1])                 # with the next operation it begins agai
 """, str(site.dir / "log-box")) == "3\n"
 
 
-def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo, site):
+def test_a_header_that_was_cut_off_is_sent_again(repo, site):
     """It was never whole: nothing can have begun."""
-    with open_agent(repo, "-H", "box") as talker:
+    with Agent(repo, "-H", "box") as talker:
         talker("exec", command="true")
         four_ready(site)
         (master,) = site.masters()
@@ -3222,23 +3019,23 @@ def test_a_header_cut_off_by_a_dying_master_is_sent_again(repo, site):
 
 
 @each("sessions", [1, 2])
-def test_sessions_that_wait_do_not_block_a_host_that_takes_few(site, sessions):
+def test_waiting_sessions_do_not_block_a_small_host(site, sessions):
     """They lie in slots that do not count any more, once it was learnt how few it takes."""
     site.daemon("few", f"MaxSessions {sessions}")
     assert in_library(Repo(site), """
-first = cmux_ssh.Project(".").create("main", "few")
+first = here("few")
 first.exec("true")
 time.sleep(1)
 began = time.monotonic()
-second = cmux_ssh.Project(".", warm=0).workspace("main")
+second = here(warm=0)
 print(second.exec("exit 4").exit_code, first.exec("exit 5").exit_code, time.monotonic() - began < 40)
 """) == "4 5 True\n"
 
 
-def test_two_clones_that_send_one_tree_at_once_spoil_nothing(site):
-    """upload_lock is of one repository: the host sees to it itself (seen: a base that was an empty file, for ever)."""
+def test_two_clones_may_send_one_tree_at_once(site):
+    """The lock of an upload is one repository's: the host sees to it itself."""
     repo = Repo(site, files={f"d/{n}": b"%d" % n for n in range(30)})
-    subprocess.run(["git", "clone", "-q", str(repo.dir), str(site.dir / "other")], env=site.environment(), check=True)
+    repo.git("clone", "-q", ".", str(site.dir / "other"))
     assert in_library(repo, """
 import os, subprocess
 places = [".", sys.argv[1]]
@@ -3264,14 +3061,14 @@ print("fine")
     assert all((base / "whole.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
 
 
-def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo, site):
+def test_no_master_is_tried_twice_for_sessions_ahead(repo, site):
     """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
-    with open_agent(repo, "-H", "box") as first:
+    with Agent(repo, "-H", "box") as first:
         first("exec", command="true")
         four_ready(site)
         (site.dir / "authorized").write_text("")
         before = site.log().count("Connection from ")
-        with open_agent(repo) as second:
+        with Agent(repo) as second:
             for _ in range(5):
                 second("exec", command="true")
                 time.sleep(1.6)  # longer than the pause after a failure
@@ -3279,9 +3076,9 @@ def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo, site):
             assert (open_sessions(site), len(site.masters())) == (4, 1)
 
 
-def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo, tuned, site):
+def test_a_hung_master_costs_one_wait(repo, tuned, site):
     tuned(START_PATIENCE=2)
-    with open_agent(repo, "-H", "box") as talker:
+    with Agent(repo, "-H", "box") as talker:
         for _ in range(4):
             talker("exec", command="true")
         four_ready(site)
@@ -3293,13 +3090,6 @@ def test_a_master_that_hangs_costs_a_long_lived_caller_one_wait(repo, tuned, sit
 
 
 # === new: uploads and the init hook ===
-
-
-def test_every_kind_of_file_arrives_as_the_repository_has_it(odd):
-    """Names, modes, links and bytes; no filter, no line ends, no $Format$; also what export-ignore names."""
-    ran = odd.exec("git status --porcelain --ignored; git log --format=%s | wc -l; ./run.sh")
-    assert (ran.code, ran.out.split()) == (0, [b"1", b"ran"])
-    odd.arrived()
 
 
 def test_new_takes_a_revision(repo):
@@ -3317,7 +3107,7 @@ def test_two_projects_of_one_name_never_meet(site):
     assert len(one.cli("list", "--all-projects", "--json").json) == 2
 
 
-def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo, site):
+def test_a_subdirectory_and_option_C_are_the_same_project(repo, site):
     repo.new()
     before = site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
     assert before.json["stdout"] == "-C x\n", before
@@ -3326,23 +3116,10 @@ def test_a_subdirectory_a_worktree_and_option_C_are_the_same_project(repo, site)
     assert set(json.loads(site.cli("list", "-C", str(repo.dir / "src"), "--json").out)[0]) >= {"name", "host", "path", "base", "created"}
 
 
-def test_a_second_workspace_of_a_commit_sends_almost_nothing(repo, line):
-    repo.save("big", os.urandom(2 << 20))
-    repo.new("a", host="far")
-    first, line.up = line.up, 0
-    assert first > 2 << 20
-    repo.new("b", host="far")
-    assert line.up < 64 << 10, line.up
-    assert tree_of(repo.path("a")) == tree_of(repo.path("b")) == repo.tree()
-    (repo.path("b") / "big").write_bytes(b"edited in place")
-    repo.new("c", host="far")
-    repo.arrived("c")
-
-
 @each("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
     (how, at) for how in ("compressed, cut", "compressed, killed") for at in (400_000, 1_100_000, 1_400_000))])
 @promise(7)
-def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo, at, how, site, line):
+def test_an_upload_cut_in_the_middle_leaves_nothing(repo, at, how, site, line):
     repo.save("big", source_text(6 << 20) if "compressed" in how else os.urandom(2 << 20))
     if "compressed" in how:
         line.rate, line.delay = 4e6, 0.005
@@ -3371,19 +3148,17 @@ def source_text(size):
 
 @pytest.fixture
 def tuned(site, monkeypatch):
-    """Other limits for the program from now on."""
-    def tune(**limits):
+    """Other limits for the program from now on, or another line of it."""
+    def tune(line="", **limits):
         path = site.dir / "tuned.py"
-        path.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\n" + "".join(
+        path.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\n{line}\n" + "".join(
             f"assert c.{name}; c.{name} = {value if isinstance(value, int) else f'float({str(value)!r})'}\n" for name, value in limits.items()) + "sys.exit(c.main())\n")
         monkeypatch.setattr(sys.modules[__name__], "PROGRAM", path)
     return tune
 
 
-def test_over_a_long_line_archives_and_deltas_travel_compressed(repo, line):
-    for name in "abcdef":
-        repo.write(name, source_text(1 << 20))
-    repo.commit()
+def test_over_a_long_line_all_travels_compressed(repo, line):
+    repo.save({name: source_text(1 << 20) for name in "abcdef"})
     line.rate, line.delay = 4e6, 0.005
     made = repo.ok("new", "-v", "-H", "far", "w")
     assert "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree(), made
@@ -3409,13 +3184,12 @@ new.close()
 
 
 @each("host", ["box", "bare", "bsdtar"])
-def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host):
-    """git archives a tree with the time of now; in the host's future, make would rebuild for ever."""
+def test_files_are_as_old_as_the_host_says(site, host):
+    """git archives a tree with the time of now: in the host's future, make would rebuild for ever."""
     if host == "bare":
         small_host(site)
     if host == "bsdtar":
-        (site.dir / "tar").symlink_to(program("bsdtar", "libarchive-tools"))
-        site.inetd("bsdtar", env={"PATH": f"{site.dir}:{os.environ['PATH']}"})
+        site.inetd("bsdtar", env=replaced(site, tar=f'exec {program("bsdtar", "libarchive-tools")} "$@"'))
     repo, shim = Repo(site, odd=True), site.dir / "shim" / "git"
     shim.parent.mkdir()
     shim.write_text(SHIFT.format(python=sys.executable, git=program("git")))
@@ -3435,7 +3209,7 @@ def test_files_are_as_old_as_the_host_says_though_this_clock_is_ahead(site, host
             assert clean.returncode == 0, "the index knows the files without a look at their content"
 
 
-def test_a_bar_tells_bytes_rate_and_time_and_is_taken_away(repo, line):
+def test_a_bar_tells_bytes_rate_and_time(repo, line):
     """Of an upload, and of a pull; neither in a pipe."""
     name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
     repo.save("big", os.urandom(5 << 20))
@@ -3446,15 +3220,13 @@ def test_a_bar_tells_bytes_rate_and_time_and_is_taken_away(repo, line):
     assert seen.wait() == 0
     assert not [text for text in seen.lines() if "sending" in text], seen.lines()
     assert repo.exec("head -c 3000000 /dev/urandom >result", host="far", options=["-w", name]).code == 0
-    seen = repo.terminal("pull", "-w", name)
-    seen.expect(rb"  receiving [\d.]+ [kM]B, [\d.]+ [kM]B/s")
-    assert seen.wait() == 0
+    seen = repo.terminal("pull", "-w", name).talk(rb"  receiving [\d.]+ [kM]B, [\d.]+ [kM]B/s")
     assert b"sending" not in seen.output and not [text for text in seen.lines() if "receiving" in text], seen.lines()
     line.rate = 4e6
     assert b"sending" not in repo.cli("new", "-H", "far", "--root", "other", "b").err
 
 
-def test_a_stalled_upload_holds_up_no_other_host_and_is_given_up(repo, tuned, line):
+def test_a_stalled_upload_holds_up_no_other_host(repo, tuned, line):
     repo.save("text", os.urandom(1 << 20))
     repo.new("old", "older", "--ref", "HEAD~1")
     stopped = threading.Event()
@@ -3464,8 +3236,7 @@ def test_a_stalled_upload_holds_up_no_other_host_and_is_given_up(repo, tuned, li
         until(stopped.is_set, "the upload stalls")
         tuned(LOCK_PATIENCE=2.5)
         calls = ("new -H far c", "new -H box a", "rm a", "rename -w old a", "fork -w older a", "exec -H box -w a -- true")
-        with ThreadPoolExecutor(len(calls)) as pool:
-            answers = list(pool.map(lambda words: repo.cli(*words.split()), calls))
+        answers = at_once(len(calls), lambda words: repo.cli(*words.split()), calls)
         for words, waited in zip(calls, answers):
             who = f"process {sender.pid}, which {'sends the same files to far' if 'far' in words else 'works on the workspace a'}."
             assert waited.code == (125 if "exec" in words else 1) and waited.out == b"" and 2 < waited.seconds < 15, waited
@@ -3482,7 +3253,7 @@ def test_a_stalled_upload_holds_up_no_other_host_and_is_given_up(repo, tuned, li
 HOOK = b'#!/bin/sh\necho "init in $CMUX_WORKSPACE with <$TOKEN>"\necho to-stderr >&2\necho once >>init-ran\nexit "${CODE:-0}"\n'
 
 
-def test_the_init_hook_runs_once_and_its_output_is_streamed(repo):
+def test_the_init_hook_runs_once_and_its_failure_undoes_nothing(repo):
     repo.save(".cmux/init", HOOK, 0o755)
     repo.secret("TOKEN", b"tok")
     made = repo.new("a")
@@ -3492,23 +3263,18 @@ def test_the_init_hook_runs_once_and_its_output_is_streamed(repo):
     repo.save(".cmux/init", HOOK, 0o644)
     repo.new("c")  # where it is only a file
     assert not [name for name in "bc" if (repo.path(name) / "init-ran").exists()]
-
-
-def test_a_failing_init_hook_is_reported_and_undoes_nothing(repo):
     repo.save(".cmux/init", HOOK.replace(b'"${CODE:-0}"', b"9"), 0o755)
-    made = repo.cli("new", "-H", "box", "a")
-    assert "9" in made.said and "init" in made.said and set(repo.workspaces()) == {"a"}
-    first = repo.exec("echo output", options=["-w", "b"])
+    made = repo.new("d")
+    assert "9" in made.said and "init" in made.said and "d" in repo.workspaces()
+    first = repo.exec("echo output", options=["-w", "e"])
     assert first.code == 0 and first.out.endswith(b"output\n") and "init" in first.said
-    assert repo.cli("new", "c", "-H", "box", "--json").json[0]["state"] == "init failed"
-    quiet = repo.ok("new", "d", "-H", "box", "-q")
-    assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of d failed.\n", quiet
+    assert repo.cli("new", "f", "-H", "box", "--json").json[0]["state"] == "init failed"
+    quiet = repo.ok("new", "g", "-H", "box", "-q")
+    assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of g failed.\n", quiet
 
 
-def test_a_repository_cannot_name_its_host_command_or_options(repo, site):
-    for name in (".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"):
-        repo.write(name, b'{"host": "box"}\nhost = box\n')
-    repo.commit()
+def test_a_repository_cannot_name_its_host(repo, site):
+    repo.save(dict.fromkeys((".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"), b'{"host": "box"}\nhost = box\n'))
     ran = repo.cli("exec", "--", "true")
     assert ran.code == 125 and not site.log().count("Accepted publickey")
 
@@ -3521,7 +3287,7 @@ def test_nothing_is_left_behind_on_this_machine(repo, site):
     assert "cmux" not in repo.git("for-each-ref")
 
 
-def test_a_record_whose_parts_are_wrong_is_said_and_left_alone(repo):
+def test_a_record_with_wrong_parts_is_left_alone(repo):
     repo.new()
     file = repo.record()
     good = json.loads(file.read_text())
@@ -3561,30 +3327,12 @@ def test_an_interrupted_init_hook_is_no_success(repo, names, nap):
     child = repo.start("new", "-H", "box", *names)
     nap.runs(len(names))
     child.send_signal(signal.SIGINT)
-    out, err = child.communicate()
-    assert child.returncode == 130 and out == b"" and b"nterrupted" in err, (out, err)
+    refused(child.end(), 130, "interrupted")
     nap.gone()
     assert all(row["state"] == "init failed" for row in repo.cli("list", "--json").json)
 
 
-def test_hooks_of_a_separate_git_directory_and_of_a_submodule(site):
-    repo, outer = Repo(site, "apart"), Repo(site, "outer")
-    repo.git("init", "-q", "--separate-git-dir", str(site.dir / "apart.git"))
-    repo.git("config", "core.hooksPath", str(repo.dir / "githooks"))
-    outer.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(repo.dir), "sub")
-    for directory, code in ((repo.dir, 1), (outer.dir / "sub", 0)):
-        assert site.cli("new", "-H", "box", "main", cwd=directory).code == 0
-        assert site.cli("exec", "--", "mkdir hooks githooks; echo x >hooks/x; echo x >githooks/x", cwd=directory).code == 0
-        pulled = site.cli("pull", cwd=directory)
-        assert pulled.code == code and ("runs hooks from there" in pulled.said) == bool(code), pulled
-
-
-def test_an_ignored_sigchld_makes_no_failure_a_success(repo):
-    repo.secret("T", command="echo abcdefg; exit 7")
-    refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, "failed with status 7")
-
-
-def test_two_aliases_of_one_address_do_not_share_a_connection(repo, site):
+def test_aliases_of_one_address_share_no_connection(repo, site):
     used = site.dir / "used"
     site.at("one")
     proxy = script(site.dir / "relay", f"echo used >>{used}\nexec {program('ssh')} -F {site.config} -W 127.0.0.1:{site.port} box")
@@ -3597,7 +3345,7 @@ def test_two_aliases_of_one_address_do_not_share_a_connection(repo, site):
 
 
 @each("force", [False, True])
-def test_a_new_or_push_killed_over_there_is_finished_by_the_next(site, force):
+def test_a_new_or_push_killed_on_the_host_is_finished(site, force):
     """They find a tree in the stage, which must not take the next one in; and files that are half changed, by the first, not by the agent."""
     repo, armed = Repo(site, files={f"many/{n}": b"old\n" for n in range(30)}), site.dir / "armed"
     end = """p=$$ all=
@@ -3607,9 +3355,7 @@ while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$a
     armed.touch()
     repo.new(host="killed")
     assert not armed.exists() and tree_of(repo.path()) == repo.tree()
-    for n in range(30):
-        repo.write("many/%d" % n, b"new\n")
-    repo.commit()
+    repo.save({f"many/{n}": b"new\n" for n in range(30)})
     if force:
         do(repo, "echo agent >agents")
     armed.touch()
@@ -3618,26 +3364,22 @@ while p=$(($(ps -o ppid= -p $p))) && [ "$(ps -o comm= -p $p)" = sh ]; do all="$a
     path = Path(repo.workspaces()["main"]["path"].replace("~", str(site.far_home("killed"))))
     assert {file.read_bytes() for file in (path / "many").iterdir()} == {b"new\n"}
     do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
-    assert "Nothing new" in repo.cli("pull").text
+    nothing_new(repo)
     kept = list((path.parents[1] / ".cmux" / "trash").glob("kept-*"))
     assert len(kept) == force and all((path / "agents").read_bytes() == b"agent\n" and (path / "many/1").read_bytes() == b"old\n" for path in kept)
 
 
 def test_push_leaves_a_split_index_that_git_can_read(repo):
-    for n in range(30):
-        repo.write("f%d.txt" % n, b"x%d\n" % n)
-    repo.commit()
+    repo.save({f"f{n}.txt": b"x%d\n" % n for n in range(30)})
     repo.new()
     do(repo, "sleep 1.5; git status; git update-index --split-index; ls .git | grep shared; git status --short")
-    for n in range(20):
-        repo.write("f%d.txt" % n, b"new\n")
-    repo.commit()
+    repo.save({f"f{n}.txt": b"new\n" for n in range(20)})
     repo.ok("push")
     do(repo, "s=$(git status --short) && [ -z \"$s\" ]")
 
 
 @each("everywhere", [False, True])
-def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo, everywhere, site):
+def test_dirty_goes_by_attributes_and_ignores(repo, everywhere, site):
     ignored = site.dir / "ignore everywhere" if everywhere else repo.dir / ".myignore"
     ignored.write_text("private.txt\n")
     (repo.dir / ".git" / "attrs").write_text("*.z filter=crypt\n*.txt text\n")
@@ -3653,13 +3395,14 @@ def test_dirty_goes_by_attributes_and_ignores_wherever_they_are_named(repo, ever
     assert b"terces" in repo.far("key.z")
 
 
-def test_a_forced_push_to_its_base_takes_back_nothing_pulled(repo):
+def test_a_forced_push_takes_back_nothing_pulled(repo):
     repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
     pulled = repo.id("cmux/main")
     repo.ok("push", "--force")
-    assert "Nothing new" in repo.cli("pull").text and repo.id("cmux/main") == pulled
+    nothing_new(repo)
+    assert repo.id("cmux/main") == pulled
     do(repo, "echo 2 >second")
     repo.ok("pull", "--branch", "other")
     moved, aside = repo.ok("pull"), f"cmux/main-{pulled[:8]}"
@@ -3681,7 +3424,7 @@ def test_what_was_dirty_is_not_the_agents(repo):
     assert repo.pulled("second") == "2", pulled
 
 
-def test_a_refused_push_or_a_damaged_project_disturbs_no_other(repo, site):
+def test_a_damaged_project_disturbs_no_other(repo, site):
     repo.new()
     do(repo, "echo 1 >agents")
     repo.commit()
@@ -3696,11 +3439,7 @@ def test_a_refused_push_or_a_damaged_project_disturbs_no_other(repo, site):
 
 def test_what_is_not_sent_is_said_exactly_each_time(repo):
     content = b"large" * 1000
-    repo.write("a.bin", pointer(content))
-    repo.write(".gitattributes", b"*.bin filter=lfs\n*.txt text\n")
-    for name in ("staged", "back.txt", "gone"):
-        repo.write(name, b"a\nb\n")
-    repo.commit()
+    repo.save({"a.bin": pointer(content), ".gitattributes": b"*.bin filter=lfs\n*.txt text\n", **dict.fromkeys(("staged", "back.txt", "gone"), b"a\nb\n")})
     repo.git("config", "core.autocrlf", "true")
     for name, data in (("a.bin", content), ("back.txt", b"a\r\nb\r\n"), ("staged", b"new\n")):
         repo.write(name, data)
@@ -3722,11 +3461,10 @@ def test_what_is_not_sent_is_said_exactly_each_time(repo):
     assert "Not sent: 1 LFS file" in repo.cli("push", "-w", "one", "--dirty").said
 
 
-@each("host", ["box", "nogit"])
-def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, host):
+def test_push_keeps_what_is_ignored(site, place):
     repo = Repo(site, odd=True, files={".gitignore": b"*.o\n", "keep": b"k\n", "f%d" % 1: b"1", "f2": b"2", "f3": b"3"})
-    repo.new(host=place_of(site, host))
-    if host == "box":  # without git, nobody there knows what is ignored
+    repo.new(host=place)
+    if place == "box":  # without git, nobody there knows what is ignored
         do(repo, "echo o >x.o")
     before = os.stat(repo.path() / "keep").st_mtime_ns
     (repo.dir / "plain.txt").unlink()
@@ -3740,7 +3478,7 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, host):
     there = tree_of(repo.path())
     kept = there.pop(b"x.o", None)
     assert there == repo.tree()
-    if host == "box":
+    if place == "box":
         assert kept and os.stat(repo.path() / "keep").st_mtime_ns == before
         assert repo.cli("exec", "-w", "main", "--", "git status --short").out == b""
     assert not (repo.path() / "sub/dir").exists()
@@ -3752,7 +3490,7 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, host):
     assert "kept" in forced.said, forced
     assert not (repo.path() / "lost").exists()
     assert list(Path(str(repo.path().parent.parent)).glob(".cmux/trash/kept-*/lost"))
-    if host == "box":
+    if place == "box":
         repo.git("checkout", "-q", "-f", "HEAD~1")
         assert tree_of(repo.path()).keys() - {b"x.o"} == repo.tree().keys()
         repo.git("checkout", "-q", "-f", "main")
@@ -3764,6 +3502,13 @@ def test_push_moves_a_workspace_and_keeps_what_is_ignored(site, host):
 def test_a_delta_sends_only_what_changed(site, line):
     repo = Repo(site, odd=True, files={f"big{i}": os.urandom(30000) for i in range(20)})
     repo.new("one", host="far")
+    line.up = 0
+    repo.new("same", host="far")
+    repo.arrived("same")
+    assert line.up < 64 << 10, line.up
+    (repo.path("same") / "big0").write_bytes(b"edited in place")
+    repo.new("whole", host="far")
+    repo.arrived("whole")
     for turn in range(9):
         repo.write("sub/turn", b"%d" % turn)
         if turn == 3:
@@ -3786,17 +3531,13 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
     repo = Repo(site, files={"blob": os.urandom(3000000)})
     repo.new("one")
     for turn in range(3):
-        repo.write("t", b"%d" % turn)
-        repo.write("README", b"%d" % turn)  # two of three files: few bytes, but most of them
-        repo.commit()
+        repo.save({"t": b"%d" % turn, "README": b"%d" % turn})  # two of three files: few bytes, but most of them
         repo.ok("push", "-w", "one")
         assert [row["bytes"] < 50000 for row in repo.history() if row["operation"] == "push"][-1]
     repo.save("blob", os.urandom(3000000))
     repo.ok("push", "-w", "one")
     repo.arrived("one")
-    for n in range(1200):
-        repo.write("vendor/%d" % n, b"x")
-    repo.commit()
+    repo.save({f"vendor/{n}": b"x" for n in range(1200)})
     repo.new("--root", "other", "two")
     repo.git("rm", "-rq", "vendor")
     repo.commit()
@@ -3804,22 +3545,21 @@ def test_a_delta_goes_by_bytes_where_there_are_few_files(site):
     repo.arrived("three")
 
 
-def test_nothing_is_said_of_head_where_a_workspace_has_it_and_more(repo):
+def test_nothing_is_said_of_a_head_that_is_there(repo):
     repo.write("untracked", b"u")
     repo.new("dirty", "--dirty")
-    terminal = repo.terminal("exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one")
-    assert terminal.wait() == 0 and b"done" in terminal.output and b"push brings" not in terminal.output
+    terminal = repo.terminal("exec", "-w", "dirty", "--", "cat untracked; echo; echo d''one").talk()
+    assert b"done" in terminal.output and b"push brings" not in terminal.output
     repo.commit()
-    terminal = repo.terminal("exec", "-w", "dirty", "--", "true")
-    assert terminal.wait() == 0 and b"To bring it there: " in terminal.output
+    assert b"To bring it there: " in repo.terminal("exec", "-w", "dirty", "--", "true").talk().output
 
 
 @each("host", ["box", "bare"])
 @promise(7)
-def test_push_looks_again_after_its_upload(site, host):
+def test_push_looks_again_after_its_upload(site, host, repo):
     bare_host(site)
     site.daemon("bare", env={"PATH": str(site.dir / "posix-bin")})
-    repo, line = Repo(site), site.line("far", to=host)
+    line = site.line("far", to=host)
     repo.new(host="far")
     note = repo.path() / "note"
     repo.save("more", os.urandom(2 << 20))
@@ -3836,7 +3576,7 @@ def test_push_looks_again_after_its_upload(site, host):
       "rm -rf .git; git init -q --object-format=sha256 -b main; git add -A; git commit -qm anew",
       "touch .git/HEAD.lock", "touch .git/refs/heads/main.lock", "git branch -m main/sub",
       "git checkout -q --detach; touch .git/refs/heads/main.lock"], ids=["anew", "sha256", "HEAD", "main", "sub", "detached"])
-def test_a_push_that_cannot_move_a_repository_says_so_or_replaces_it(repo, harm, site):
+def test_a_push_replaces_what_cannot_be_moved_by_force(repo, harm, site):
     repo.save(".gitignore", b"ignored\n")
     repo.new()
     do(repo, "git config --global user.name a; git config --global user.email a@x; echo agent >>README; echo cache >ignored; " + harm)
@@ -3856,19 +3596,28 @@ def test_a_push_that_cannot_move_a_repository_says_so_or_replaces_it(repo, harm,
     assert repo.git("log", "--format=%s", "main..second") == "again", pulled
 
 
-def test_a_split_index_hides_no_file_that_is_ignored_but_tracked(repo):
+def test_an_index_hides_nothing(repo):
+    """Neither a file that is ignored but tracked, in a split one, nor one that git was told not to look at."""
     repo.save(".gitignore", b"*.log\n")
     repo.new()
-    do(repo, "git config core.splitIndex true; git add -f .; echo keep >result.log; git add -f result.log; ls .git/sharedindex.*")
-    refused(repo.cli("rm", "main"), 1, "result.log")
+    do(repo, "git config core.splitIndex true; git add -f .; echo keep >result.log; git add -f result.log; ls .git/sharedindex.*; "
+             "git update-index --assume-unchanged README; git update-index --skip-worktree src/main.c; echo changed >README; echo changed >src/main.c")
+    refused(repo.cli("rm", "main"), 1, "result.log", "README")
     repo.ok("pull")
-    assert repo.pulled("result.log") == "keep"
+    assert repo.pulled("result.log") == "keep" and repo.pulled("README") == "changed"
+    if tuple(map(int, re.findall(r"\d+", repo.git("version"))[:2])) >= (2, 36):  # older ones believe skip-worktree
+        assert repo.pulled("src/main.c") == "changed"
 
 
-def test_what_was_only_fetched_holds_up_no_rm(repo):
+def test_a_merge_comes_home_as_one(repo):
     repo.new()
-    do(repo, "git init -q ../up && cd ../up && git -c user.name=a -c user.email=a@x commit -q --allow-empty -m theirs && cd - && git fetch -q ../up HEAD:refs/remotes/origin/main")
-    repo.ok("rm", "main")
+    do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo x >x; git add .; "
+             "git commit -qm x; git merge -q -m merged side; echo y >y")
+    there = tree_of(repo.path())
+    repo.ok("pull")
+    assert repo.git("log", "--format=%s", "main..cmux/main").split("\n")[:2] == ["uncommitted work", "merged"]
+    repo.git("checkout", "-q", "-f", "cmux/main")
+    assert repo.tree() == there
 
 
 def test_work_that_a_push_left_behind_is_set_aside(repo, site):
@@ -3878,8 +3627,8 @@ def test_work_that_a_push_left_behind_is_set_aside(repo, site):
     pulled = repo.id("cmux/main")
     repo.save("users", b"u")
     repo.ok("push")
-    nothing = repo.ok("pull")
-    assert "Nothing new" in nothing.text and repo.id("cmux/main") == pulled
+    nothing_new(repo)
+    assert repo.id("cmux/main") == pulled
     do(repo, "echo 2 >second")
     assert repo.cli("pull", env=replaced(site, git='case " $* " in *" cmux pull refs/heads/cmux/main "*) kill -9 $PPID; exit 1;; esac')).code == -9
     kept = repo.ok("pull")
@@ -3893,8 +3642,8 @@ def test_work_that_a_push_left_behind_is_set_aside(repo, site):
     assert repo.changed() == "third"
 
 
-def test_fork_waits_for_a_push(repo, site):
-    line, forks = site.line("far"), []
+def test_fork_waits_for_a_push(repo, line):
+    forks = []
 
     def fork():
         forks.append(repo.start("fork", "-w", "main", "side"))
@@ -3907,31 +3656,34 @@ def test_fork_waits_for_a_push(repo, site):
     assert forks[0].wait(60) == 0 and tree_of(repo.path("side")) == repo.tree()
 
 
-@each("layout", ["bare", "linked"])
-def test_hooks_of_another_worktree_are_not_changed_either(repo, layout, site):
+@each("layout", ["bare", "linked", "separate", "submodule"])
+def test_hooks_of_another_layout(repo, layout, site):
     repo.save("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
     other = site.dir / "other"
     if layout == "bare":
         repo.git("clone", "-q", "--bare", str(repo.dir), str(other))
-        subprocess.run(["git", "config", "core.hooksPath", "hooks"], cwd=other, check=True)
+        repo.git("-C", str(other), "config", "core.hooksPath", "hooks")
     else:
-        repo.git("worktree", "add", "-q", "-b", "side", str(other))
         repo.git("config", "core.hooksPath", str(repo.dir / "hooks"))
+    if layout == "linked":
+        repo.git("worktree", "add", "-q", "-b", "side", str(other))
+    elif layout == "separate":
+        repo.git("init", "-q", "--separate-git-dir", str(other))
+        other = repo.dir
+    elif layout == "submodule":  # which has a configuration of its own
+        outer = Repo(site, "outer")
+        outer.git("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(repo.dir), "sub")
+        other = outer.dir / "sub"
     repo.ok("-C", str(other), "new", "-H", "box", "w")
     repo.ok("-C", str(other), "exec", "-w", "w", "--", "echo evil >>hooks/pre-commit; echo >hooks/post-checkout")
-    refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, "runs hooks from there")
-
-
-@each("date, told", [("@1 -1159", "1970-01-01T00:00:00-11:59"), ("@0 +0000", "1970-01-01T00:00:00Z"), ("@99 +1400", "1970-01-01T14:01:39+14:00"), ("@99 +1401", "1970-01-01T00:01:39Z")])
-def test_a_date_before_1970_does_not_end_every_log(repo, date, told):
-    repo.new()
-    do(repo, f"echo x >x; git add x; GIT_AUTHOR_DATE='{date}' git commit -qm odd")
-    repo.ok("pull")
-    assert repo.git("log", "-1", "--format=%aI", "cmux/main") in (told, told.replace("Z", "+00:00"))
+    if layout == "submodule":
+        repo.ok("-C", str(other), "pull", "-w", "w")
+    else:
+        refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, "runs hooks from there")
 
 
 @promise(1)
-def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo):
+def test_dirty_sends_nothing_that_a_filter_encrypts(repo):
     for key, value in (("clean", "rev"), ("smudge", "rev"), ("required", "true")):
         repo.git("config", "filter.crypt." + key, value)
     repo.write(".gitattributes", b"*.z filter=crypt\n")
@@ -3979,7 +3731,7 @@ def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
 
 
 @each("empty", [False, True])
-def test_dirty_says_which_directory_is_a_repository_of_its_own(repo, empty, site):
+def test_dirty_names_a_repository_inside(repo, empty, site):
     inner = Repo(site, f"{repo.dir.relative_to(site.dir)}/in ner")
     if empty:
         inner.git("update-ref", "-d", "HEAD")
@@ -3991,7 +3743,7 @@ def test_dirty_says_which_directory_is_a_repository_of_its_own(repo, empty, site
 # === pull and diff (promise 3) ===
 
 
-def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo):
+def test_a_name_used_again_pulls_onto_its_branch(repo):
     for turn in range(2):
         repo.new("again")
         do(repo, f"echo {turn} >f{turn}", "again")
@@ -4009,7 +3761,7 @@ def test_a_name_used_again_pulls_onto_its_branch_once_that_was_merged(repo):
     refused(repo.cli("pull", "-w", "again"), 1, "no pull of this workspace made")
 
 
-def test_diff_on_a_terminal_has_the_colour_and_pager_of_git(repo, site):
+def test_diff_has_the_colour_and_pager_of_git(repo, site):
     repo.new()
     do(repo, "printf 'x\\033]0;evil\\007\\n' >>README; seq 20000 >many")
     pager, got = shlex.quote(site.script("pager", 'cat >"$0.got"; echo "paged $1"')), site.dir / "pager.got"
@@ -4042,7 +3794,7 @@ def test_diff_into_a_pipe_or_json_can_be_applied(repo):
     patch = told["diff"].encode() if "diff" in told else base64.b64decode(told["diff_base64"])
     assert patch == plain
     for data in (plain, patch):
-        subprocess.run(["git", "apply", "-"], cwd=repo.dir, input=data, env=repo.site.environment(), check=True)
+        repo.git("apply", "-", stdin=data)
         for name in ("crlf.txt", "data.bin", "noeol"):
             assert (repo.dir / name).read_bytes() == repo.far(name), name
         repo.git("checkout", "-q", "--", ".")
@@ -4067,7 +3819,6 @@ for how in map(str.strip, sys.stdin):
 
 
 def cases(name):
-    """How many tests one function of this file is."""
     marks = [mark for mark in getattr(globals()[name], "pytestmark", []) if mark.name == "parametrize"]
     count = 1
     for mark in marks:
@@ -4089,9 +3840,7 @@ class Lab(Repo):
         self.dir.mkdir()
         self.git("init", "-q", "-b", "main")
         self.git("config", "maintenance.auto", "false")  # of git 2.55: its lock would come and go in the background
-        for name, data in (("README", b"hi\n"), ("src/a.c", b"a\n"), ("docs", b"x\n"), ("back\\slash", b"b\n"), (".gitattributes", b"docs export-ignore\n")):
-            self.write(name, data)
-        self.commit("first")
+        self.save({"README": b"hi\n", "src/a.c": b"a\n", "docs": b"x\n", "back\\slash": b"b\n", ".gitattributes": b"docs export-ignore\n"})
         self.site.env["PYTHONPATH"] = str(HERE)
         in_sshs_place(self.site, f"""case " $* " in *" -G "*|*" -V "*) exec $ssh "$@";; *" -M "*) echo Unsupported option >&2; exit 255;; esac
 while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={self.site.dir}/$2 sh -c "$3\"""")
@@ -4254,7 +4003,6 @@ def test_evil_paths_are_refused(lab, path):
 
 @each("path", ODD)
 def test_odd_paths_are_left_out_and_named(lab, path):
-    """An honest host may have them; nothing of ours does, and everything else comes."""
     for at, (how, stream) in enumerate((("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 " + path, b"M 120000 :1 good"))),
                                         ("git", export(blob(1, b"x"), commit(2, b"M 100644 :1 good"), commit(3, b"D " + path, parent=b"from :2"))),
                                         ("files", files(b"M 100644 :1 " + path, b"M 100644 :1 good")))):
@@ -4281,10 +4029,7 @@ def test_one_blob_under_many_names_counts_as_often(new_lab):
     lab.refuse(export(blob(1, b"x" * 100000), commit(2, *names[:9]), commit(3, *[b"D f%d" % n for n in range(9)], parent=b"from :2"),
                       commit(4, *names[9:], parent=b"from :2")), what="it repeats files")
     assert len(lab.take(export(blob(1, b"x" * 100000), commit(2, *names[:10])))) == 10
-
-
-def test_a_directory_renamed_again_and_again_is_as_large_as_before(new_lab):
-    lab = new_lab(PULL_TOTAL_MAX=1 << 20)
+    # a directory that is renamed again and again is as large as before
     moves = [commit(at, *[b"M 100644 :1 d%d/%d" % (at, n) for n in range(9)], *[b"D d%d/%d" % (at - 1, n) for n in range(9)],
                     parent=b"from :%d" % (at - 1)) for at in range(3, 10)]
     found = lab.take(export(blob(1, b"x" * 100000), commit(2, *[b"M 100644 :1 d2/%d" % n for n in range(9)]), *moves))
@@ -4293,9 +4038,7 @@ def test_a_directory_renamed_again_and_again_is_as_large_as_before(new_lab):
 
 def test_names_that_fold_in_the_base_are_the_users_own(new_lab):
     lab = new_lab()
-    for path in ("Dir/a", "dir/b"):
-        lab.write(path, b"x")
-    lab.commit()
+    lab.save({"Dir/a": b"x", "dir/b": b"x"})
     for data, line in ((b"x", b"M 100644 :1 dir/B"), (b"x", b"M 100644 :1 DIR/evil"), (b"src", b"M 120000 :1 DIR")):  # the last two: a third spelling
         lab.refuse(export(blob(1, data), commit(2, line)), what="one file where case")
     assert set(lab.take(export(blob(1, b"x"), commit(2, b"M 100644 :1 dir/new", b"M 100644 :1 Dir/other")))) == {"dir/new", "Dir/other"}
@@ -4337,11 +4080,10 @@ def test_lying_exports_are_refused(lab, stream):
     lab.refuse(stream)
 
 
-def test_the_whole_tree_is_looked_at_no_oftener_for_more_commits(new_lab):
-    """A thousand commits on a tree of a hundred thousand files were hours. The git here says how often."""
+def test_more_commits_need_no_more_looks_at_the_tree(new_lab):
+    """The git here says how often."""
     lab, seen = new_lab(), []
-    lab.site.script("bin/git", f'case " $* " in *" ls-tree "*) echo look >>{lab.site.dir}/looks;; esac\nexec {program("git")} "$@"')
-    lab.site.env["PATH"] = f"{lab.site.dir}/bin:{lab.site.env['PATH']}"
+    lab.site.env.update(replaced(lab.site, git=f'case " $* " in *" ls-tree "*) echo look >>{lab.site.dir}/looks;; esac'))
     for count in (2, 1, 9):
         (lab.site.dir / "looks").write_text("")
         lab.take(export(blob(1, b"x"), *(commit(n, b"M 100644 :1 new%d" % n, parent=b"from " + (b":%d" % (n - 1 if n > 2 else 0))) for n in range(2, 2 + count))))
@@ -4428,6 +4170,12 @@ def do(repo, script, name="main"):
     repo.ok("exec", "-w", name, "--", script)
 
 
+def nothing_new(repo, *words):
+    pulled = repo.ok("pull", *words)
+    assert "Nothing new" in pulled.text
+    return pulled
+
+
 def untouched(repo):
     keep = ("objects", "refs/heads/cmux", "logs/refs/heads/cmux")
     return {str(p): p.read_bytes() if p.is_file() and not p.is_symlink() else b"" for p in sorted(repo.dir.rglob("*"))
@@ -4447,8 +4195,11 @@ line'; rm -rf xxx*; rm 'back\slash'; mkdir 'back\slash'; echo z >'back\slash/z'
 
 
 def test_pull_brings_every_honest_change_home(odd):
-    odd.new()
-    assert odd.cli("diff").out == b"" and "Nothing new" in odd.cli("pull").text
+    ran = odd.exec("git status --porcelain --ignored; git log --format=%s | wc -l; ./run.sh")
+    assert (ran.code, ran.out.split()) == (0, [b"1", b"ran"])
+    odd.arrived()
+    assert odd.cli("diff").out == b""
+    nothing_new(odd)
     assert not odd.git("for-each-ref", "refs/heads/cmux")
     do(odd, AGENT + CHANGES)
     before = untouched(odd)
@@ -4465,13 +4216,13 @@ def test_pull_brings_every_honest_change_home(odd):
     here = odd.tree()
     assert here == there
     odd.git("checkout", "-q", "main")
-    assert "Nothing new" in odd.cli("pull").text
+    nothing_new(odd)
     first = odd.id("cmux/main")
     do(odd, AGENT + "git add -A; git commit -qm three; echo later >later")
     odd.ok("pull")
     assert odd.git("merge-base", first, "cmux/main") == first
     assert odd.pulled("later") == "later"
-    assert "Nothing new" in odd.cli("pull").text
+    nothing_new(odd)
     odd.ok("rm", "main")
 
 
@@ -4490,7 +4241,7 @@ def test_pull_survives_what_agents_do_to_git(repo, harm):
     assert not os.path.exists("/tmp/never")
     if "nested" in harm:
         assert "nested repository ./nested" in pulled.said, pulled
-    assert "Nothing new" in repo.cli("pull").text
+    nothing_new(repo)
 
 
 def nobody(site, path):
@@ -4516,8 +4267,7 @@ def test_pull_without_git_on_the_host(site, busybox):
     odd = Repo(site, odd=True)
     odd.new(host=bare_host(site, busybox))
     assert not (odd.path() / ".git").exists()
-    done = odd.cli("pull")
-    assert "Nothing new" in done.text, done
+    nothing_new(odd)
     do(odd, CHANGES.replace("git mv", "mv").replace("git", ": git"))
     there = tree_of(odd.path())
     odd.ok("pull")
@@ -4525,13 +4275,13 @@ def test_pull_without_git_on_the_host(site, busybox):
     assert odd.tree() == there
     odd.git("fsck", "--strict")
     odd.git("checkout", "-q", "-f", "main")
-    assert "Nothing new" in odd.cli("pull").text
+    nothing_new(odd)
     odd.ok("rm", "main")
 
 
 @each("how", ["shorter", "gone", "longer"])
-def test_a_file_that_changes_while_it_is_read_does_no_harm(site, how):
-    repo, host, head = Repo(site), bare_host(site), site.dir / "posix-bin" / "head"
+def test_a_file_may_change_while_it_is_read(site, how, repo):
+    host, head = bare_host(site), site.dir / "posix-bin" / "head"
     real, once = head.resolve(), site.dir / "once"
     head.unlink()
     script(head, f"""case "$*" in *./log) [ -e {once} ] || {{ : >{once}; case {how} in shorter) echo x >"$3";; gone) rm "$3";; *) echo more >>"$3";; esac; }};; esac
@@ -4548,7 +4298,7 @@ exec {real} "$@\"""")
     assert "z" in repo.git("ls-tree", "--name-only", "cmux/main") and repo.cli("rm", "main").code == 0
 
 
-def test_what_cannot_be_read_there_is_named_and_no_deletion(site):
+def test_what_cannot_be_read_is_no_deletion(site):
     repo = Repo(site, files={"own": b"o\n"})
     bare_host(site)
     nobody(site, str(site.dir / "posix-bin"))
@@ -4563,13 +4313,9 @@ def test_what_cannot_be_read_there_is_named_and_no_deletion(site):
     assert repo.pulled("new") == "x" and repo.cli("rm", "main").code == 0
 
 
-@each("host", ["box", "nogit"])
-def test_what_export_ignore_names_comes_and_goes_home(site, host):
-    repo, place = Repo(site), place_of(site, host)
-    repo.write(".gitattributes", b"docs/ export-ignore\n*/deep/ export-ignore export-subst\n")
-    for path in ("docs/a", "docs/b/c", "src/deep/x"):
-        repo.write(path, b"mine $Format:%H$\n")
-    repo.commit()
+def test_what_export_ignore_names_comes_and_goes_home(place, repo):
+    repo.save({".gitattributes": b"docs/ export-ignore\n*/deep/ export-ignore export-subst\n",
+               **dict.fromkeys(("docs/a", "docs/b/c", "src/deep/x"), b"mine $Format:%H$\n")})
     assert repo.cli("new", "-H", place, "main").said == "" and tree_of(repo.path()) == repo.tree()
     assert repo.cli("diff").text == ""
     repo.write("docs/dirty", b"d\n")
@@ -4609,9 +4355,8 @@ def older(repo, names):
         path.write_text(entry["tree"] + "\n")
 
 
-@each("host", ["box", "nogit"])
-def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site, host):
-    repo, place = Repo(site, files={".gitattributes": b"docs/ export-ignore\n"}), place_of(site, host)
+def test_a_workspace_of_an_older_version_loses_nothing(site, place):
+    repo = Repo(site, files={".gitattributes": b"docs/ export-ignore\n"})
     names = ["clean", "pushed", "work"]
     repo.new(*names, host=place)
     older(repo, names)
@@ -4636,16 +4381,11 @@ def test_a_workspace_of_a_version_that_left_files_out_loses_nothing(site, host):
         assert repo.git("diff", "--name-only", "main", "cmux/" + name) == "docs/a"
 
 
-def test_a_commit_in_another_encoding_comes_as_utf_8(repo):
-    repo.new()
-    do(repo, "echo x >x && git add . && printf 'gr\\374n' | GIT_AUTHOR_NAME=$(printf 'J\\366rg') git -c i18n.commitEncoding=ISO-8859-1 commit -qF -")
-    repo.ok("pull")
-    assert repo.git("log", "-1", "--format=%an %s", "cmux/main") == "J\u00f6rg gr\u00fcn"
-
-
 @each("how", ["git checkout -q --orphan fresh; echo x >x; git add -A; git commit -qm orphan",
-      "git checkout -qb feature; echo x >x; git add -A; git commit -q --amend -m amended"], ids=["orphan", "amend"])
-def test_a_branch_that_stands_at_the_base_holds_nothing(repo, how):
+      "git checkout -qb feature; echo x >x; git add -A; git commit -q --amend -m amended",
+      "git init -q ../up; git -C ../up -c user.name=a -c user.email=a@x commit -q --allow-empty -m theirs; git fetch -q ../up HEAD:refs/remotes/origin/main; echo x >x"],
+      ids=["orphan", "amend", "fetched"])
+def test_what_is_no_work_holds_up_no_rm(repo, how):
     repo.new()
     do(repo, how)
     pulled = repo.ok("pull")
@@ -4653,7 +4393,7 @@ def test_a_branch_that_stands_at_the_base_holds_nothing(repo, how):
     repo.ok("rm", "main")
 
 
-def test_an_unreadable_gitmodules_is_said_and_a_huge_one_is_fast(repo):
+def test_an_unreadable_or_huge_gitmodules_is_said(repo):
     repo.new()
     do(repo, "printf '<<<<<<< HEAD\\n[submodule \"x\"]\\n' >.gitmodules")
     refused(repo.cli("pull"), 1, "not one that git can read")
@@ -4690,7 +4430,7 @@ def test_a_file_changed_in_the_second_of_its_commit_is_seen(repo):
 
 @each("first", ["git commit -q --amend --allow-empty -m amended", "git init -q nested; git -C nested -c user.name=a -c user.email=a@b commit -q --allow-empty -m n; git add nested; git commit -qm link"])
 @promise(7)
-def test_branches_and_stashes_are_told_also_where_history_cannot_come_home(repo, first):
+def test_branches_and_stashes_are_told_without_history(repo, first):
     repo.new()
     do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo st >>README; git stash -q; echo x >x; git add .; " + first)
     pulled = repo.ok("pull")
@@ -4703,28 +4443,7 @@ def test_branches_and_stashes_are_told_also_where_history_cannot_come_home(repo,
     repo.ok("rm", "main")
 
 
-def test_what_was_marked_not_to_be_looked_at_is_looked_at(repo):
-    repo.new()
-    do(repo, "git update-index --assume-unchanged README; git update-index --skip-worktree src/main.c; echo changed >README; echo changed >src/main.c")
-    assert repo.cli("rm", "main").code == 1
-    repo.ok("pull")
-    assert repo.pulled("README") == "changed"
-    if tuple(map(int, re.findall(r"\d+", repo.git("version"))[:2])) >= (2, 36):  # older ones believe skip-worktree
-        assert repo.pulled("src/main.c") == "changed"
-
-
-def test_a_merge_comes_home_as_one(repo):
-    repo.new()
-    do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo x >x; git add .; "
-             "git commit -qm x; git merge -q -m merged side; echo y >y")
-    there = tree_of(repo.path())
-    repo.ok("pull")
-    assert repo.git("log", "--format=%s", "main..cmux/main").split("\n")[:2] == ["uncommitted work", "merged"]
-    repo.git("checkout", "-q", "-f", "cmux/main")
-    assert repo.tree() == there
-
-
-def test_pull_and_push_where_git_makes_sha256_repositories(repo, site):
+def test_pull_and_push_with_sha256_repositories(repo, site):
     """As git 3 does, unless it is told."""
     host = site.inetd("git3", env=replaced(site, git="""
 case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; set -- init --object-format=sha256 "$@";; esac"""))
@@ -4738,11 +4457,17 @@ case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; se
     repo.ok("rm", "main")
 
 
-def test_a_commit_in_an_encoding_that_git_does_not_know(repo):
+def test_commits_with_odd_dates_and_encodings_come_home(repo):
+    dates = {"@1 -1159": "1970-01-01T00:00:00-11:59", "@0 +0000": "1970-01-01T00:00:00Z", "@99 +1400": "1970-01-01T14:01:39+14:00", "@99 +1401": "1970-01-01T00:01:39Z",
+             "@1700000000 +1545": "2023-11-14T22:13:20Z"}
     repo.new()
-    do(repo, "echo x >x; git add .; git -c i18n.commitEncoding=latin-9x commit -qm odd; echo y >y; git add .; GIT_AUTHOR_DATE='@1700000000 +1545' git commit -qm zone")
+    do(repo, "".join(f"echo '{date}' >x; git add x; GIT_AUTHOR_DATE='{date}' git commit -qm '{date}'; " for date in dates) +
+       "echo y >x; git add x; git -c i18n.commitEncoding=latin-9x commit -qm odd; "
+       "echo z >x; git add x; printf 'gr\\374n' | GIT_AUTHOR_NAME=$(printf 'J\\366rg') git -c i18n.commitEncoding=ISO-8859-1 commit -qF -")
     repo.ok("pull")
-    assert repo.git("log", "--format=%s %ad", "--date=format:%z", "main..cmux/main").startswith("zone +0000\nodd")
+    log = repo.git("log", "--reverse", "--format=%s=%aI=%an", "main..cmux/main").replace("+00:00", "Z").split("\n")
+    assert [row.split("=")[:2] for row in log[:5]] == [list(row) for row in dates.items()]
+    assert log[5].startswith("odd=") and re.fullmatch("gr\u00fcn=.*=J\u00f6rg", log[6]), log
 
 
 def test_a_base_that_this_repository_has_lost_is_said(repo):
@@ -4758,9 +4483,7 @@ def test_a_base_that_this_repository_has_lost_is_said(repo):
 
 
 def test_more_files_replaced_than_renames_are_looked_for(repo):
-    for n in range(450):
-        repo.write(f"o{n}", b"old %d %s" % (n, os.urandom(8).hex().encode()))
-    repo.commit()
+    repo.save({f"o{n}": b"old %d %s" % (n, os.urandom(8).hex().encode()) for n in range(450)})
     repo.new()
     do(repo, "rm o*; for i in $(seq 450); do echo new $i $i$i$i >n$i; done")
     repo.ok("diff", "--stat")
@@ -4769,7 +4492,7 @@ def test_more_files_replaced_than_renames_are_looked_for(repo):
 
 
 @each("change, gone, there", [("mv v1 t; mv v2 v1; mv t v2", "", {"v1/x": "TWO", "v2/x": "ONE"}), ("rm -r v1; mv v2 v1", "v2/x", {"v1/x": "TWO"})])
-def test_directories_that_changed_places_come_home_without_git(site, change, gone, there):
+def test_directories_that_changed_places(site, change, gone, there):
     repo = Repo(site, files={"v1/x": b"ONE\n", "v2/x": b"TWO\n"})
     repo.new(host=bare_host(site))
     do(repo, change)
@@ -4779,20 +4502,18 @@ def test_directories_that_changed_places_come_home_without_git(site, change, gon
     repo.ok("rm", "main")
 
 
-@each("host", ["box", "nogit"])
 @each("harm", ["echo u >untracked", "echo c >>README", "rm README; echo x >src/x"])
 @promise(7)
 @compat
-def test_rm_refuses_changed_files(site, host, harm):
-    repo = Repo(site)
-    repo.new(host=place_of(site, host))
+def test_rm_refuses_changed_files(place, harm, repo):
+    repo.new(host=place)
     do(repo, harm)
     assert repo.ok("diff").out
     kept = repo.cli("rm", "main")
     refused(kept, 1, harm.split()[-1].lstrip(">").replace("src/", ""))
     assert "--force" in kept.said
     repo.ok("pull")
-    if host == "box":
+    if place == "box":
         do(repo, "echo again >again; echo o >two")
         assert repo.cli("rm", "main").code == 1
         repo.ok("pull")
@@ -4801,7 +4522,7 @@ def test_rm_refuses_changed_files(site, host, harm):
 
 @each("harm", ["echo u >new; touch -t 200101010000 new", "cp -p README copy", "mv README renamed", "rm README", "chmod +x README",
       "ln -sf elsewhere link", "touch -r README r; echo z >>README; touch -r r README; rm r"])
-def test_rm_and_push_without_git_there_see_what_no_time_tells(site, harm):
+def test_rm_and_push_see_what_no_time_tells(site, harm):
     repo = Repo(site, files={"README": b"read\n", "src/x": b"x\n"})
     repo.save("src/x", b"y\n")
     repo.new("main", "other", host=bare_host(site))
@@ -4819,7 +4540,7 @@ def test_rm_and_push_without_git_there_see_what_no_time_tells(site, harm):
     "git worktree add -q --detach ~/wt; cd ~/wt; {}", "git checkout -q --detach; {}; git checkout -q --orphan fresh",
     "git checkout -q -b side; {}; git checkout -q main", "{}; git update-ref refs/odd/one HEAD; git reset -q --hard HEAD~1",
 ], ids=["detached", "reset", "amend", "worktree", "orphan", "branch", "ref"])
-def test_what_a_pull_does_not_bring_it_names_and_rm_refuses(repo, harm):
+def test_pull_names_what_it_does_not_bring(repo, harm):
     repo.new()
     do(repo, AGENT + harm.format("echo x >>README && git commit -qam lonely"))
     before = repo.cli("rm", "main")
@@ -4837,7 +4558,7 @@ def test_what_a_pull_does_not_bring_it_names_and_rm_refuses(repo, harm):
     repo.ok("rm", "main")
 
 
-def test_a_push_leaves_what_only_a_reflog_has_and_rm_still_knows_it(repo):
+def test_rm_knows_what_only_a_reflog_has(repo):
     repo.new()
     do(repo, AGENT + "echo x >>README; git commit -qam lonely; git commit -q --amend -m other")
     repo.save("more", b"user")
@@ -4899,11 +4620,10 @@ def test_pull_says_what_would_run_and_what_leaks(repo):
         assert name in pulled.text, pulled
     do(repo, "mkdir .husky; echo x >.husky/post-checkout")
     assert repo.cli("pull").code == 1
-    terminal = repo.terminal("pull", "--allow")
-    assert terminal.wait() == 0 and b"git diff ...cmux/main; to take it: git merge cmux/main" in terminal.output, terminal.output
+    assert b"git diff ...cmux/main; to take it: git merge cmux/main" in repo.terminal("pull", "--allow").talk().output
 
 
-def test_pull_refuses_hooks_by_a_link_and_shows_names_in_one_line(repo):
+def test_pull_refuses_hooks_behind_a_link(repo):
     repo.save("tools/hooks/x", b"1")
     repo.secret("TOKEN", b"s3cr3t-s3cr3t")
     repo.new()
@@ -4921,7 +4641,7 @@ def test_pull_refuses_hooks_by_a_link_and_shows_names_in_one_line(repo):
     refused(repo.cli("pull"), 1, "runs hooks from there")
 
 
-def test_hooks_are_found_by_either_name_and_in_any_configuration(repo, site):
+def test_hooks_are_found_in_any_configuration(repo, site):
     repo.write("tools/hooks/x", b"1")
     (repo.dir / "myhooks").symlink_to("tools/hooks")
     repo.commit()
@@ -4943,14 +4663,14 @@ def test_hooks_are_found_by_either_name_and_in_any_configuration(repo, site):
 
 @each("url", ["\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', "ext::sh -c id" + "\n#" + "x" * (1 << 20), '"!touch x"', "-u"],
       ids=["escaped", "quoted", "partly", "large", "bang", "dash"])
-def test_a_submodule_url_that_is_a_command_is_read_as_git_reads_it(repo, url):
+def test_a_submodule_url_that_is_a_command(repo, url):
     repo.new()
     (repo.path() / ".gitmodules").write_text('[submodule "a"]\n\tpath = a\n\turl = %s\n' % url)
     refused(repo.cli("pull"), 1, "gitmodules is larger than" if len(url) > 100000 else "a URL or an update that is a command")
 
 
 @promise(4)
-def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo, site):
+def test_pull_into_a_malicious_repository_runs_nothing(repo, site):
     trap = site.dir / "trap"
     evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
     for hook in ("reference-transaction", "post-index-change", "post-checkout", "pre-commit", "post-commit", "pre-auto-gc", "fsmonitor-watchman"):
@@ -4974,7 +4694,7 @@ def test_pull_from_a_malicious_repository_of_ones_own_runs_nothing(repo, site):
     assert not trap.exists(), trap.read_text()
 
 
-def test_hooks_that_the_configuration_names_do_not_run_either(repo, site):
+def test_hooks_of_the_configuration_do_not_run(repo, site):
     """git 2.54 has them; in front of an older one, a program does what it does."""
     trap, shim = site.dir / "trap", site.dir / "git-2.54.py"
     shim.write_text(f"""
@@ -4994,7 +4714,7 @@ os.execv(real, [real, *words])
         repo.git("config", scope, f"hook.{name}.event", "reference-transaction")
         repo.git("config", scope, f"hook.{name}.command", f"echo ran >>{trap}")
     env = replaced(site, git=f'case " $* " in *" update-ref "*) exec {sys.executable} -S {shim} "$@";; esac')
-    subprocess.run(["git", "update-ref", "refs/heads/proof", "HEAD"], cwd=repo.dir, env=site.environment(env), check=True)
+    repo.git("update-ref", "refs/heads/proof", "HEAD", env=env)
     assert trap.read_text().startswith("ran\nran\n")
     trap.unlink()
     for n, words in enumerate((["new", "-H", "box", "--dirty", "main"], ["exec", "--", "echo x >>README"], ["pull"], ["push", "--dirty"])):
@@ -5003,8 +4723,7 @@ os.execv(real, [real, *words])
         assert not trap.exists(), words
 
 
-def test_a_line_cut_during_pull_leaves_nothing(site, line):
-    repo = Repo(site)
+def test_a_line_cut_during_pull_leaves_nothing(line, repo):
     repo.new(host="far")
     do(repo, "head -c 400000 /dev/urandom >big")
     for limit in (20000, 100000, 300000):
@@ -5015,7 +4734,7 @@ def test_a_line_cut_during_pull_leaves_nothing(site, line):
     repo.ok("pull")
 
 
-def test_what_may_not_come_and_is_gone_again_has_a_way_out(repo):
+def test_what_may_not_come_has_a_way_out(repo):
     repo.cli("new", "-H", "box", "main")
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
     answer = repo.cli("pull")
@@ -5029,11 +4748,10 @@ def test_what_may_not_come_and_is_gone_again_has_a_way_out(repo):
     repo.ok("rm", "--force", "main")
 
 
-@each("host", ["box", "nogit"])
-def test_names_that_cannot_come_are_left_out_those_of_the_base_come(site, host):
+def test_names_that_cannot_come_are_left_out(site, place):
     own = ["\\lead", "trail\\", "a\\..\\b"]
     repo = Repo(site, files={name: b"old\n" for name in [*own, "README"]})
-    repo.new(host=place_of(site, host))
+    repo.new(host=place)
     do(repo, "for f in * ; do echo new >\"$f\"; done; mkdir .GIT sub; for f in 'git~1' .GIT/x 'sub/\\new' \"$(printf 'c\\001')\" \"$(printf 'l\\351')\"; do echo odd >\"$f\"; done")
     odd = [".GIT/x", "c^A", "git~1", "l\ufffd", "sub/\\new"]
     refused(repo.cli("rm", "main"), 1, "would be lost")
@@ -5050,7 +4768,7 @@ def test_names_that_cannot_come_are_left_out_those_of_the_base_come(site, host):
 
 
 @each("push", [False, True])
-def test_a_history_that_cannot_come_loses_no_tracked_file(site, push):
+def test_a_history_that_cannot_come_loses_no_file(site, push):
     """Also where the base came as a delta, and has no repository of its own."""
     repo = Repo(site, files={**{f"f{n}": b"%d" % n for n in range(9)}, ".gitignore": b"dist/\n.env\n"})
     repo.new()
@@ -5070,8 +4788,8 @@ def test_a_history_that_cannot_come_loses_no_tracked_file(site, push):
     repo.ok("rm", "main")
 
 
-def test_a_repository_that_no_pull_looks_into_is_told(site):
-    repo, host = Repo(site), bare_host(site)
+def test_a_repository_that_no_pull_looks_into_is_told(site, repo):
+    host = bare_host(site)
     repo.new(host=host)
     (site.dir / "posix-bin" / "git").symlink_to(program("git"))  # as if it was installed later
     do(repo, "git init -q && git config user.name a && git config user.email a@x && git add -A && git commit -qm base && "
@@ -5096,7 +4814,7 @@ print([line for line in cmux_ssh.diff(workspace) if line.startswith(("+", "-"))]
 """) == "['+a'] %s\n" % new
 
 
-def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo, line):
+def test_a_branch_checked_out_meanwhile_does_not_move(repo, line):
     repo.new(host="far")
     do(repo, "echo 1 >agents")
     repo.ok("pull")
@@ -5120,13 +4838,11 @@ CONTENT = b"\0LFS content\n" * 300000
 
 
 def content(result):
-    """The bytes of a result of read, whichever way they came."""
     assert ("content" in result) != ("content_base64" in result), result
     return result["content"].encode() if "content" in result else base64.b64decode(result["content_base64"])
 
 
 def lfs_object(content):
-    """Where LFS keeps it."""
     name = digest(content)
     return f".git/lfs/objects/{name[:2]}/{name[2:4]}/{name}"
 
@@ -5136,10 +4852,9 @@ class Family(Repo):
     their content here (git-lfs is not needed for that)."""
 
     def __init__(self, site):
-        libs = {}
+        libs, self.large = {}, {}
         for name, files in (("inner", {"deep.c": b"deep\n"}), ("lib", {"x.c": b"x\n", "-y z": b"y\n"}), ("absent", {"a": b"a\n"})):
             libs[name] = Repo(site, name, files=files)
-        self.lib = libs["lib"]
         libs["lib"].git("-c", "protocol.file.allow=always", "submodule", "add", "-q", str(libs["inner"].dir), INNER)
         libs["lib"].commit("inner")
         super().__init__(site, files={".gitattributes": b"*.bin filter=lfs diff=lfs merge=lfs -text\n"})
@@ -5160,51 +4875,41 @@ class Family(Repo):
         self.write(path, pointer(content))
         if here:
             self.write(lfs_object(content), content)
+            self.large[os.fsencode(path)] = content
 
     def whole(self):
-        """What the host should get."""
         found = {path: value for path, value in tree_of(self.dir).items() if path.split(b"/")[-1] != b".git"}
-        for path in filter(lambda path: path.endswith(b".bin") and path != b"gone.bin", found):
-            oid = re.search(b"sha256:(.*)", found[path][1])
-            assert oid
-            name = oid.group(1).decode()
-            found[path] = found[path][0], (self.dir / ".git/lfs/objects" / name[:2] / name[2:4] / name).read_bytes()
-        return found
+        return {**found, **{path: (found[path][0], content) for path, content in self.large.items()}}
 
 
-def place_of(site, host):
-    return bare_host(site) if host == "nogit" else host
-
-
-@each("host", ["box", "nogit"])
-def test_submodules_and_lfs_content_travel_and_do_not_come_back(site, host):
+def test_submodules_and_lfs_content_travel(site, place):
     family = Family(site)
     before = untouched(family)
-    made = family.new(host=place_of(site, host))
+    made = family.new(host=place)
     for words in ("1 submodule not checked out", "1 LFS file whose content is not here"):
         assert words in made.said, made
     assert tree_of(family.path()) == family.whole()
     assert family.whole()[b"assets/model.bin"][1] == CONTENT and family.whole()[os.fsencode("%s/%s/deep.c" % (LIB, INNER))]
-    assert "Nothing new" in family.cli("pull").text and family.cli("diff").out == b""
-    second = family.ok("new", "-v", "-H", place_of(site, host), "second")
+    nothing_new(family)
+    assert family.cli("diff").out == b""
+    second = family.ok("new", "-v", "-H", place, "second")
     assert ": sent " not in second.said, second
     assert tree_of(family.path("second")) == family.whole()
-    if host == "box":
+    if place == "box":
         assert family.cli("exec", "-w", "main", "--", "git status --short; git log --format=%s").out == b"base\n"
     assert untouched(family) == before
     family.ok("rm", "main")
     family.ok("rm", "second")
 
 
-@each("host", ["box", "nogit"])
-def test_changes_in_submodules_are_left_out_and_kept_from_rm(site, host):
+def test_changes_in_submodules_are_kept_from_rm(site, place):
     family = Family(site)
-    family.new(host=place_of(site, host))
+    family.new(host=place)
     before = untouched(family)
     script = AGENT + """echo more >>README; echo other >assets/model.bin; echo x >new.bin; cp assets/tool.bin plain; mv assets/tool.bin assets/moved.bin
         cd vendor/li*; echo edit >>x.c; rm -r in*/README; cd ../..; mkdir -p absent; echo agent >absent/new; git add -A; git commit -qm mine; echo u >'vendor/li b "q'"'/untracked"
         """
-    do(family, script if host == "box" else script.replace("git add -A; git commit -qm mine", ":"))
+    do(family, script if place == "box" else script.replace("git add -A; git commit -qm mine", ":"))
     kept = family.cli("rm", "main")
     assert kept.code == 1 and "submodule" not in kept.said, kept
     pulled = family.ok("pull")
@@ -5217,8 +4922,7 @@ def test_changes_in_submodules_are_left_out_and_kept_from_rm(site, host):
     assert family.pulled("assets/moved.bin").startswith("version https") and family.pulled("plain") == "#!/bin/sh"
     assert family.git("ls-tree", "-r", "cmux/main").count("160000 commit") == 2
     family.git("fsck", "--strict")
-    again = family.cli("pull")
-    assert "Nothing new" in again.text and again.said.count("left out") == 4, again
+    assert nothing_new(family).said.count("left out") == 4
     for words in (["rm", "main"], ["push", "--ref", "HEAD~1"]):
         kept = family.cli(*words)
         refused(kept, 1, "work that would be lost", "-w main -- git status --short); read brings a file")
@@ -5227,16 +4931,14 @@ def test_changes_in_submodules_are_left_out_and_kept_from_rm(site, host):
     family.ok("rm", "main")
 
 
-@each("host", ["box", "nogit"])
-def test_a_moved_submodule_is_pushed_as_a_delta(site, host):
+def test_a_moved_submodule_is_pushed_as_a_delta(site, place):
     family = Family(site)
-    family.new(host=place_of(site, host))
-    inside = Repo.__new__(Repo)
-    inside.site, inside.dir = site, family.dir / LIB
-    inside.write("x.c", b"moved\n")
-    inside.write("fresh", b"f\n")
-    (inside.dir / "-y z").unlink()
-    inside.commit("moved")
+    family.new(host=place)
+    family.write(f"{LIB}/x.c", b"moved\n")
+    family.write(f"{LIB}/fresh", b"f\n")
+    (family.dir / LIB / "-y z").unlink()
+    family.git("-C", LIB, "add", "-A")
+    family.git("-C", LIB, "commit", "-qm", "moved")
     family.lfs("assets/tool.bin", b"#!/bin/sh\necho new\n")
     family.commit("submodule moved")
     pushed = family.ok("push", "-v")
@@ -5251,12 +4953,12 @@ def test_a_moved_submodule_is_pushed_as_a_delta(site, host):
     assert family.cli("diff").out == b"" and family.cli("rm", "main").code == 0
 
 
-def test_a_workspace_outlives_the_submodule_it_was_made_of(site):
+def test_a_workspace_outlives_its_submodule(site):
     family = Family(site)
     family.new()
     shutil.rmtree(family.dir / ".git/lfs")
     family.git("submodule", "--quiet", "deinit", "-f", LIB)
-    assert "Nothing new" in family.cli("pull").text
+    nothing_new(family)
     do(family, "echo work >>README; echo x >>vendor/li*/x.c")
     pulled = family.ok("pull")
     assert pulled.said.count("left out") == 1, pulled
@@ -5271,20 +4973,20 @@ def test_a_workspace_outlives_the_submodule_it_was_made_of(site):
     assert family.cli("rm", "main").code == 1 and family.cli("rm", "main", "--force").code == 0
     made = family.new("next")
     assert "2 submodules not checked out" in made.said and "6 LFS files" in made.said, made
-    assert "Nothing new" in family.cli("pull", "-w", "next").text
+    nothing_new(family, "-w", "next")
     moved = family.cli("push", "-w", "next")
     assert "already" in moved.text, moved
     family.lfs("assets/model.bin", CONTENT)
     assert "is at" in family.cli("push", "-w", "next").text and family.far("assets/model.bin", "next") == CONTENT
 
 
-def test_uncommitted_work_in_a_submodule_is_said_without_its_filters(site):
+def test_uncommitted_work_in_a_submodule_is_said(site):
     family = Family(site)
     trap = site.dir / "trap"
     evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
     for git_dir in (family.dir / ".git/modules").rglob("HEAD"):
         for key in ("filter.evil.clean", "filter.evil.process", "core.fsmonitor", "diff.external"):
-            subprocess.run(["git", "--git-dir", str(git_dir.parent), "config", key, str(evil)], check=True) if (git_dir.parent / "config").exists() else None
+            family.git("--git-dir", str(git_dir.parent), "config", key, str(evil)) if (git_dir.parent / "config").exists() else None
         (git_dir.parent / "info").mkdir(exist_ok=True)
         (git_dir.parent / "info/attributes").write_text("* filter=evil\n")
     family.write(LIB + "/x.c", b"z\n")
@@ -5296,7 +4998,7 @@ def test_uncommitted_work_in_a_submodule_is_said_without_its_filters(site):
     assert "1 uncommitted file in submodules" in made.said and "1 submodule not checked out" in made.said, made
     assert family.far("README") == b"dirty\n" and (family.path() / LIB / "x.c").read_bytes() == b"x\n"
     assert not trap.exists()
-    subprocess.run(["git", "-C", str(family.dir / LIB), "-c", "core.fsmonitor=false", "-c", "filter.evil.clean=cat", "commit", "-qam", "moved"], check=True, env=site.environment())
+    family.git("-C", LIB, "-c", "core.fsmonitor=false", "-c", "filter.evil.clean=cat", "commit", "-qam", "moved")
     trap.unlink(missing_ok=True)
     family.ok("push", "-w", "main", "--dirty")
     assert (family.path() / LIB / "x.c").read_bytes() == b"z\n" and not trap.exists()
@@ -5341,8 +5043,7 @@ def test_a_submodule_that_lies_elsewhere_is_none(site):
     assert repo.far("good.bin") == b"x" and all(repo.far(name)[:7] == b"version" for name in ("link.bin", "size.bin"))
 
 
-@each("host", ["box", "nogit"])
-def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tuned, host):
+def test_lfs_content_larger_than_a_pulled_file_may_be(site, tuned, place):
     repo = Repo(site, files={".gitattributes": b"*.bin filter=lfs\n"})
     tuned(PULL_FILE_MAX=16 << 20)
     size = (16 << 20) + 4096
@@ -5351,7 +5052,7 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tu
     repo.write(stored, b"")
     os.truncate(repo.dir / stored, size)
     repo.commit("model")
-    repo.new(host=place_of(site, host))
+    repo.new(host=place)
     assert (repo.path() / "model.bin").stat().st_size == size
     do(repo, "echo x >>README")
     pulled = repo.ok("pull")
@@ -5364,7 +5065,7 @@ def test_lfs_content_larger_than_a_pulled_file_may_be_is_in_nobodys_way(site, tu
     assert moved.code == 1 and "refused" in moved.said, moved
 
 
-def test_a_git_that_reads_no_tree_alone_sends_lfs_content(site):
+def test_an_old_git_sends_lfs_content(site):
     """Before 2.39; in front of a newer one, a program refuses what those do."""
     family, real = Family(site), program("git")
     env = replaced(site, git=f"""
@@ -5399,7 +5100,7 @@ def test_damaged_lfs_content_is_not_sent(site):
 # === list, rm, fork, rename ===
 
 
-def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, site):
+def test_list_json_has_the_promised_keys(repo, site):
     assert repo.cli("list", "--json").json == []
     repo.new("a", "b")
     rows = repo.workspaces()
@@ -5411,7 +5112,7 @@ def test_list_json_has_the_promised_keys_and_the_path_is_the_workspace(repo, sit
     assert "a" in listed.text and "box" in listed.text
 
 
-def test_list_counts_commits_changes_and_jobs_or_has_a_dash(repo, site, line):
+def test_list_counts_commits_changes_and_jobs(repo, site, line):
     repo.new("some-name")
     repo.new("far-away", host="far")
     do(repo, "echo x >>README; git commit -qam one; echo y >new", "some-name")
@@ -5426,8 +5127,7 @@ def test_list_counts_commits_changes_and_jobs_or_has_a_dash(repo, site, line):
     assert {path: path.stat().st_mtime_ns for path in site.far_home().rglob("*")} == before, "it makes and changes nothing there"
     line.stall()
     for width in (60, 140):
-        terminal = repo.terminal("list", env={"COLUMNS": str(width)})
-        assert terminal.wait() == 0
+        terminal = repo.terminal("list", env={"COLUMNS": str(width)}).talk()
         head, *rows = terminal.output.decode().replace("\r", "").split("\n")[:-1]
         assert re.split("  +", head) == ["NAME", "HOST", "STATE", "BEHIND", "CHANGED", "JOBS", "AGE"] + ["BASE"] and max(map(len, [head, *rows])) <= width
         cells = [[row[head.index(word):].split()[0] for word in ("NAME", "BEHIND", "CHANGED", "JOBS")] for row in rows]
@@ -5436,8 +5136,7 @@ def test_list_counts_commits_changes_and_jobs_or_has_a_dash(repo, site, line):
     assert counts()["far-away"] == [1, None, None] and time.monotonic() - began < 15
 
 
-def test_forks_of_one_workspace_do_not_wait_for_each_other(site):
-    repo = Repo(site)
+def test_forks_do_not_wait_for_each_other(site, repo):
     site.daemon("slow", env=replaced(site, cp=f"""case "$*" in -RpP*) : >{site.dir}/copy-$$; n=0
 while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 200 ] || exit 1; done;; esac"""))
     repo.new(host="slow")
@@ -5446,8 +5145,7 @@ while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 
     assert set(repo.workspaces()) == {"main", "k0", "k1", "k2", "k3"}
 
 
-def test_a_fork_that_fails_over_read_only_directories_frees_its_name(site):
-    repo = Repo(site)
+def test_a_fork_that_fails_frees_its_name(site, repo):
     nobody(site, os.environ["PATH"])
     repo.new(host="nobody")
     do(repo, "mkdir -p go/mod; echo a >go/mod/a; echo b >secret; chmod -R a-w go; chmod 0 secret")
@@ -5476,8 +5174,8 @@ def test_rm_refuses_while_a_command_runs(repo):
     assert until(lambda: repo.cli("rm", "other").code == 0, "its record ends with it")
 
 
-def test_a_forked_child_and_its_parent_share_no_session_and_no_lock(repo, site):
-    """multiprocessing forks: the copies of our descriptors in a worker must not keep what this process gives up."""
+def test_a_forked_child_shares_no_session_and_no_lock(repo, site):
+    """The copies of our descriptors in a worker of multiprocessing must not keep what this process gives up."""
     site.daemon("other")
     assert in_library(repo, """
 import os, signal, warnings
@@ -5529,9 +5227,9 @@ def test_a_renamed_workspace_keeps_its_history(repo):
     until(lambda: any(row["running"] for row in repo.cli("top", "--json").json), "it runs")
     repo.ok("rename", "-w", "c", "d")
     repo.new("c")
-    child.communicate()
+    assert child.end().code == 7
     found = {row["workspace"]: row["last_exit_code"] for row in repo.cli("top", "--json").json}
-    assert child.returncode == 7 and found == {"c": None, "d": 7}, found
+    assert found == {"c": None, "d": 7}, found
     repo.ok("rm", "--force", "d")
     repo.new("d")
     rows = [row["operation"] for row in repo.history("-w", "d")]
@@ -5544,8 +5242,10 @@ def test_fork_and_rename(repo):
     there = tree_of(repo.path())
     repo.ok("fork", "-w", "main", "second")
     assert tree_of(repo.path("second")) == there
-    for verb, name, words in (("fork", "second", "exists already"), ("fork", "main", "has that name already"), ("rename", "second", "exists already")):
+    for verb, name, words in (("fork", "second", "exists already"), ("fork", "main", "has that name already"), ("rename", "main", "has that name already"), ("rename", "second", "exists already")):
         refused(repo.cli(verb, "-w", "main", name), 1, words)
+    ran = at_once(2, lambda pair: repo.cli("rename", "-w", *pair), [("main", "second"), ("second", "main")])
+    assert {r.code for r in ran} == {1} and set(repo.workspaces()) == {"main", "second"}, ran
     do(repo, "echo other >untracked", "second")
     assert (repo.path() / "untracked").read_text() == "u\n"
     repo.ok("rename", "-w", "second", "third")
@@ -5562,14 +5262,6 @@ def test_fork_and_rename(repo):
     assert set(repo.workspaces()) == {"main"} and repo.path().is_dir()
 
 
-def test_rename_to_its_own_name_and_two_names_swapped_at_once_are_said(repo):
-    repo.new("one", "two")
-    assert "has that name already" in repo.cli("rename", "-w", "one", "one").said
-    with ThreadPoolExecutor(2) as pool:
-        ran = list(pool.map(lambda pair: repo.cli("rename", "-w", *pair), [("one", "two"), ("two", "one")]))
-    assert {r.code for r in ran} == {1} and set(repo.workspaces()) == {"one", "two"}, ran
-
-
 # === read, write, edit ===
 
 
@@ -5582,19 +5274,13 @@ def test_an_edit_of_many_places_is_soon_told(area):
     assert re.findall(r"^\+.*", ends, re.M)[1:] == ["+first", "+line 0 of many", "+last"]
 
 
-def test_matches_that_overlap_are_ambiguous(area):
-    area.put("f", b"aaa\n")
-    assert re.search(r"2 times in '\S*f' .at lines 1, 1., not 1", area.talker.refusal("edit", path=area.p("f"), edits=[{"old": "aa", "new": "b"}]))
-
-
 ODD_NAMES = ["it's \"quoted\" `$(x)`", "new\nline", "trailing newline\n", "-rf", "--", "naïve-日本-🐙", "n" * 200, " ", "back\\slash\\n", "a:1:b", "*?[x]", "~", "$HOME", "\t",
              "..x", "%s", "\x1b[31m", "\x7f", "a\rb", "'", "a#b", "é" * 100]
 
 
 @each("name", ODD_NAMES, ids=ascii)
 def test_every_tool_takes_odd_names(talker, area, name):
-    for path in (area.p(name), area.p(f"{name}/deep/in {name[:100]}"), str(area.dir / f"abs{name[:190]}")):
-        (shutil.rmtree if (area.dir / name).is_dir() else os.unlink)(str(area.dir / name)) if (area.dir / name).exists() else None
+    for path in (area.p(name), area.p(f"deep/{name}/in {name[:100]}"), str(area.dir / f"abs{name[:190]}")):
         real = area.workspace / path
         assert talker("write", path=path, content="hello there\n")["created"] is True
         assert real.read_bytes() == b"hello there\n"
@@ -5612,22 +5298,16 @@ SOCKET = f"exec {sys.executable} -c 'import socket; socket.socket(socket.AF_UNIX
 @each("tool", ["read", "write", "edit"])
 @each("make, path, words", [
     ("mkfifo it", "it", "not a regular file"), ("", "/dev/null", "not a regular file"), ("", "/dev/zero", "not a regular file"), (SOCKET, "it", "not a regular file"),
-    ("mkdir it", "it", "is a directory"), ("ln -s . it", "it", "is a directory"), ("ln -s ti it; ln -s it ti", "it", ""), ("echo >plain", "plain/it", ""), ("", "x" * 300, "")])
+    ("mkdir it", "it", "is a directory"), ("ln -s . it", "it", "is a directory"), ("ln -s ti it; ln -s it ti", "it", ""), ("echo >plain", "plain/it", ""), ("", "x" * 300, ""),
+    ("", "none", "no file"), ("", "no/such/dir", "no file"), ("ln -s nowhere it", "it", "no file")])
 def test_what_is_no_file_is_refused_and_nothing_hangs(talker, area, tool, make, path, words):
     subprocess.run(["sh", "-c", make], cwd=area.dir, check=True)
     before = sorted(os.listdir(area.dir))
     arguments = {"read": {}, "write": {"content": "x"}, "edit": {"edits": [{"old": "a", "new": "b"}]}}[tool]
+    if tool == "write" and words == "no file":
+        return  # it makes one
     assert words in talker.refusal(tool, path=path if path[0] == "/" else area.p(path), **arguments)
     assert sorted(os.listdir(area.dir)) == before
-
-
-@each("tool", ["read", "edit"])
-def test_a_file_that_is_not_there_is_said(talker, area, tool):
-    more = {"edits": [{"old": "a", "new": "b"}]} if tool == "edit" else {}
-    assert "no file" in talker.refusal(tool, path=area.p("none"), **more)
-    assert "no file" in talker.refusal(tool, path=area.p("no/such/dir"), **more)
-    (area.dir / "dangling").symlink_to("nowhere")
-    assert "no file" in talker.refusal(tool, path=area.p("dangling"), **more)
 
 
 @each("path", ["", "a\0b", 5, None, ["a"], "\ud800"])
@@ -5636,7 +5316,7 @@ def test_impossible_paths_are_refused(talker, path):
         talker.refusal(tool, path=path, **more)
 
 
-def test_a_file_of_a_workspace_that_is_gone_makes_no_new_one(repo):
+def test_no_write_makes_a_lost_workspace_anew(repo):
     repo.new()
     shutil.rmtree(repo.path())
     for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
@@ -5645,18 +5325,17 @@ def test_a_file_of_a_workspace_that_is_gone_makes_no_new_one(repo):
     assert not repo.path().exists()
 
 
-@each("tail", ["/", "/.", "//"])
-def test_a_path_that_ends_in_a_slash_makes_no_file_and_no_directory(talker, area, tail):
+def test_a_path_that_ends_in_a_slash_makes_nothing(talker, area):
     area.put("file", b"old")
-    talker.refusal("write", path=area.p("fresh" + tail), content="x")
-    talker.refusal("write", path=area.p("file" + tail), content="x")
+    for path in ("fresh/", "fresh/.", "fresh//", "file/", "file/.", "file//"):
+        talker.refusal("write", path=area.p(path), content="x")
     assert [p.name for p in area.dir.iterdir()] == ["file"] and (area.dir / "file").read_bytes() == b"old"
 
 
 def test_permissions_are_said_in_plain_words_and_kept(ordinary):
     here, edit = ordinary.path(), {"edits": [{"old": "old", "new": "new"}]}
     do(ordinary, "mkdir -p closed/sub shut; for f in unread readonly shut/in; do printf old >$f; done; chmod 0 closed unread; chmod 444 readonly; chmod 555 shut")
-    with open_agent(ordinary) as talker:
+    with Agent(ordinary) as talker:
         for tool, more, paths in (("read", {}, "unread"), ("edit", edit, "unread readonly shut/in"),
                                   ("write", {"content": "x"}, "unread readonly shut/in shut/fresh shut/more/fresh closed/f closed/sub/f closed/new/f")):
             for path in paths.split():
@@ -5681,18 +5360,15 @@ def test_write_and_edit_keep_the_mode_and_follow_links(talker, area, mode):
     assert [os.readlink(area.dir / n) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
 
 
-def test_write_through_a_link_makes_its_target_whatever_its_name(talker, area):
+def test_write_makes_what_is_missing(talker, area):
     for number, target in enumerate(["new dir/new file", "-dash", "line\nbreak\n", "../" + area.name + "/up", "a'b\"c\\"]):
         (area.dir / f"link{number}").symlink_to(target)
         assert talker("write", path=area.p(f"link{number}"), content=target)["created"] is True
         assert (area.dir / f"link{number}").is_symlink() and (area.dir / target).read_bytes() == target.encode()
-
-
-def test_new_files_get_the_hosts_own_mode_and_parents_too(talker, area):
     talker("exec", command=f"mkdir -p {area.p('by-hand')}; : > {area.p('by-hand/x')}")
     talker("write", path=area.p("by-tool/x"), content="")
     for name in ("", "/x"):
-        assert mode_of(area.dir / f"by-tool{name}") == mode_of(area.dir / f"by-hand{name}")
+        assert mode_of(area.dir / f"by-tool{name}") == mode_of(area.dir / f"by-hand{name}"), "the host's own"
 
 
 LINES = b"one\r\ntwo\n\n\xff\xfe four\x0bstill\x0cfour\nfive\rstill five\nsix without end"
@@ -5741,8 +5417,8 @@ def test_read_of_a_file_that_grows_is_consistent(talker, area):
 @each("how", ["client killed", "line cut", "client interrupted"])
 @each("exists", [True, False])
 @promise(7)
-def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo, how, exists, site):
-    line, old = site.line("far"), os.urandom(8 << 20)
+def test_a_write_stopped_half_way_changes_nothing(repo, how, exists, line):
+    old = os.urandom(8 << 20)
     assert repo.exec("mkdir d", host="far").code == 0
     where = repo.path() / "d"
     if exists:
@@ -5770,8 +5446,9 @@ def test_a_write_of_8_mb_stopped_half_way_changes_nothing(repo, how, exists, sit
     assert (where / "big").read_bytes() == new
 
 
-def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker, area):
-    versions = [bytes([n]) * 300_000 for n in range(65, 75)]
+def test_a_reader_sees_the_old_or_the_new_file(talker, area):
+    """One after the other, and many at once."""
+    versions = [bytes([n]) * 300_000 for n in range(65, 87)]
     file, stop, seen = area.put("f", versions[0]), threading.Event(), set()
 
     def look():
@@ -5780,28 +5457,35 @@ def test_a_reader_sees_the_old_or_the_new_file_and_nothing_else(talker, area):
     thread = threading.Thread(target=look)
     thread.start()
     try:
-        for version in versions[1:]:
+        for version in versions[1:10]:
             talker("write", path=area.p("f"), content_base64=b64(version))
+        answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(version)}) for version in versions[10:]])
     finally:
         stop.set()
         thread.join()
+    assert all(answer["ok"] for answer in answers) and file.read_bytes() in versions[10:]
     assert len(seen) > 1 and seen <= set(versions), [(s[:3], len(s)) for s in seen]
 
 
-def test_a_full_disk_keeps_the_old_file(site):
+def test_a_full_disk_keeps_the_old_file(site, repo):
     """The host's limit on file size stands for the disk."""
     site.inetd("full", site.first('ulimit -f 600\ntrap "" XFSZ'))
-    repo = Repo(site)
     repo.new(host="full")
     (repo.path() / "f").write_bytes(b"old")
     refused(repo.cli("write", "f", stdin=b"x" * 2_000_000), 1)
     assert repo.far("f") == b"old" and not [n for n in os.listdir(repo.path()) if ".cmux-" in n]
 
 
-def test_a_host_with_only_posix_utilities_has_every_tool(site):
+def test_a_host_with_only_posix_utilities_has_every_tool(site, nap):
     small_host(site)
     repo = Repo(site, odd=True)
-    with open_agent(repo, "-H", "bare") as talker:
+    assert site.ssh("bare", "command -v git bash python3 timeout setsid base64 sha256sum gzip").stdout.split()[1:] == []
+    for name in ("main", "second"):
+        assert repo.exec("printf '<%s>' \"it's\"; exit 9", host="bare", options=["-w", name]).ended == (9, b"<it's>", b"")
+        repo.arrived(name)
+    assert repo.exec(f"echo early; {nap} & {nap}", host="bare", options=["--timeout", "1"]).code == 124
+    nap.gone()
+    with Agent(repo) as talker:
         assert talker("write", path="a/new\nfile", content_base64=b64(BINARY))["created"] is True
         assert content(talker("read", path="a/new\nfile")) == BINARY
         (repo.path() / "link").unlink()
@@ -5813,7 +5497,6 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site):
         job = talker("exec", command="echo hi; exit 7", background=True)["job"]
         assert ended(talker, job) == 7
         assert talker("logs", job=job)["output"] == "hi\n"
-        nap = Nap()
         sleeper = talker("exec", command=f"{nap} & {nap}", background=True)["job"]
         nap.runs(2)
         assert talker("stop", job=sleeper)["stopped"] == "confirmed"
@@ -5822,29 +5505,28 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site):
 
 
 @each("before, edits, after", [
-    (b"a b c\n", [("b", "B", None)], b"a B c\n"),
+    (b"a b c\n", [("b", "B")], b"a B c\n"),
     (b"x x x\n", [("x", "y", 3)], b"y y y\n"),
-    (b"one\ntwo\n", [("one", "1", None), ("two", "2", None)], b"1\n2\n"),
-    (b"a", [("a", "b", None), ("b", "c", None)], b"c"),
-    (b"gone\nkept\n", [("gone\n", "", None)], b"kept\n"),
-    (b"all", [("all", "", None)], b""),
-    (b"one\r\ntwo\r\nthree\n", [("two\r\n", "2\r\n", None)], b"one\r\n2\r\nthree\n"),
-    (b"one\r\ntwo\r\nthree\r\n", [("one\ntwo", "1\n2\n", None)], b"1\r\n2\r\n\r\nthree\r\n"),
-    (b"\xff\xfe\0 word \x80\xc3\n", [("word", "wörd", None)], b"\xff\xfe\0 w\xc3\xb6rd \x80\xc3\n"),
-    ("Grüße 🐙\n".encode(), [("🐙", "\u2028", None)], "Grüße \u2028\n".encode()),
-    (b"r: \\1 \\g<0> $& \\n\n", [("\\1 \\g<0> $& \\n", "\\2 %s {0}", None)], b"r: \\2 %s {0}\n"),
-    (b"tail", [("tail", "tail\n", None)], b"tail\n"),
+    (b"one\ntwo\n", [("one", "1"), ("two", "2")], b"1\n2\n"),
+    (b"a", [("a", "b"), ("b", "c")], b"c"),
+    (b"gone\nkept\n", [("gone\n", "")], b"kept\n"),
+    (b"all", [("all", "")], b""),
+    (b"one\r\ntwo\r\nthree\n", [("two\r\n", "2\r\n")], b"one\r\n2\r\nthree\n"),
+    (b"one\r\ntwo\r\nthree\r\n", [("one\ntwo", "1\n2\n")], b"1\r\n2\r\n\r\nthree\r\n"),
+    (b"\xff\xfe\0 word \x80\xc3\n", [("word", "wörd")], b"\xff\xfe\0 w\xc3\xb6rd \x80\xc3\n"),
+    ("Grüße 🐙\n".encode(), [("🐙", "\u2028")], "Grüße \u2028\n".encode()),
+    (b"r: \\1 \\g<0> $& \\n\n", [("\\1 \\g<0> $& \\n", "\\2 %s {0}")], b"r: \\2 %s {0}\n"),
+    (b"tail", [("tail", "tail\n")], b"tail\n"),
     (b"aaaa", [("aa", "b", 2)], b"bb"),
-    (b"\tindent\n", [("\tindent", "    indent", None)], b"    indent\n"),
-    (b"a\nb\nc\nd\ne\nf\ng\nh\n", [("d", "D", None)], b"a\nb\nc\nD\ne\nf\ng\nh\n"),
-    (b"a\nb", [("b", "B", None)], b"a\nB"),
-    *((b"a%sb\nc\n" % end, [("c", "C", None)], b"a%sb\nC\n" % end) for end in (b"\x0c", b"\r", "\u2028".encode())),
-    (b"one\r\ntwo\r\n", [("two", "2", None)], b"one\r\n2\r\n"),
+    (b"\tindent\n", [("\tindent", "    indent")], b"    indent\n"),
+    (b"a\nb\nc\nd\ne\nf\ng\nh\n", [("d", "D")], b"a\nb\nc\nD\ne\nf\ng\nh\n"),
+    (b"a\nb", [("b", "B")], b"a\nB"),
+    *((b"a%sb\nc\n" % end, [("c", "C")], b"a%sb\nC\n" % end) for end in (b"\x0c", b"\r", "\u2028".encode())),
+    (b"one\r\ntwo\r\n", [("two", "2")], b"one\r\n2\r\n"),
 ])
 def test_edit_replaces_exactly(talker, area, before, edits, after):
     file = area.put("f", before)
-    asked = [dict({"old": old, "new": new}, **({"count": count} if count else {})) for old, new, count in edits]
-    told = talker("edit", path=area.p("f"), edits=asked)
+    told = talker("edit", path=area.p("f"), edits=[dict(zip(("old", "new", "count"), edit)) for edit in edits])
     assert file.read_bytes() == after and told["sha256"] == digest(after)
     assert told["diff"].startswith(f"--- a/{area.p('f')}\n+++ b/{area.p('f')}\n@@ ")
     if b"\xff" not in before:
@@ -5855,7 +5537,7 @@ def test_edit_replaces_exactly(talker, area, before, edits, after):
 
 @each("edits, words", [
     ([{"old": "x", "new": "y"}], ["3 times", "lines 1, 2, 4"]),
-    ([{"old": "x", "new": "y", "count": 2}], ["3 times", "not 2"]),
+    ([{"old": "x", "new": "y", "count": 2}], ["3 times", "not 2"]), ([{"old": "aa", "new": "b"}], ["2 times in '", "at lines 4, 4", "not 1"]),
     ([{"old": "absent", "new": "y"}], ["0 times"]),
     ([{"old": "only", "new": "y"}, {"old": "absent", "new": "z"}], ["edit 2 of 2", "0 times"]),
     ([{"old": "only", "new": "x"}, {"old": "x", "new": "z", "count": 3}], ["edit 2 of 2", "4 times"]),
@@ -5866,11 +5548,11 @@ def test_edit_replaces_exactly(talker, area, before, edits, after):
     ([{"old": "only", "new": "\ud800"}], []),
 ], ids=ascii)
 def test_edit_refuses_and_changes_nothing(talker, area, edits, words):
-    file = area.put("f", b"x only\nx\n\nx\n")
+    file = area.put("f", b"x only\nx\n\nx aaa\n")
     before = file.stat()
     said = talker.refusal("edit", path=area.p("f"), edits=edits).lower()
     assert all(word in said for word in words), said
-    assert file.read_bytes() == b"x only\nx\n\nx\n" and file.stat().st_mtime_ns == before.st_mtime_ns and file.stat().st_ino == before.st_ino
+    assert file.read_bytes() == b"x only\nx\n\nx aaa\n" and file.stat().st_mtime_ns == before.st_mtime_ns and file.stat().st_ino == before.st_ino
 
 
 def test_edit_of_a_version_that_is_no_more_is_refused(talker, area):
@@ -5903,7 +5585,7 @@ def test_edit_on_the_command_line(shared, area):
 def test_edits_from_16_processes_on_one_file_are_all_kept(shared, area):
     file = area.put("list", b"begin\nend\n")
     children = [shared.start("edit", area.p("list"), "--old", "end\n", "--new", f"line {n}\nend\n") for n in range(16)]
-    codes = {n: (child.communicate(timeout=120), child.returncode)[1] for n, child in enumerate(children)}
+    codes = {n: child.end(seconds=120).code for n, child in enumerate(children)}
     lines = file.read_bytes().decode().split("\n")
     assert lines[0] == "begin" and lines[-2:] == ["end", ""]
     assert sorted(lines[1:-2]) == sorted(f"line {n}" for n, code in codes.items() if code == 0), "what was reported, and only that"
@@ -5911,7 +5593,7 @@ def test_edits_from_16_processes_on_one_file_are_all_kept(shared, area):
 
 
 @slow
-def test_edits_at_once_are_kept_however_the_file_is_named(talker, area):
+def test_edits_at_once_under_several_names_are_kept(talker, area):
     file = area.put("sub/list", b"begin\nend\n")
     (area.dir / "link").symlink_to("sub/list")
     (area.dir / "way").symlink_to("sub")
@@ -5920,12 +5602,6 @@ def test_edits_at_once_are_kept_however_the_file_is_named(talker, area):
     kept = file.read_bytes().decode().split("\n")[1:-2]
     assert sorted(kept) == sorted(f"line {n}" for n, answer in enumerate(answers) if answer["ok"])
     assert all(answer["ok"] for answer in answers), [a for a in answers if not a["ok"]]
-
-
-def test_writes_at_once_leave_one_of_them_whole(talker, area):
-    datas = [bytes([65 + n]) * 200_000 for n in range(12)]
-    answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(data)}) for data in datas])
-    assert all(a["ok"] for a in answers) and (area.dir / "f").read_bytes() in datas
 
 
 # === cp, new --from ===
@@ -5943,8 +5619,8 @@ def modes(folder):
 
 
 @each("tools", [None, "", "busybox"])
-def test_cp_brings_files_and_directories_both_ways(site, tools):
-    repo, near = Repo(site), site.dir / "near"
+def test_cp_brings_files_and_directories_both_ways(site, tools, repo):
+    near = site.dir / "near"
     repo.new(host="box" if tools is None else bare_host(site, tools))
     far = repo.path() / "d"
     near.mkdir()
@@ -5972,7 +5648,7 @@ def test_cp_brings_files_and_directories_both_ways(site, tools):
     assert set(os.listdir(near)) == {"new", "d", "one"} and not list(site.remote.glob("*/cmux/.cmux/stage/*"))
 
 
-def test_cp_replaces_only_with_force_and_follows_no_link_of_this_machine(repo, site):
+def test_cp_replaces_only_with_force(repo, site):
     repo.new()
     far, near = repo.path(), repo.dir
     (site.dir / "elsewhere").mkdir()
@@ -6023,10 +5699,8 @@ import json, os
 project = cmux_ssh.Project(".")
 cmux_ssh.CALL_PATIENCE = 3
 def copy(name):
-    try:
-        return project.workspace(name).download("x", "got-" + name)["notes"]
-    except cmux_ssh.CmuxError as error:
-        return str(error)
+    told = raised(project.workspace(name).download, "x", "got-" + name)
+    return told["notes"] if isinstance(told, dict) else str(told)
 with ThreadPoolExecutor(8) as pool:
     print(json.dumps(list(pool.map(copy, sys.argv[1:]))))
 """, *names, seconds=120))
@@ -6060,10 +5734,9 @@ def test_a_cp_killed_at_any_instant_leaves_nothing_half(repo, site, way):
         assert not target.exists() or tree_of(target) in (tree, {**tree, **{b"tree/" + path: row for path, row in tree.items()}})
 
 
-@each("host", ["box", "nogit"])
-def test_new_from_a_workspace_has_what_is_ignored_there_before_the_hook_runs(site, host):
+def test_new_from_a_workspace_has_what_is_ignored_there(site, place):
     repo = Repo(site, files={".gitignore": b"node_modules/\n*.o\n/cache\n/late\n"})
-    repo.new(host=place_of(site, host))
+    repo.new(host=place)
     here = repo.path()
     for path in ("node_modules/p/i.js", "x.o", "src/y.o", "gone/z.o", "it's \u00e9.o", "cache", "plain", "src/main.c", "late"):
         (here / path).parent.mkdir(parents=True, exist_ok=True)
@@ -6076,16 +5749,17 @@ def test_new_from_a_workspace_has_what_is_ignored_there_before_the_hook_runs(sit
     (repo.dir / "gone").symlink_to("/tmp")
     repo.commit()
     made = repo.cli("new", "two", "--from", "main")
-    if host == "nogit":
+    if place == "nogit":
         return refused(made, 1, words="only git knows")
     assert made.code == 0, made
     tree = repo.tree()
     assert tree_of(repo.path("two")) == {**tree, b"node_modules/p/i.js": ("file", b"far"), b"node_modules/link": ("link", b"p"), b"x.o": ("file", b"far"), b"src/y.o": ("file", b"far"),
                                          "it's \u00e9.o".encode(): ("file", b"far"), b"seen.o": ("file", b"node_modules/p:\ni.js\n\nsrc:\nmain.c\ny.o\n")}
-    assert "Nothing new" in repo.ok("pull", "two").text and not os.path.exists("/tmp/z.o")
+    nothing_new(repo, "two")
+    assert not os.path.exists("/tmp/z.o")
     refused(repo.cli("new", "three", "-H", "other", "--from", "main"), 2, words="is on box")
     refused(repo.cli("new", "three", "--from", "none"), 1, words="no workspace")
-    with open_mcp(repo, "--manage") as client:
+    with Mcp(repo, "--manage") as client:
         assert "three" in client("workspace_new", name="three", source="main")
     assert repo.far("x.o", "three") == b"far"
 
@@ -6093,7 +5767,7 @@ def test_new_from_a_workspace_has_what_is_ignored_there_before_the_hook_runs(sit
 # === glob and grep ===
 
 
-def test_grep_says_when_a_nul_hides_the_rest_and_loses_no_next_file(shared):
+def test_grep_says_when_a_nul_hides_the_rest(shared):
     do(shared, "mkdir nul && cd nul && { seq 1 30000 | sed 's/00$/ ERROR/'; printf 'x\\0y\\n'; seq 1 9000 | sed 's/00$/ ERROR/'; } >a.log && echo ERROR >b.log && "
                "printf 'E\\0\\nERROR\\n' >c.bin && echo ERROR >d.log")
     try:
@@ -6116,7 +5790,7 @@ def test_brackets_of_a_glob_are_as_in_sh(shared, area):
         assert area.p(yes) in found and area.p(no) not in found, pattern
     for wrong in ("[[:alpha:]]x", "[z-a]"):
         own.refusal("glob", pattern=wrong)
-    assert own.close()[2] == b"", "a warning of re's"
+    assert own.end() == b"", "a warning of re's"
 
 
 TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b"", "src/deep/er/c.py": b"", "src/deep/d.txt": b"", ".hidden/e.py": b"", ".dot": b"", "src/.git": b"",
@@ -6136,7 +5810,6 @@ TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b
     ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
 ], ids=ascii)
 def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expected):
-    """In a workspace of its own shape: the area stands before every pattern."""
     for name, data in TREE.items():
         area.put(name, data)
     (area.dir / "empty dir").mkdir()
@@ -6148,13 +5821,13 @@ def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expe
 @each("pattern, words", [
     ("/etc/**", "Write it relative to the workspace, as 'src/**/*.py'"), ("~/**", "relative to the workspace"), ("~root/x", "relative"), ("~", "relative"), ("../**", "relative"), ("a/../../b", "relative"),
     ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("a{b}" * 9999, "shorter"), ("/", "relative"), ("././.", "'**'")])
-def test_a_pattern_that_could_match_nothing_is_refused_with_what_to_write(talker, pattern, words):
+def test_a_pattern_that_could_match_nothing_is_refused(talker, pattern, words):
     for tool, arguments in (("glob", {"pattern": pattern}), ("grep", {"pattern": "x", "glob": pattern})):
         error = talker.answer(talker.post(tool, arguments))["error"]
         assert error["type"] == "UsageError" and words in error["hint"], error
 
 
-def test_the_files_of_a_grep_are_chosen_by_braces_and_absolute_patterns_too(talker, workspace, area):
+def test_the_files_of_a_grep_are_chosen_as_by_glob(talker, workspace, area):
     for name in ("a.py", "b.ts", "sub/c.py", "d.md", "{e}.py", "[f,g].py"):
         area.put(name, b"found-19\n")
     for glob, names in (("*.{py,ts}", ["[f,g].py", "a.py", "b.ts", "sub/c.py", "{e}.py"]), (f"{workspace}/{area.name}/*.{{py,ts}}", ["[f,g].py", "a.py", "b.ts", "{e}.py"]), ("*{e}.*", ["{e}.py"]),
@@ -6162,16 +5835,7 @@ def test_the_files_of_a_grep_are_chosen_by_braces_and_absolute_patterns_too(talk
         assert sorted(m["path"] for m in talker("grep", pattern="found-19", glob=glob)["matches"]) == [area.p(name) for name in names], glob
 
 
-def test_glob_is_bounded_and_says_so(talker, area):
-    for n in range(20):
-        area.put(f"{n:02}", b"")
-    everything = [area.p(f"{n:02}") for n in range(20)]
-    assert talker("glob", pattern=f"{area.name}/*", limit=20) == {"paths": everything, "truncated": False}
-    assert talker("glob", pattern=f"{area.name}/*", limit=19) == {"paths": everything[:19], "truncated": True}
-
-
 def test_a_name_that_is_not_text_can_be_found_and_read(talker, area):
-    """What glob and grep name can be handed back to read, whatever its bytes."""
     with open(os.fsencode(area.dir) + b"/latin-\xe4.txt", "wb") as file:
         file.write(b"needle\n")
     found = talker("glob", pattern=f"{area.name}/*.txt")["paths"]
@@ -6206,7 +5870,12 @@ def test_grep_finds_lines(shared, talker, area):
     assert shared.cli("grep", "nowhere-to-be-" + "found").code == 1
 
 
-def test_grep_is_bounded_and_says_so(talker, area):
+def test_glob_and_grep_are_bounded_and_say_so(talker, area):
+    everything = [area.p(f"few/{n:02}") for n in range(20)]
+    for n in range(20):
+        area.put(f"few/{n:02}", b"")
+    assert talker("glob", pattern=area.p("few/*"), limit=20) == {"paths": everything, "truncated": False}
+    assert talker("glob", pattern=area.p("few/*"), limit=19) == {"paths": everything[:19], "truncated": True}
     area.put("many", b"needle\n" * 5000 + b"x" * 100_000 + b"needle-in-a-long-line\n")
     all_of = {"glob": f"{area.name}/**"}
     told = talker("grep", pattern="needle", limit=300, **all_of)
@@ -6234,13 +5903,13 @@ def test_impossible_arguments_are_refused(talker):
         assert all("job" in talker.refusal(tool, job=unknown) for tool in ("logs", "wait", "stop")), unknown
 
 
-def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site):
+def test_answers_to_a_search_are_read_in_linear_time(site):
     """Megabytes, for which a pattern with two ways to match would take days."""
     size, answer, plain = 400_000, site.dir / "answer", site.dir / "plain"
     site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat",
                                        grep=f'[ ! -e {plain} ] || case "$*" in *--null*) exit 2;; esac'))
     said = b"x\n" * 1000000 + b"grep: ./a: binary file matches\n"
-    with open_agent(Repo(site), "-H", "search") as talker:
+    with Agent(Repo(site), "-H", "search") as talker:
         def found(data):
             answer.write_bytes(data)
             told = talker("grep", pattern="x")
@@ -6257,7 +5926,6 @@ def test_what_a_host_answers_to_a_search_is_read_in_linear_time(site):
 
 
 def test_grep_misses_nothing_without_saying_so(talker, area):
-    """Thousands of matches in files that the glob leaves out, and a few in those that it takes."""
     for n in range(4):
         area.put(f"src/sub{n}/x.py", b"needle\n" * 1500)
         area.put(f"src/own{n}.py", b"needle\n")
@@ -6269,7 +5937,7 @@ def test_grep_misses_nothing_without_saying_so(talker, area):
 def test_grep_reads_files_in_other_encodings(site, lang):
     site.inetd("other", env={"LANG": lang, "LC_ALL": lang})
     repo = Repo(site, files={"latin.c": b"/* Gr\xfc\xdfe */\nint needle;\n", "utf.c": "/* Grüße */ int needle;\n".encode(), "naïve.c": b"x\n"})
-    with open_agent(repo, "-H", "other") as talker:
+    with Agent(repo, "-H", "other") as talker:
         assert sorted((m["path"], m["line"]) for m in talker("grep", pattern="needle")["matches"]) == [("latin.c", 2), ("utf.c", 1)]
         assert talker("glob", pattern="na?ve.c")["paths"] == ["naïve.c"]
 
@@ -6277,18 +5945,7 @@ def test_grep_reads_files_in_other_encodings(site, lang):
 # === jobs: --detach, logs, wait, stop ===
 
 
-def test_a_job_sees_every_name_and_the_hosts_umask(shared):
-    names = ["d", "s", "i", "e", "r", "n", "k", "m", "w", "x"]
-    env = [word for name in names for word in ("--env", f"{name}=value-of-{name}")]
-    print_all = "; ".join(f'echo {name}="${name}"' for name in names) + "; umask"
-    here = shared.cli("exec", "-w", "main", *env, "--", print_all)
-    job = shared.cli("exec", "-w", "main", "--detach", *env, "--", print_all).text.strip()
-    shared.ok("wait", job)
-    assert shared.cli("logs", job).text == here.text and "s=value-of-s" in here.text
-
-
-def test_a_supervisor_that_is_slow_to_start_is_waited_for(site):
-    repo = Repo(site)
+def test_a_slow_supervisor_is_waited_for(site, repo):
     site.inetd("slow", env=replaced(site, setsid=f"""case "$1 $2" in "-f true") ;; "-f "*) shift
 exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";; esac"""))
     started = repo.ok("exec", "-H", "slow", "--detach", "--", "echo ran")
@@ -6297,8 +5954,7 @@ exec {program("setsid", "util-linux")} -f sh -c 'sleep 2.5; exec "$@"' sh "$@";;
     assert repo.cli("logs", started.text.strip()).out == b"ran\n"
 
 
-def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site):
-    repo, nap = Repo(site), Nap()
+def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site, repo, nap):
     site.inetd("busy", env={"PATH": posix_tools(site.dir / "busy", "git", "setsid", "stat", "timeout")})
     job = repo.job(f"echo begun; {nap}; exit 7", host="busy")
     rows = repo.cli("jobs", "--json").json
@@ -6310,13 +5966,7 @@ def test_jobs_of_a_busybox_host_run_and_hold_up_rm(site):
     repo.ok("rm", "main")
 
 
-def test_a_detached_head_works(repo):
-    repo.git("checkout", "-q", "--detach")
-    ran = repo.exec("cat README")
-    assert (ran.code, ran.out) == (0, b"hello\n"), ran
-
-
-def test_a_job_that_runs_is_told_though_the_state_takes_no_more(repo, site):
+def test_a_job_is_told_though_the_state_takes_no_more(repo, site):
     repo.new()
     (lock,) = site.state.glob("projects/*.json.lock")
     lock.unlink()
@@ -6352,7 +6002,7 @@ def test_a_jobs_exit_code_is_exact(talker):
         assert state(talker, job) == ("exited", code), command
 
 
-def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker, workspace, area):
+def test_a_job_gets_what_exec_gets(talker, workspace, area):
     command = 'pwd; echo "$CMUX_RUNTIME $A $GIT_TERMINAL_PROMPT"; cat; echo err >&2; printf "\\0\\377"; cat "$0" 2>/dev/null'
     job = start_job(talker, command, cwd=area.name, env={"A": "it's\n\"$x\""})
     assert ended(talker, job) == 1
@@ -6361,6 +6011,10 @@ def test_a_job_gets_what_exec_gets_and_keeps_both_streams(talker, workspace, are
     assert told["state"] == "exited" and told["next_offset"] == told["size"] == len(base64.b64decode(told["output_base64"]))
     assert base64.b64decode(talker("logs", job=job, offset=told["size"] - 2)["output_base64"]) == b"\0\xff"
     assert talker("logs", job=job, offset=told["size"] + 100)["output"] == ""
+    env = {name: f"value-of-{name}" for name in "dsierknmwx"}
+    print_all = "; ".join(f'echo {name}="${name}"' for name in env) + "; umask"
+    every = start_job(talker, print_all, env=env)
+    assert ended(talker, every) == 0 and talker("logs", job=every)["output"] == talker("exec", command=print_all, env=env)["stdout"]
     exact = start_job(talker, ["printf", "<%s>", "a b", "", "$x", "-n"])
     assert ended(talker, exact) == 0 and talker("logs", job=exact)["output"] == "<a b><><$x><-n>"
     signals = start_job(talker, "trap 'echo int; exit 5' INT; kill -INT $$; echo ignored")
@@ -6404,26 +6058,6 @@ def test_logs_waits_for_more_and_no_longer(talker, area):
     assert talker("wait", job=job)["exit_code"] == 0
 
 
-def test_a_job_survives_the_client_and_the_masters(repo, site):
-    gate = "while [ ! -e go ]; do sleep 0.05; done"
-    child = repo.start("exec", "-H", "box", "--detach", "--", f"echo on; {gate}; echo off; exit 6")
-    job = child.communicate()[0].decode().strip()
-    assert child.returncode == 0 and re.match(r"j[0-9a-f]{8}\Z", job)
-    waiter = repo.start("wait", job)
-    for master in until(site.masters, "there is a master"):
-        kill(master.pid)
-    for daemon in site.daemons:
-        for process in descendants(daemon.pid):
-            if b"sshd" in process.cmdline:
-                kill(process.pid)
-    assert [row["state"] for row in repo.cli("jobs", "--json").json] == ["running"]
-    (repo.path() / "go").touch()
-    assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"on\noff\n"
-    waiter.communicate(timeout=60)
-    assert waiter.returncode == 6, "a wait goes on across a lost line"
-    assert repo.cli("logs", "-f", job).out == b"on\noff\n"
-
-
 @each("command", ["{n} & {n}", pytest.param("trap '' TERM INT HUP; {n} & {n}; {n}", marks=slow), "setsid {n} & (setsid {n} &) ; {n}",
       "bash -c 'set -m; {n} & disown; {n}'"])
 @promise(6)
@@ -6441,23 +6075,12 @@ def test_stop_ends_the_whole_tree_and_says_so(talker, command, nap):
 
 
 def record_of(repo, job):
-    """The directory of a job's record on the host."""
     return next(p for p in repo.site.far_home().rglob(job) if p.is_dir())
 
 
-def test_stop_of_a_finished_job_does_not_kill_a_stranger_with_its_old_pid(shared, talker, nap):
-    job = start_job(talker, "exit 3")
-    assert ended(talker, job) == 3
-    with stranger(*nap.split()) as other:
-        (record_of(shared, job) / "pid").write_text(f"{other.pid}\n")
-        talker("stop", job=job)
-        assert other.poll() is None, "a process that only has the number of a job that was"
-        assert state(talker, job) == ("exited", 3)
-
-
-def test_stop_of_a_finished_job_ends_nothing_of_a_hidden_stranger(tmp_path):
+def test_stop_ends_nothing_of_a_hidden_stranger(tmp_path, nap):
     """Where there is no /proc, or it may not be read, the old pid alone would make a stranger's children ours."""
-    record, nap = tmp_path / "j0123abcd", Nap()
+    record = tmp_path / "j0123abcd"
     record.mkdir()
     with stranger("sh", "-c", f"setsid {nap} & wait") as other:
         nap.runs()
@@ -6468,9 +6091,10 @@ def test_stop_of_a_finished_job_ends_nothing_of_a_hidden_stranger(tmp_path):
         kill(running(nap)[0].pid)
 
 
-def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker, nap):
-    """As after a crash of the host: no exit, and the pid belongs to somebody else by now."""
-    job = start_job(talker, nap)
+def test_stop_ends_no_stranger_with_the_pid_of_a_job_that_was(shared, talker, nap):
+    """One that finished; and one whose record was cut off, as by a crash of the host: it is lost, not running."""
+    done, job = start_job(talker, "exit 3"), start_job(talker, nap)
+    assert ended(talker, done) == 3
     nap.runs()
     record = record_of(shared, job)
     for process in running(job):
@@ -6481,10 +6105,12 @@ def test_a_job_whose_record_was_cut_off_is_lost_not_running(shared, talker, nap)
     until(lambda: state(talker, job)[0] == "lost", "it is said to be lost")
     assert talker("wait", job=job, timeout=5)["state"] == "lost" and shared.cli("wait", job).code == 1
     with stranger(*nap.split()) as other:
-        (record / "pid").write_text(f"{other.pid}\n")
-        assert state(talker, job)[0] == "lost"
-        talker("stop", job=job)
-        assert other.poll() is None
+        for old, told in ((job, ("lost", None)), (done, ("exited", 3))):
+            (record_of(shared, old) / "pid").write_text(f"{other.pid}\n")
+            assert state(talker, old) == told
+            talker("stop", job=old)
+            assert other.poll() is None
+        assert state(talker, done) == ("exited", 3)
 
 
 def test_logs_of_a_large_output_are_bounded_and_whole(shared, talker):
@@ -6509,7 +6135,7 @@ def test_a_job_keeps_its_secret_out_of_its_record(repo, site):
 
 
 @each("command", ["wait", "logs -f"])
-def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, site, line):
+def test_wait_and_logs_f_say_that_the_host_is_down(repo, command, site, line):
     job = repo.job("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far")
     sessions = site.log().count("Starting session")
     terminal = repo.terminal(*command.split(), job)
@@ -6525,7 +6151,7 @@ def test_wait_and_logs_f_say_on_a_terminal_that_the_host_is_down(repo, command, 
 
 @slow
 @promise(7)
-def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(repo, line):
+def test_logs_f_prints_each_line_once_over_three_cuts(repo, line):
     steps = "for step in 0 1 2 3; do for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do [ $n = 15 ] && printf 'line ' && {gate}; " \
             "[ $n = 15 ] || printf 'line '; echo $((step*15+n)); done; done; exit 9"
     gate = "while [ ! -e gate$step ]; do sleep 0.05; done"
@@ -6544,12 +6170,12 @@ def test_logs_f_prints_each_of_60_lines_once_though_the_line_is_cut_three_times(
         if step < 3:
             line.drop()
         (where / f"gate{step}").touch()
-    out, err = child.communicate()
-    assert seen + out == whole and child.returncode == 0
+    ran = child.end()
+    assert seen + ran.out == whole and ran.code == 0
     assert line.connections >= 4 and repo.cli("wait", job).code == 9
 
 
-def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo, nap):
+def test_a_job_stays_with_its_renamed_workspace(repo, nap):
     job = repo.job(f"echo in; {nap}", options=["-w", "one"])
     repo.ok("rename", "-w", "one", "two")
     assert repo.cli("logs", "-w", "two", job).out == b"in\n"
@@ -6561,12 +6187,12 @@ def test_a_job_stays_with_its_workspace_through_a_new_name_and_rm_sees_it(repo, 
     assert repo.cli("jobs", "-w", "two", "--json").json == []
 
 
-def test_stdin_for_a_job_is_refused_and_never_dropped_in_silence(repo, site):
+def test_stdin_for_a_job_is_refused(repo, site):
     repo.new()
     refused(repo.cli("exec", "--detach", "--", "wc -c", stdin=b"data"), 125, "write -w main FILE")
     with open(repo.dir / "README", "rb") as file:
         child = repo.start("exec", "--detach", "--", "wc -c", stdin=file)
-        assert child.communicate()[0] == b"" and child.returncode == 125
+        assert child.end().ended[:2] == (125, b"")
     assert repo.cli("jobs", "--json").json == [], "nothing was started"
     repo.ok("exec", "-n", "--detach", "--", "true", stdin=b"data")
     idle = repo.start("exec", "--detach", "--", "true", stdin=PIPE)  # as a harness leaves it open
@@ -6638,8 +6264,8 @@ def other_server(site, kind):
 
 
 @each("kind", ["dropbear", "tinyssh"])
-def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind):
-    host, repo, nap = other_server(site, kind), Repo(site, odd=True), Nap()
+def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind, nap):
+    host, repo = other_server(site, kind), Repo(site, odd=True)
     repo.secret("TOKEN", b"it's $x")
     ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
     assert ran.ended == (9, b"<it's $x>", b"oh\n"), ran
@@ -6654,8 +6280,7 @@ def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind):
     repo.ok("edit", "plain.txt", "--old", "plain", "--new", "edited")
     job = repo.job("echo in; exit 6", host=host)
     assert repo.cli("wait", job).code == 6 and repo.cli("logs", job).out == b"in\n"
-    with ThreadPoolExecutor(12) as pool:
-        runs = list(pool.map(lambda n: repo.exec(f"echo {n}", host=host), range(12)))
+    runs = at_once(12, lambda n: repo.exec(f"echo {n}", host=host), range(12))
     assert [r.out for r in runs] == [b"%d\n" % n for n in range(12)], runs
     pulled = repo.ok("pull")
     assert repo.pulled("plain.txt") == "edited", pulled
@@ -6670,7 +6295,7 @@ def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind):
 # === Several workspaces at once ===
 
 
-def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
+def test_new_makes_several_at_once(repo):
     names = [f"w{n}" for n in range(6)]
     repo.new(*names)
     assert set(repo.workspaces()) == set(names) and all(tree_of(repo.path(n)) == repo.tree() for n in names)
@@ -6682,7 +6307,7 @@ def test_new_makes_several_at_once_and_refuses_a_name_that_exists(repo):
     assert repo.workspaces() == {} and not list(place.iterdir())
 
 
-def test_a_pool_of_hosts_is_filled_evenly_without_one_that_is_down(repo, site):
+def test_a_pool_of_hosts_is_filled_evenly(repo, site):
     site.daemon("b")
     site.daemon("c")
     site.host("dead", "ProxyCommand false")
@@ -6690,8 +6315,7 @@ def test_a_pool_of_hosts_is_filled_evenly_without_one_that_is_down(repo, site):
     def spread():
         return [[row["host"] for row in repo.recorded().values()].count(host) for host in ("box", "b", "c")]
     repo.ok("new", "-H", "box", "-H", "b", "-H", "c", *[f"w{n}" for n in range(7)])
-    with ThreadPoolExecutor(3) as pool:
-        ran = list(pool.map(lambda n: repo.exec("true", options=["-H", "b", "-H", "c", "-w", f"x{n}"]), range(3)))
+    ran = at_once(3, lambda n: repo.exec("true", options=["-H", "b", "-H", "c", "-w", f"x{n}"]), range(3))
     assert [r.code for r in ran] == [0] * 3 and sorted(spread()) == [3, 3, 4], (spread(), ran)
     done = repo.ok("new", *[f"y{n}" for n in range(10)], env={"CMUX_SSH_HOST": "dead box b  c"})
     assert sorted(spread()) == [6, 7, 7] and done.said.count("dead is passed over") == 1, (spread(), done)
@@ -6725,8 +6349,7 @@ def test_exec_in_20_workspaces_gives_each_its_own_result(repo):
     assert "20 of 20" in text.said
 
 
-def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, site):
-    line, nap = site.line("far"), Nap()
+def test_results_are_kept_when_one_of_several_is_lost(repo, nap, line):
     repo.new("near")
     repo.new("away", host="far")
     command = f'echo early; printf part; [ $CMUX_WORKSPACE = near ] || {nap}'
@@ -6734,27 +6357,27 @@ def test_partial_results_of_several_workspaces_are_kept_when_one_is_lost(repo, s
         child = repo.start("exec", "-w", "near", "-w", "away", *(["--json"] if json_wanted else []), "--", command)
         nap.runs()
         line.drop()
-        out, err = child.communicate()
-        assert child.returncode == 255
+        ran = child.end()
+        assert ran.code == 255
         if json_wanted:
-            rows = {row["workspace"]: row for row in json.loads(out)}
+            rows = {row["workspace"]: row for row in ran.json}
             assert rows["near"]["exit_code"] == 0 and rows["near"]["stopped"] is None and rows["near"]["stdout"] == "early\npart"
             assert rows["away"]["exit_code"] == 255 and rows["away"]["error"] and rows["away"]["stdout"] == "early\npart"
         else:
-            assert sorted(out.splitlines()) == [b"away | early", b"away | part", b"near | early", b"near | part"]
-            assert b"1 of 2" in err and b"away (255" in err
+            assert sorted(ran.text.splitlines()) == ["away | early", "away | part", "near | early", "near | part"]
+            assert "1 of 2" in ran.said and "away (255" in ran.said
         nap.gone()
 
 
-def test_ctrl_c_and_timeout_over_several_keep_what_was_said(repo, nap):
+def test_a_stop_over_several_keeps_what_was_said(repo, nap):
     repo.new("a", "b", "c")
     command = f'echo "early $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] && exit 4; sleep 1; {nap}'
     child = repo.start("exec", "--all", "--json", "--", command)
     nap.runs(2)
     os.killpg(child.pid, signal.SIGINT)
-    out, err = child.communicate()
-    rows = {row["workspace"]: row for row in json.loads(out)}
-    assert child.returncode == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, err
+    ran = child.end()
+    rows = {row["workspace"]: row for row in ran.json}
+    assert ran.code == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}, ran
     assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
     nap.gone()
     late = repo.cli("exec", "--all", "--timeout", "2", "--", command)
@@ -6762,7 +6385,7 @@ def test_ctrl_c_and_timeout_over_several_keep_what_was_said(repo, nap):
     assert "b, c (124: stopped, its processes have ended)" in late.said
 
 
-def test_each_workspace_has_a_live_line_and_none_afterwards(repo, line):
+def test_each_workspace_has_a_live_line(repo, line):
     repo.write("big", os.urandom(12 << 20))
     repo.save(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
     line.rate = 4e6
@@ -6775,15 +6398,13 @@ def test_each_workspace_has_a_live_line_and_none_afterwards(repo, line):
     assert len(shown) == 6, shown
     line.rate = float("inf")
     seen = repo.terminal("exec", "-w", "a", "-w", "b", "--", 'echo "in $CMUX_WORKSPACE"; [ $CMUX_WORKSPACE = a ] || exit 3; sleep 3')
-    seen.expect(rb"a  running \d+s\x1b\[K\r?\nb  failed \(3\)")
-    assert seen.wait() == 3
+    seen.talk(rb"a  running \d+s\x1b\[K\r?\nb  failed \(3\)", code=3)
     shown = sorted(filter(None, seen.lines()))
     assert shown[:2] == ["a | in a", "b | in b"] and len(shown) == 3 and "1 of 2" in shown[2], shown
 
 
 @each("sig", [b"\x03", None])
-def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, site):
-    line, nap = site.line("far"), Nap()
+def test_live_lines_are_taken_back(repo, sig, nap, line):
     repo.new("a", "b", host="far")
     seen = repo.terminal("exec", "--all", "--", f"echo early; {nap}")
     seen.expect(rb"a  running \d+s")
@@ -6793,7 +6414,7 @@ def test_the_live_lines_are_taken_back_on_ctrl_c_and_on_a_lost_line(repo, sig, s
     assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
 
 
-def test_more_workspaces_than_rows_are_counted_on_a_terminal_alone(repo):
+def test_more_workspaces_than_rows_are_counted(repo):
     names = [f"w{n:02}" for n in range(14)]
     repo.new(*names)
     for env in ({}, {"TERM": "dumb"}):
@@ -6822,64 +6443,83 @@ def test_several_workspaces_bad_use_is_said(repo):
     for stdin, code in ((theirs, 0), (DEVNULL, 0), (read, 0), (read, 125)):  # only bytes that wait are refused
         os.write(write, b"x") if code else None
         child = repo.start(*both, "--", "true", stdin=stdin)
-        assert b"passes stdin on to none of them" in child.communicate()[1] or not code
-        assert child.returncode == code
+        ran = child.end()
+        assert ran.code == code and ("passes stdin on to none of them" in ran.said) == bool(code), ran
 
 
 # === batch ===
 
 
 def calls(commands, **more):
-    """A line for each command, numbered from 0."""
     return b"".join(json.dumps({"id": n, "tool": "exec", "arguments": {"command": command}, **more}).encode() + b"\n" for n, command in enumerate(commands))
 
 
-@each("sig", [signal.SIGINT, signal.SIGTERM])
-@promise(6)
-def test_a_batch_whose_input_has_ended_is_stopped_too(shared, sig, nap):
-    child = shared.start("batch", "-w", "main", "-j", "2", stdin=PIPE)
-    child.stdin.write(calls([nap] * 3))
-    child.stdin.close()
-    child.stdin = None
-    nap.runs(2)
-    child.send_signal(sig)
-    out, _ = child.communicate()
-    results = [json.loads(line)["result"] for line in out.splitlines()]
-    assert child.returncode == 130 and [(result["exit_code"], result["stopped"]) for result in results] == [(130, "confirmed")] * 3, out
+class Client:
+    """A program that answers lines with lines, in any order: they are read as they come, and kept until they are asked for."""
 
+    def __init__(self, repo, *words):
+        self.child, self.count, self.answers, self.others, self.lines = repo.start(*words, stdin=PIPE), 0, {}, [], []
+        self.changed = threading.Condition()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
-class Agent:
-    """A `batch` that stays open: a tool call is a line to it, and its answer one from it."""
-
-    def __init__(self, repo, *options):
-        self.child = repo.start("batch", *options, stdin=PIPE)
-        self._held, self._ids, self._early = b"", 0, {}
+    def _read(self):
+        for line in self.child.stdout:
+            message = json.loads(line)
+            with self.changed:
+                self.lines.append(line)
+                if isinstance(message, dict) and message.get("id") is not None:
+                    self.answers[message["id"]] = message
+                else:
+                    self.others.append(message)
+                self.changed.notify_all()
 
     def send(self, line):
         self.child.stdin.write(line + b"\n")
         self.child.stdin.flush()
 
-    def line(self, seconds=PATIENCE):
-        """The next line of answers; an end of them is a failure."""
-        end = time.monotonic() + seconds
-        while b"\n" not in self._held:
-            assert select.select([self.child.stdout], [], [], max(0.0, end - time.monotonic()))[0], f"no answer in {seconds:g} s"
-            data = os.read(self.child.stdout.fileno(), 1 << 20)
-            assert data, f"batch has ended: {self.child.stderr.read()!r}"
-            self._held += data
-        line, self._held = self._held.split(b"\n", 1)
-        return line
+    def answer(self, number, seconds=PATIENCE):
+        with self.changed:
+            assert self.changed.wait_for(lambda: number in self.answers, seconds), f"no answer to {number}: {self.others}"
+            return self.answers.pop(number)
+
+    def other(self, seconds=PATIENCE):
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.others, seconds), "nothing came"
+            return self.others.pop(0)
+
+    def end(self, seconds=60):
+        """Nothing more is asked: what it says on stderr until it has ended."""
+        self.child.stdin.close()
+        self.child.wait(seconds)
+        self.reader.join(seconds)
+        return self.child.stderr.read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            said = b"" if kind else self.end()
+            assert b"Traceback" not in said and (kind or self.child.returncode == self.code()), said
+        finally:
+            self.child.kill()
+            self.child.wait()
+
+
+class Agent(Client):
+    """A `batch` that stays open: a tool call is a line to it, and its answer one from it."""
+
+    def code(self):
+        return int(any(not json.loads(line)["ok"] for line in self.lines))
+
+    def __init__(self, repo, *options):
+        super().__init__(repo, "batch", *options)
 
     def post(self, tool, arguments, **more):
-        self._ids += 1
-        self.send(json.dumps({"id": self._ids, "tool": tool, "arguments": arguments, **more}).encode())
-        return self._ids
-
-    def answer(self, number, seconds=PATIENCE):
-        while number not in self._early:
-            found = json.loads(self.line(seconds))
-            self._early[found["id"]] = found
-        return self._early.pop(number)
+        self.count += 1
+        self.send(json.dumps({"id": self.count, "tool": tool, "arguments": arguments, **more}).encode())
+        return self.count
 
     def __call__(self, tool, **arguments):
         answer = self.answer(self.post(tool, arguments))
@@ -6895,28 +6535,12 @@ class Agent:
         return answer["error"]["message"]
 
     def all(self, calls, seconds=60):
-        """Many calls at once; their answers in the order of the calls."""
         return [self.answer(number, seconds) for number in [self.post(tool, arguments) for tool, arguments in calls]]
-
-    def close(self, seconds=60):
-        out, err = self.child.communicate(timeout=seconds)
-        return self.child.returncode, out, err
-
-
-@contextlib.contextmanager
-def open_agent(repo, *options):
-    talker = Agent(repo, *options)
-    try:
-        yield talker
-        talker.close()
-    finally:
-        talker.child.kill()
-        talker.child.wait()
 
 
 @shared_fixture
 def talker(shared):
-    with open_agent(shared) as opened:
+    with Agent(shared) as opened:
         yield opened
 
 
@@ -6965,7 +6589,7 @@ def ordinary(site):
     return made
 
 
-def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared, tmp_path):
+def test_write_reads_stdin_in_linear_time(shared, tmp_path):
     began = spent()
     told = shared.cli("write", "-w", "main", "large", "--json", stdin=b"x" * 72_000_000)
     assert told.json["size"] == 72_000_000 and spent() - began < 6, spent() - began  # 20 s where each piece copied all before it
@@ -6974,8 +6598,8 @@ def test_write_reads_stdin_in_linear_time_and_only_what_it_may_take(shared, tmp_
         file.truncate(150_000_000)
         for args, code, words in ((("write", "-w", "main", "f"), 2, "larger than 104.9 MB"), (("edit", "-w", "main", "f"), 2, "larger than"), (("secrets", "set", "X"), 2, "larger than"),
                                   (("write", "-w", "main", ""), 2, "path is empty"), (("write", "-H", "a b", "-w", "never", "f"), 2, "host name")):
-            done = subprocess.run([*compiled(), *args], cwd=shared.dir, env=shared.site.environment(), stdin=file, capture_output=True)
-            assert done.returncode == code and words.encode() in done.stderr and os.lseek(file.fileno(), 0, os.SEEK_CUR) <= 105 << 20, done
+            done = shared.start(*args, stdin=file).end()
+            assert done.code == code and words in done.said and os.lseek(file.fileno(), 0, os.SEEK_CUR) <= 105 << 20, done
             os.lseek(file.fileno(), 0, os.SEEK_SET)
 
 
@@ -7008,64 +6632,56 @@ def test_batch_answers_every_line_also_the_bad_ones(shared):
     assert ran.code == 1 and shared.cli("batch", stdin=json.dumps(good).encode()).code == 0 and shared.cli("batch", stdin=b"").code == 0
 
 
-def test_batch_answers_as_they_finish_and_drains_at_the_end(shared):
+def test_batch_answers_as_they_finish(shared):
     talker = Agent(shared)
     slow = talker.post("exec", {"command": "until [ -e drain-now ]; do sleep 0.05; done; echo slow"})
     assert talker("exec", command="echo fast")["stdout"] == "fast\n", "it does not wait for the first"
     assert talker("exec", command="touch drain-now")["exit_code"] == 0
     rest = [talker.post("exec", {"command": f"sleep 0.3; echo {n}"}) for n in range(24)]
-    code, out, err = talker.close()
-    answers = {a["id"]: a for a in map(json.loads, (talker._held + out).splitlines())}
-    assert code == 0 and err == b"" and set(answers) | set(talker._early) == {slow, *rest}
-    assert {a["result"]["exit_code"] for a in answers.values()} == {0}
+    assert talker.end() == b"" and talker.child.returncode == 0 and set(talker.answers) == {slow, *rest}
+    assert {a["result"]["exit_code"] for a in talker.answers.values()} == {0}
     (shared.path() / "drain-now").unlink()
 
 
-def test_batch_takes_the_workspace_of_each_line(repo):
-    with open_agent(repo, "-H", "box") as talker:
-        posted = {name: [talker.post("exec", {"command": "echo $CMUX_WORKSPACE"}, workspace=name) for _ in range(4)] for name in ("one", "two", "three")}
-        for name, numbers in posted.items():
-            assert [talker.answer(n)["result"]["stdout"] for n in numbers] == [f"{name}\n"] * 4
-    assert set(repo.workspaces()) == {"one", "two", "three"}, "made once each"
-
-
 @each("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@promise(6)
 def test_a_stopped_batch_ends_what_runs_there(shared, sig, nap):
-    talker = Agent(shared, "-j", "4")
-    for _ in range(10):
-        talker.post("exec", {"command": nap})
-    nap.runs(4)
-    kill(talker.child.pid, sig)
-    out, err = talker.child.communicate()
-    assert talker.child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 130, signal.SIGKILL: -9}[signal.Signals(sig)], err
-    assert all(json.loads(line)["id"] for line in out.splitlines())
+    for ended in (False, True):
+        child = shared.start("batch", "-w", "main", "-j", "2", stdin=PIPE)
+        child.stdin.write(calls([nap] * 3))
+        child.stdin.flush()
+        if ended:  # its input
+            child.stdin.close()
+            child.stdin = None
+        nap.runs(2)
+        child.send_signal(sig)
+        ran = child.end()
+        assert ran.code == (-9 if sig == signal.SIGKILL else 130), ran
+        assert sig == signal.SIGKILL or [(row["result"]["exit_code"], row["result"]["stopped"]) for row in ran.rows] == [(130, "confirmed")] * 3, ran
+        nap.gone()
 
 
 def test_a_batch_whose_reader_is_gone_stops(shared, nap):
-    talker = Agent(shared, "-j", "2")
-    assert talker("exec", command="true")["exit_code"] == 0
-    talker.post("exec", {"command": nap})
+    child = shared.start("batch", "-j", "2", stdin=PIPE)
+    child.stdin.write(calls([nap]))
+    child.stdin.flush()
     nap.runs()
-    talker.child.stdout.close()
-    talker.post("exec", {"command": "echo nobody reads this"})
+    child.stdout.close()
+    child.stdin.write(calls(["echo nobody reads this"]))
+    child.stdin.flush()
     try:
-        talker.child.wait(PATIENCE)
+        child.wait(PATIENCE)
         nap.gone()
     finally:
-        talker.child.kill()
-
-
-def test_a_batch_whose_results_cannot_be_written_fails(shared):
-    refused(shared.cli("batch", "-w", "main", stdin=calls(["true"] * 3), sh='exec "$@" >/dev/full'), 1, "No space left")
+        child.kill()
 
 
 def test_batch_reads_no_further_ahead_than_it_must(shared, area):
-    """Whoever writes faster than the host works has to wait; the lines are not piled up in memory."""
     talker = Agent(shared, "-j", "1")
     talker.post("exec", {"command": f"until [ -e {area.p('go')} ]; do sleep 0.05; done"})
     sent = fill(talker.child, calls([": " + "x" * 4000]), 500)
     kill(talker.child.pid)
-    talker.child.communicate()
+    talker.child.wait()
     area.put("go", b"")
     assert sent > 2
 
@@ -7077,8 +6693,8 @@ def peak(pid):
 
 
 @slow
-def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared):
-    with open_agent(shared, "-j", "4") as talker:
+def test_batch_stays_small(shared):
+    with Agent(shared, "-j", "4") as talker:
         for number in [talker.post("exec", {"command": "head -c 30000000 /dev/zero | tr '\\0' x; echo end"}) for _ in range(12)]:
             told = talker.answer(number, 120)["result"]
             assert told["truncated"] is True and told["stdout"].endswith("xend\n") and len(told["stdout"]) < 3_000_000
@@ -7086,7 +6702,7 @@ def test_batch_stays_small_whatever_the_commands_print_and_the_lines_hold(shared
         for _ in range(40):
             talker.child.stdin.write(b"x" * 2_000_000)
         talker.send(b"")
-        long = json.loads(talker.line(60))
+        long = talker.other(60)
         assert long["ok"] is False and long["id"] is None and long["error"]["type"] != "Bug"
         assert talker("exec", command="echo still")["stdout"] == "still\n"
         assert peak(talker.child.pid) < 238
@@ -7107,11 +6723,9 @@ def test_batch_of_1000_commands_100_at_a_time_all_succeed(shared):
 def test_12_batch_processes_of_10_each_all_succeed(repo, site):
     lines = calls(f"sleep 0.5; echo {n}" for n in range(40))
     children = [repo.start("batch", "-H", "box", "-j", "10", stdin=PIPE) for _ in range(12)]
-    with ThreadPoolExecutor(12) as pool:
-        done = list(pool.map(lambda child: child.communicate(lines, timeout=240), children))
-    for child, (out, err) in zip(children, done):
-        answers = {a["id"]: a for a in map(json.loads, out.splitlines())}
-        assert child.returncode == 0 and err == b"" and sorted(answers) == list(range(40)), err
+    for ran in at_once(12, lambda child: child.end(lines, 240), children):
+        answers = {a["id"]: a for a in ran.rows}
+        assert (ran.code, ran.err) == (0, b"") and sorted(answers) == list(range(40)), ran
         assert all(a["result"]["stdout"] == f"{n}\n" for n, a in answers.items())
     assert "drop connection" not in site.log() and set(repo.workspaces()) == {"main"}
 
@@ -7119,19 +6733,16 @@ def test_12_batch_processes_of_10_each_all_succeed(repo, site):
 # === The library ===
 
 
-@each("command, out, err", [
-    ("echo out; echo err >&2", "out\n", "err\n"),
-    ("echo 'single' \"double\" \\$HOME `echo tick` $(echo sub) $((6*7)) \\\\ '$x' '!' '*' ';' '&' '|'", "single double $HOME tick sub 42 \\ $x ! * ; & |\n", ""),
-    ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", "multi 'line' \"$x\"\n  kept\n", ""),
-    ("yes | head -n 3", "y\ny\ny\n", ""),
-])
-def test_contract_exec_output(talker, command, out, err):
-    ran = talker("exec", command=command)
-    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (0, out, err)
-    assert ran["timed_out"] is False and ran["truncated"] is False and ran["duration"] > 0
-
-
-def test_contract_exec_stdin_env_and_directory(talker, workspace, area):
+def test_contract_exec(talker, workspace, area, nap):
+    for command, out, err in (
+            ("echo out; echo err >&2", "out\n", "err\n"), ("yes | head -n 3", "y\ny\ny\n", ""), ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", "multi 'line' \"$x\"\n  kept\n", ""),
+            ("echo 'single' \"double\" \\$HOME `echo tick` $(echo sub) $((6*7)) \\\\ '$x' '!' '*' ';' '&' '|'", "single double $HOME tick sub 42 \\ $x ! * ; & |\n", "")):
+        ran = talker("exec", command=command)
+        assert (ran["exit_code"], ran["stdout"], ran["stderr"], ran["timed_out"], ran["truncated"]) == (0, out, err, False, False) and ran["duration"] > 0
+    began = time.monotonic()
+    ran = talker("exec", command=f"echo early; {nap}", timeout=1)
+    assert (ran["exit_code"], ran["timed_out"], ran["stdout"], ran["stopped"]) == (124, True, "early\n", "confirmed")
+    assert 0.9 < ran["duration"] <= time.monotonic() - began + 0.001 < 10  # it is rounded
     assert talker("exec", command="cat; printf end", stdin="line one\nümläut 🐙\n")["stdout"] == "line one\nümläut 🐙\nend"
     assert talker("exec", command=["cat"], stdin="")["stdout"] == ""
     assert talker("exec", command="cat")["stdout"] == "", "no stdin is an empty one, and does not hang"
@@ -7141,14 +6752,6 @@ def test_contract_exec_stdin_env_and_directory(talker, workspace, area):
     area.put("script", b"#!/bin/sh\n", 0o644)
     denied = talker("exec", command=[f"./{area.p('script')}"])
     assert denied["exit_code"] == 126 and "ermission denied" in denied["stderr"]
-
-
-def test_contract_exec_timeout(talker):
-    nap, began = Nap(), time.monotonic()
-    ran = talker("exec", command=f"echo early; {nap}", timeout=1)
-    assert (ran["exit_code"], ran["timed_out"], ran["stdout"], ran["stopped"]) == (124, True, "early\n", "confirmed")
-    assert 0.9 < ran["duration"] <= time.monotonic() - began + 0.001 < 10  # it is rounded
-    nap.gone()
 
 
 @each("data", [
@@ -7169,7 +6772,7 @@ def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
     assert file.read_bytes() == data
 
 
-def test_contract_a_file_of_a_megabyte_and_the_command_line(shared, area):
+def test_contract_a_file_of_a_megabyte(shared, area):
     data = os.urandom(1 << 20)
     wrote = shared.cli("write", area.p("large"), stdin=data)
     assert wrote.ended == (0, b"", b"") and (area.dir / "large").read_bytes() == data
@@ -7193,7 +6796,9 @@ CONTRACT = {  # the arguments of each tool, + where it must be given
 def test_the_table_of_tools_is_the_contract():
     assert {name: {p.name: "+" if p.required else "" for p in tool.params} for name, tool in c.TOOLS.items()} == CONTRACT
     assert {name for name, tool in c.TOOLS.items() if tool.reads} == {"read", "glob", "grep", "jobs", "logs", "wait"}
+    import inspect
     for name, tool in c.TOOLS.items():
+        assert set(CONTRACT[name]) - {"background", "content_base64"} <= set(inspect.signature(getattr(c.Workspace, name)).parameters), name
         assert name in c.VERBS and tool.text and all(p.text and p.schema()["description"] for p in tool.params)
 
 
@@ -7219,7 +6824,6 @@ def four_ready(site):
 
 
 def open_sessions(site, host="box"):
-    """How many the server has now."""
     log = site.log(host)
     return log.count("Starting session: ") - log.count("Close session: ")
 
@@ -7229,6 +6833,14 @@ import sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 import cmux_ssh
 begun = {}
+def here(host=None, **more):
+    project = cmux_ssh.Project(".", **more)
+    return project.create("main", host) if host else project.workspace("main")
+def raised(act, *args, **more):
+    try:
+        return act(*args, **more)
+    except cmux_ssh.CmuxError as error:
+        return error
 def wait_ready(log, sessions=4):  # until the server has so many open, one of them since the last time: after an operation, those opened ahead
     end, count, now = time.monotonic() + 15, begun.get(log, 0), -1
     while now != sessions or sessions and count == begun.get(log, 0):
@@ -7252,27 +6864,9 @@ def in_library(repo, text, *args, seconds=60):
     return done.stdout.decode()
 
 
-def test_library_values_are_immutable_and_equal_by_value(shared):
+def test_library_cancel_from_another_thread(shared, nap):
     assert in_library(shared, """
-workspace = cmux_ssh.Project(".").workspace("main")
-assert isinstance(workspace, cmux_ssh.Workspace) and isinstance(workspace.host, cmux_ssh.Host)
-result = workspace.exec("printf out; exit 3")
-for name in ("exit_code", "stdout", "new"):
-    try:
-        setattr(result, name, 0)
-    except AttributeError:
-        continue
-    raise AssertionError(name)
-same = cmux_ssh.ExecResult(**result.as_dict())
-assert same == result and hash(same) == hash(result) and "exit_code=3" in repr(result)
-assert cmux_ssh.ExecResult(**dict(result.as_dict(), exit_code=4)) != result
-print(result.exit_code)
-""") == "3\n"
-
-
-def test_library_cancel_from_another_thread_ends_the_command(shared, nap):
-    assert in_library(shared, """
-workspace, cancel, seen = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Cancel(), threading.Event()
+workspace, cancel, seen = here(), cmux_ssh.Cancel(), threading.Event()
 def sink(data):
     seen.set()
 def watch():
@@ -7294,7 +6888,7 @@ print("cancelled")
 
 @each("how", ["left", "interrupted"])
 @promise(6)
-def test_library_a_with_statement_and_ctrl_c_end_all_but_jobs(repo, how, nap):
+def test_library_with_and_ctrl_c_end_all_but_jobs(repo, how, nap):
     """Also what a pool has queued, and where each call has a Cancel of its own. Ctrl-C must not wait for the pool, which is inside."""
     job = Nap()
     assert in_library(repo, """
@@ -7324,46 +6918,49 @@ for call in calls:
 assert "cmux-keeper" not in {thread.name for thread in threading.enumerate()}  # it would open sessions ahead
 assert set(ends) == {130} and len(ends) == (10 if sys.argv[3] == "interrupted" else 2), ends
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-try:
-    project.pull("main")
-except cmux_ssh.Cancelled:
-    print("ended")
-""", nap, job, how, seconds=30) == "interrupted\n" * (how == "interrupted") + "ended\n"
+print(type(raised(project.pull, "main")).__name__)
+""", nap, job, how, seconds=30) == "interrupted\n" * (how == "interrupted") + "Cancelled\n"
     nap.gone()
     assert running(job)
     repo.ok("rm", "main", "--force")
 
 
-def test_library_results_have_text_and_check_projects_pull_and_diff(repo):
+def test_library_results_and_projects(repo):
     assert in_library(repo, r"""
 import pickle
 project = cmux_ssh.Project(".")
 workspace = project.create("main", "box")
+assert isinstance(workspace, cmux_ssh.Workspace) and isinstance(workspace.host, cmux_ssh.Host)
+result = workspace.exec("printf out; exit 3")
+for name in ("exit_code", "stdout", "new"):     # it is immutable, and equal by value
+    try:
+        setattr(result, name, 0)
+    except AttributeError:
+        continue
+    raise AssertionError(name)
+same = cmux_ssh.ExecResult(**result.as_dict())
+assert same == result and hash(same) == hash(result) and "exit_code=3" in repr(result)
+assert cmux_ssh.ExecResult(**dict(result.as_dict(), exit_code=4)) != result
 print(ascii(workspace.exec(r"printf 'caf\303\251 \377'").check().text))
-try:
-    workspace.exec(r"echo no; yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check()
-except cmux_ssh.CommandFailed as error:
-    error = pickle.loads(pickle.dumps(error))
-    print(error.result.exit_code, len(str(error)) < 700, str(error)[:44] + str(error)[-19:])
+error = raised(workspace.exec(r"echo no; yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check)
+error = pickle.loads(pickle.dumps(error))
+print(type(error).__name__, error.result.exit_code, len(str(error)) < 700, str(error)[:44] + str(error)[-19:])
 workspace.write("README", "new\n")
 print(*project.diff("main", stat=True), project.pull("main", "cmux/x").branch, sep="\n")
 cancel = cmux_ssh.Cancel()
 cancel.set()
 for act in (project.remove, project.pull, lambda name, cancel: project.push(name, force=True, cancel=cancel), lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel),
             workspace.glob, workspace.grep, workspace.read):
-    try:
-        act("main", cancel=cancel)
-    except cmux_ssh.Cancelled:
-        print("cancelled", *project.entries())
+    print(type(raised(act, "main", cancel=cancel)).__name__, *project.entries())
 """) == r"""'caf\xe9 \ufffd'
-3 True The command in main ended with exit code 3: fithe\x1b[31m end'.
+CommandFailed 3 True The command in main ended with exit code 3: fithe\x1b[31m end'.
  README | 2 +-
  1 file changed, 1 insertion(+), 1 deletion(-)
 cmux/x
-""" + "cancelled main\n" * 8
+""" + "Cancelled main\n" * 8
 
 
-def test_library_errors_are_of_one_family_and_say_what_to_do(repo):
+def test_library_errors_are_of_one_family(repo):
     assert in_library(repo, r"""
 project, bad = cmux_ssh.Project("."), "x\ud800"
 w = project.create("w", "box")
@@ -7380,17 +6977,15 @@ for kind, acts in {
         lambda: project.set_secret("A", bad), lambda: project.set_secret("A", 1), lambda: project.create("v", "box", ref=bad), lambda: project.create("v", "box", root=bad),
         lambda: project.create(bad, "box")]}.items():
     for at, act in enumerate(acts):
-        try:
-            print(kind, at, act())
-        except cmux_ssh.CmuxError as error:
-            print(kind, at, repr(error)) if type(error).__name__ != kind or not str(error).strip() else None
+        error = raised(act)
+        print(kind, at, repr(error)) if type(error).__name__ != kind or not str(error).strip() else None
 print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.jobs()], w.exec("cat", stdin="x").stdout)
 """) == "0 [] b'x'\n"
 
 
 @each("sh", ["dash", "bash", "busybox", "mksh"])
-def test_one_attempt_at_a_time_whoever_died_or_has_its_number(tmp_path, sh):
-    """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes. (From inside: six at once die at one place of a script, under each sh.)"""
+def test_one_attempt_at_a_time(tmp_path, sh):
+    """Two saw a dead owner, and the slower removed the other's link. (From inside: six at once die at one place of a script, under each sh.)"""
     text = c.STOP_TEXT + c.OPEN_ROOT + """
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
 inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
@@ -7418,32 +7013,25 @@ _cmux_run=$RUN; _cmux_newline='
     assert attempt(1).communicate(timeout=PATIENCE)[0] == b"" and not list(stage.iterdir())
 
 
-def test_a_base_that_is_broken_on_the_host_is_made_anew(repo, site):
-    bases = site.far_home() / "cmux" / ".cmux" / "bases"
-    repo.new("one")
-    (base,) = bases.iterdir()
-    shutil.rmtree(base)
-    base.touch()
-    (bases / ("a" * 40)).mkdir()
-    repo.new("two")
-    assert (base / "whole.tar").is_file()
-    shutil.rmtree(base / "git")
-    (base / "git").mkdir()
-    repo.new("three")
-
-
 def travelled(repo, *words):
-    """The bytes of the archive that a call sends."""
     repo.ok(*words)
     return repo.history()[-1]["bytes"]
 
 
-def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo, site):
+def test_all_is_sent_where_the_base_of_a_delta_is_broken(repo, site):
     bases = site.far_home() / "cmux" / ".cmux" / "bases"
-    for n in range(20):
-        repo.write(f"f{n}", b"x")
-    repo.commit()
+    repo.save({f"f{n}": b"x" for n in range(20)})
     whole = travelled(repo, "new", "-H", "box", "one")
+    (base,) = bases.iterdir()
+    shutil.rmtree(base)
+    base.touch()
+    (bases / ("a" * 40)).mkdir()
+    repo.new("anew")
+    assert (base / "whole.tar").is_file()
+    shutil.rmtree(bases / ("a" * 40), ignore_errors=True)
+    shutil.rmtree(base / "git")
+    (base / "git").mkdir()
+    repo.new("again")
     repo.save("more", b"1")
     (base,) = bases.iterdir()
     (base / "whole.tar").write_bytes(b"broken" * 1000)
@@ -7458,11 +7046,9 @@ def test_where_the_base_of_a_delta_is_broken_on_the_host_all_is_sent(repo, site)
     assert travelled(repo, "push", "-w", "two", "--force") >= whole and tree_of(repo.path("two")) == repo.tree()
 
 
-def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo, site):
-    """A host that knows the id of a branch's tree could else ask what files that has: the delta names those to remove."""
-    for n in range(20):
-        repo.write(f"f{n}", b"%d" % n)
-    repo.commit()
+def test_a_delta_stands_on_what_that_host_was_sent(repo, site):
+    """Else a host that knows the id of a branch's tree could ask what files that has."""
+    repo.save({f"f{n}": b"%d" % n for n in range(20)})
     repo.git("checkout", "-qb", "private")
     repo.save("acquisition-of-ACME", b"x")
     forged = site.far_home() / "cmux" / ".cmux" / "bases" / repo.id("HEAD^{tree}")
@@ -7480,11 +7066,11 @@ def test_a_delta_stands_only_on_what_was_sent_to_that_host(repo, site):
 
 
 @each("name", ["USR1", "WINCH", "CONT"])
-def test_a_command_that_signals_its_parent_keeps_its_status(shared, name):
+def test_a_command_may_signal_its_parent(shared, name):
     """As daemons do when they are ready."""
     assert shared.exec(f"kill -{name} $PPID; exit 5", options=["--timeout", "20"]).code == 5
     assert in_library(shared, """
-workspace = cmux_ssh.Project(".").workspace("main")
+workspace = here()
 for _ in range(3):
     print(workspace.exec("kill -%s $PPID; exit 5" % sys.argv[1], timeout=20).exit_code)
     time.sleep(0.3)
@@ -7493,22 +7079,14 @@ for _ in range(3):
     assert shared.cli("wait", job).code == 6
 
 
-def test_a_line_that_is_lost_between_two_calls_of_the_library_is_not_noticed(repo, line):
+def test_a_line_lost_between_two_calls_is_not_noticed(repo, line):
     repo.new(host="far")
-    with open_agent(repo) as talker:
+    with Agent(repo) as talker:
         for round_ in range(3):
             assert [a["result"]["stdout"] for a in talker.all([("exec", {"command": f"echo {n}"}) for n in range(8)])] == [f"{n}\n" for n in range(8)]
             seen = line.connections
             line.drop()
             assert talker("read", path="README")["content"] == "hello\n" and line.connections > seen, round_
-
-
-def test_every_tool_is_a_method_of_a_workspace():
-    import inspect
-    for name, arguments in CONTRACT.items():
-        method = getattr(c.Workspace, name, None)
-        assert method is not None, f"Workspace.{name}"
-        assert set(arguments) - {"background", "content_base64"} <= set(inspect.signature(method).parameters), name
 
 
 def ways_to_run(way, directory):
@@ -7545,8 +7123,7 @@ def test_it_runs_however_python_is_given_it(shared, python, way):
     assert code == 125 and out == b"" and err.count(b"\n") == 1, err
 
 
-def test_two_copies_in_one_process_do_not_disturb_each_other(repo, site):
-    """Two programs that vendor it, in one interpreter and with one state directory."""
+def test_two_copies_in_one_process(repo, site):
     for name in ("one", "two"):
         (site.dir / name).mkdir()
         shutil.copy(PROGRAM, site.dir / name / "vendored.py")
@@ -7639,27 +7216,14 @@ def request(number, method, params):
     return json.dumps({"jsonrpc": "2.0", "id": number, "method": method, "params": params}).encode() + b"\n"
 
 
-class Mcp:
-    """A client of `mcp`: requests out, answers and notifications in, kept until they are asked for."""
+class Mcp(Client):
+    """A client of `mcp`."""
+
+    def code(self):
+        return 0
 
     def __init__(self, repo, *options):
-        self.child = repo.start("mcp", *options, stdin=PIPE)
-        self.count, self.answers, self.others, self.changed = 0, {}, [], threading.Condition()
-        self.lines = []
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self):
-        for line in self.child.stdout:
-            message = json.loads(line)
-            with self.changed:
-                self.lines.append(line)
-                if isinstance(message, dict) and message.get("id") is not None:
-                    self.answers[message["id"]] = message
-                else:
-                    self.others.append(message)
-                self.changed.notify_all()
-
-    send = Agent.send
+        super().__init__(repo, "mcp", *options)
 
     def post(self, method, params=None):
         self.count += 1
@@ -7669,18 +7233,8 @@ class Mcp:
     def begin(self, command, **more):
         return self.post("tools/call", {"name": "exec", "arguments": {"command": command}, **more})
 
-    def answer(self, number, seconds=PATIENCE):
-        with self.changed:
-            assert self.changed.wait_for(lambda: number in self.answers, seconds), f"no answer to {number}: {self.others}"
-            return self.answers.pop(number)
-
     def text(self, number):
         return self.answer(number)["result"]["content"][0]["text"]
-
-    def other(self, seconds=PATIENCE):
-        with self.changed:
-            assert self.changed.wait_for(lambda: self.others, seconds), "nothing came"
-            return self.others.pop(0)
 
     def ask(self, method, params=None):
         return self.answer(self.post(method, params))
@@ -7704,27 +7258,10 @@ class Mcp:
     def cancel(self, number):
         self.send(b'{"jsonrpc":"2.0","method":"notifications/cancelled","params":{"requestId":%d}}' % number)
 
-    def end(self, seconds=PATIENCE):
-        self.child.stdin.close()
-        self.child.wait(seconds)
-        return self.child.stderr.read()
-
-
-@contextlib.contextmanager
-def open_mcp(repo, *options):
-    client = Mcp(repo, *options)
-    try:
-        yield client
-        said = client.end()
-        assert client.child.returncode == 0 and b"Traceback" not in said, said
-    finally:
-        client.child.kill()
-        client.child.wait()
-
 
 @shared_fixture
 def mcp(shared):
-    with open_mcp(shared, "--soft-timeout", "2") as client:
+    with Mcp(shared, "--soft-timeout", "2") as client:
         yield client
 
 
@@ -7737,21 +7274,20 @@ def test_mcp_handshake_agrees_on_every_older_version(mcp, asked, given):
     assert mcp.ask("ping")["result"] == {}
 
 
-def test_mcp_calls_leave_no_descriptors_behind(repo, monkeypatch, site):
-    """They are closed, not left to a collector: PyPy's comes late (seen: three more for each call, up to the limit)."""
-    late = site.dir / "late.py"  # CPython's comes at once
-    late.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport cmux_ssh as c\nc.Cancel.__del__ = lambda cancel: None\nsys.exit(c.main())\n")
-    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", late)
+def test_mcp_calls_leave_no_descriptors_behind(repo, tuned):
+    """They are closed, not left to a collector: PyPy's comes late."""
+    tuned("c.Cancel.__del__ = lambda cancel: None")  # CPython's comes at once
+
     def calls():
         for _ in range(15):
             client("exec", command=["true"]), client("read", path="README"), client("exec", command="cat", stdin="in"), client("glob", pattern="*")
         return len(os.listdir(f"/proc/{client.child.pid}/fd"))
-    with open_mcp(repo, "-H", "box") as client:
+    with Mcp(repo, "-H", "box") as client:
         before = calls()
         assert calls() < before + 20
 
 
-def test_a_forked_child_has_the_parents_cancel_for_its_own():
+def test_a_forked_child_has_a_cancel_of_its_own():
     cancel = c.Cancel()
     cancel.fileno()
     stuck = c.Cancel()  # from inside: its guard is held for microseconds
@@ -7772,18 +7308,11 @@ def test_a_forked_child_has_the_parents_cancel_for_its_own():
     assert child == 0 and select.select([cancel, stuck], [], [], 0.2)[0] == [] and not cancel.is_set
     cancel.set()
     assert select.select([cancel], [], [], 5)[0] == [cancel]
-
-
-def test_a_forked_child_lets_go_of_all_though_one_is_closed():
-    """Another thread of the parent was in the middle of closing it."""
-    cancels = [c.Cancel() for _ in range(12)]
+    cancels = [c.Cancel() for _ in range(12)]  # it lets go of all, though another thread of the parent was closing some
     numbers = [cancel.fileno() for cancel in cancels]
-
-    def all_gone():
-        return not any(os.path.exists(f"/dev/fd/{number}") for number in numbers)
     for number in numbers[:3]:
         os.close(number)
-    assert forked(all_gone) == 0
+    assert forked(lambda: not any(os.path.exists(f"/dev/fd/{number}") for number in numbers)) == 0
     for number in numbers[:3]:
         os.dup2(numbers[3], number)
 
@@ -7794,24 +7323,17 @@ def forked(look):
         warnings.simplefilter("ignore")  # 3.12 and later: a process with threads should not fork
         child = os.fork()
     if not child:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(PATIENCE))
         try:
             os._exit(0 if look() else 1)
         finally:
             os._exit(2)
-    until = time.monotonic() + PATIENCE
-    while time.monotonic() < until:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.WEXITSTATUS(status)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -1
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_what_killed_writers_left_is_removed_when_it_is_old(site):
-    """And one that another process renames meanwhile disturbs nobody (seen: a traceback)."""
-    repo = Repo(site)
+def test_what_killed_writers_left_is_removed(site, repo):
+    """And one that another process renames meanwhile disturbs nobody."""
     site.line("far").refuse = True
     assert (repo.cli("new", "-H", "far", "down").code, repo.cli("new", "-H", "box", "up").code) == (255, 0)
     for name, left in (("m/*/down.json", {"other.3.new", "2.new", "gone.new"}), ("projects/*.json", {"other.3.new"})):
@@ -7826,7 +7348,7 @@ def test_what_killed_writers_left_is_removed_when_it_is_old(site):
         assert {new for new, file in files.items() if os.path.lexists(file)} == left, name
 
 
-def test_a_cancel_is_readable_once_set_whenever_it_is_first_polled():
+def test_a_cancel_is_readable_once_set():
     for order in ("set", "poll"), ("poll", "set"):
         cancel = c.Cancel()
         for act in order:
@@ -7838,7 +7360,7 @@ def test_a_cancel_is_readable_once_set_whenever_it_is_first_polled():
         assert cancel.is_set
 
 
-def test_mcp_stateless_era_answers_discover_and_every_request_by_itself(mcp):
+def test_mcp_without_a_handshake(mcp):
     found = mcp.ask("server/discover", MODERN)["result"]
     assert "2026-07-28" in found["supportedVersions"] and found["resultType"] == "complete"
     assert isinstance(found["ttlMs"], int) and found["cacheScope"] == "private" and found["_meta"][META + "serverInfo"]["name"] == "cmux-ssh"
@@ -7852,10 +7374,10 @@ def test_mcp_stateless_era_answers_discover_and_every_request_by_itself(mcp):
     assert mcp.ask("ping", MODERN)["error"]["code"] == -32601 and mcp.ask("initialize", MODERN)["error"]["code"] == -32601
 
 
-def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp, shared):
+def test_mcp_tools_are_the_table(mcp, shared):
     first, again = (mcp.ask("tools/list")["result"]["tools"] for _ in range(2))
     assert first == again and [tool["name"] for tool in first] == MCP_TOOLS == list(c.TOOLS)
-    with open_mcp(shared, "--manage") as manager:
+    with Mcp(shared, "--manage") as manager:
         more = manager.ask("tools/list")["result"]["tools"]
     assert [tool["name"] for tool in more][:len(MCP_TOOLS)] == MCP_TOOLS and len(more) > len(MCP_TOOLS)
     for tool in more:
@@ -7869,7 +7391,7 @@ def test_mcp_tools_are_the_table_with_schemas_annotations_and_short_names(mcp, s
     assert hints["workspace_rm"]["destructiveHint"] and not hints["edit"]["destructiveHint"]
 
 
-def test_mcp_every_tool_works_and_its_failures_say_what_to_do(mcp):
+def test_mcp_every_tool_works(mcp):
     assert re.search(r"exit_code: 3\n(.|\n)*--- stdout\nhi\n(.|\n)*--- stderr\noh\n", mcp("exec", command="echo hi; echo oh >&2; exit 3"))
     assert "<a b><'>" in mcp("exec", command=["printf", "<%s>", "a b", "'"])
     assert "created: True" in mcp("write", path="mcp/x.txt", content="one\ntwo\n")
@@ -7892,9 +7414,9 @@ def test_mcp_every_tool_works_and_its_failures_say_what_to_do(mcp):
 
 
 def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp):
+    """Also those beyond the number that run at once; each is answered after the next had begun to wait."""
     slow = mcp.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
-    numbers = {mcp.begin(f"echo n{n}"): n for n in range(8)}
-    for number, n in numbers.items():
+    for number, n in {mcp.begin(f"sleep 0.3; echo n{n}"): n for n in range(100)}.items():
         assert f"n{n}\n" in mcp.text(number)
     assert slow not in mcp.answers
     last = mcp.begin("echo >go")
@@ -7925,10 +7447,10 @@ def test_mcp_notifications_and_answers_get_no_answer(mcp):
 
 
 @promise(3)
-def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(site):
-    repo, value = Repo(site), f"s3cret-{os.urandom(8).hex()}"
+def test_mcp_neutralises_what_the_host_says(site, repo):
+    value = f"s3cret-{os.urandom(8).hex()}"
     repo.secret("TOKEN", value)
-    with open_mcp(repo, "-H", "box") as client:
+    with Mcp(repo, "-H", "box") as client:
         text = client("exec", command="printf '\\033]52;c;ZXZpbA==\\007\\033[31mred\\033[m\\033]0;title'; printf '\\033\\\\'; echo \" $TOKEN\"; "
                                       "head -c 2000000 /dev/zero | tr '\\0' y; echo THE END $TOKEN; printf 'a\\342\\200\\256b' >&2")
         assert "52;c" not in text and "ZXZp" not in text and "\x1b" not in text and "title" not in text and "\u202e" not in text
@@ -7943,38 +7465,26 @@ def test_mcp_masks_secrets_drops_escapes_bounds_and_marks_what_the_host_says(sit
     assert b"leak" in tree_of(repo.path())
 
 
-def test_mcp_a_secret_cut_by_a_page_of_logs_is_masked_all_the_same(site):
-    repo = Repo(site)
+def test_mcp_a_secret_cut_by_a_page_is_masked(site, repo):
     repo.secret("TOKEN", b"abcdefghijklmnopqrstuvwxyz")
     repo.new()  # a call that makes the workspace may take longer than the soft timeout
-    with open_mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
+    with Mcp(repo, "-H", "box", "--soft-timeout", "1") as client:
         text = client("exec", command='printf %s "${TOKEN%??????}"; sleep 3; printf %s "uvwxyz!"; sleep 60')
         job = job_of(text)
         assert "abcdef" not in text and "next_offset: 0" in text
         until(lambda: "[secret TOKEN]!" in client("logs", job=job, offset=0, wait=1), "the rest of the secret")
 
 
-def test_mcp_masks_what_a_command_made_also_when_an_earlier_server_sent_it(repo):
+def test_mcp_masks_what_an_earlier_server_sent(repo):
     repo.secret("TOKEN", command="printf %s-12345 made")
-    with open_mcp(repo, "-H", "box") as client:
+    with Mcp(repo, "-H", "box") as client:
         client("exec", command='echo "key=$TOKEN" >.env')
         job = job_of(client("exec", command='echo "job $TOKEN"', background=True))
         client("wait", job=job)
     for tool, words in (("read", {"path": ".env"}), ("logs", {"job": job}), ("grep", {"pattern": "key="})):
-        with open_mcp(repo, "-H", "box") as client:  # each the first call of a server
+        with Mcp(repo, "-H", "box") as client:  # each the first call of a server
             text = client(tool, **words)
             assert "made-12345" not in text and "[secret TOKEN]" in text, (tool, text)
-
-
-def test_mcp_a_name_made_for_the_pattern_and_a_page_of_cuts_take_no_time(repo, client):
-    """Seen: one name held the server for ever, in re.match; 2 MB of cuts held it for 99 s."""
-    key = "-----BEGIN KEY-----\n" + "\n".join(os.urandom(24).hex() for _ in range(26)) + "\n-----END KEY-----\n"
-    repo.secret("KEY", key)
-    client("exec", command="touch $(printf 'a%.0s' $(seq 220)) ab")
-    began = time.monotonic()
-    assert "paths: none" in client("glob", pattern="**/*a*a*a*a*a*a[c]") and "ab" in client("glob", pattern="**/*a[b]")
-    client("exec", command="yes '[...]' | tr -d '\\n' | head -c 1000000; yes '[...]' | tr -d '\\n' | head -c 1000000 >&2")
-    assert time.monotonic() - began < 20
 
 
 def test_globs_are_what_regular_expressions_said(area):
@@ -7998,9 +7508,9 @@ def test_globs_are_what_regular_expressions_said(area):
 
 
 @each("pause", [":", "sleep 0.01"])
-def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared, pause):
+def test_mcp_a_page_ends_where_it_says(shared, pause):
     """next_offset is where the page ended, not where the output is by then."""
-    with open_mcp(shared, "--soft-timeout", "0.5") as client:
+    with Mcp(shared, "--soft-timeout", "0.5") as client:
         text, joined = client("exec", command=f"n=0; while echo $((n+=1)); do {pause}; done"), ""
         job = job_of(text)
         for _ in range(12):
@@ -8011,16 +7521,6 @@ def test_mcp_what_comes_while_a_call_is_answered_is_in_the_next_page(shared, pau
             text = client("logs", job=job, offset=offset, wait=1)
         client("stop", job=job)
         assert joined == "".join(f"{n + 1}\n" for n in range(joined.count("\n") + 1))[:len(joined)]
-
-
-def test_mcp_manage_moves_no_branch_of_the_users(repo):
-    repo.git("branch", "release")
-    repo.new("one")
-    with open_mcp(repo, "-w", "one", "--manage") as client:
-        client("write", path="work", content="done\n")
-        assert "does not begin with cmux/" in client.refusal("workspace_pull", workspace="one", branch="release")
-        client("workspace_pull", workspace="one", branch="cmux/other")
-    assert repo.id("release") == repo.id("main") and repo.pulled("work", "other") == "done"
 
 
 def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
@@ -8046,7 +7546,7 @@ def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp, nap):
 
 
 def test_mcp_keeps_little_of_a_flood_and_says_so(shared):
-    with open_mcp(shared, "--soft-timeout", "1") as client:
+    with Mcp(shared, "--soft-timeout", "1") as client:
         jobs = [job_of(client.text(number)) for number in [client.begin("yes | head -c 30000000; sleep 60") for _ in range(4)]]
         until(lambda: all("truncated: True" in client("logs", job=job) for job in jobs), "it is cut")
         assert peak(client.child.pid) < (200 if PYPY else 90)
@@ -8055,7 +7555,7 @@ def test_mcp_keeps_little_of_a_flood_and_says_so(shared):
 def test_mcp_a_stop_of_what_was_lost_is_not_confirmed(site):
     repo, line = Repo(site), site.line("far")
     repo.new(host="far")
-    with open_mcp(repo, "--soft-timeout", "1") as client:
+    with Mcp(repo, "--soft-timeout", "1") as client:
         job = job_of(client("exec", command="sleep 600"))
         line.drop()
         until(lambda: "state: lost" in client("logs", job=job), "it is lost")
@@ -8080,7 +7580,7 @@ def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp, nap):
 
 
 @each("how", ["eof", "kill", "term"])
-def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
+def test_mcp_its_end_ends_all_but_jobs(repo, how):
     nap, keep = Nap(), Nap()
     with contextlib.ExitStack() as stack:
         stack.callback(lambda: [kill(p.pid) for p in running(keep)])
@@ -8095,15 +7595,15 @@ def test_mcp_its_end_ends_foreground_commands_and_keeps_jobs(repo, how):
         client.child.wait(20)
         assert time.monotonic() - began < 12
         nap.gone()
-        with open_mcp(repo) as again:
+        with Mcp(repo) as again:
             assert "state=running" in again("jobs") and "kept" in again("logs", job=job)
             assert "stopped: confirmed" in again("stop", job=job)
         keep.gone()
 
 
-def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
+def test_mcp_manage_reaches_other_workspaces(repo):
     repo.new("one")
-    with open_mcp(repo, "-w", "one", "--manage") as client:  # the host is known from the workspace
+    with Mcp(repo, "-w", "one", "--manage") as client:  # the host is known from the workspace
         assert "name: two" in client("workspace_new", name="two")
         assert client("workspace_diff", workspace="two") == "diff: none"
         client("write", workspace="two", path="work", content="done\n")
@@ -8135,18 +7635,18 @@ def test_mcp_manage_reaches_other_workspaces_and_only_then(repo):
     assert set(repo.workspaces()) == {"one", "four"}
 
 
-def test_mcp_follows_a_workspace_that_it_made_or_renames_first(repo):
-    with open_mcp(repo, "-w", "zero", "-H", "box") as client:
+def test_mcp_follows_a_renamed_workspace(repo):
+    with Mcp(repo, "-w", "zero", "-H", "box") as client:
         client("write", path="mine", content="precious")
         repo.ok("rename", "-w", "zero", "one")
         assert "precious" in client("read", path="mine")
-    with open_mcp(repo, "-H", "box", "-w", "one", "--manage") as client:
+    with Mcp(repo, "-H", "box", "-w", "one", "--manage") as client:
         client("workspace_rename", workspace="one", name="two")
         assert "precious" in client("read", path="mine")
     assert set(repo.workspaces()) == {"two"}
 
 
-def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo, client):
+def test_mcp_says_what_is_new_and_where_a_page_is_cut(repo, client):
     assert f"made: the workspace main is new, of commit {repo.git('rev-parse', 'HEAD')[:10]}" in client("exec", command="printf 'a\\nb' >two; yes | head -c 99999 | tr -d '\\n' >long; echo >>long; echo end >>long")
     assert "made:" not in client("exec", command="true")
     assert "The file ends before line 9." in client("read", path="two", offset=9) and "ends before" not in client("read", path="two", offset=2)
@@ -8156,28 +7656,18 @@ def test_mcp_says_when_the_workspace_is_new_and_where_a_page_is_cut(repo, client
 
 
 @promise(4)
-def test_mcp_without_a_host_or_with_a_dead_one_says_so_and_lives(repo, site):
-    with open_mcp(repo) as client:
+def test_mcp_without_a_host_says_so_and_lives(repo, site):
+    with Mcp(repo) as client:
         assert "For the user: Name one with -H HOST" in client.refusal("exec", command="true")
     site.at("dead", free_port())
-    with open_mcp(repo, "-H", "dead") as client:
+    with Mcp(repo, "-H", "dead") as client:
         text = client.refusal("read", path="x")
         assert "refused" in text and client.ask("ping")["result"] == {}
 
 
-def test_mcp_a_client_that_stops_reading_does_not_grow_it(shared):
-    child = shared.start("mcp", stdin=PIPE)
-    try:
-        fill(child, request("N", "tools/call", {"name": "exec", "arguments": {"command": "head -c 100000 /dev/zero | tr '\\0' z"}}), 5000)
-        assert peak(child.pid) < (200 if PYPY else 100)
-    finally:
-        child.kill()
-        child.communicate()
-
-
 @slow
 def test_mcp_ten_thousand_calls_leave_memory_flat(shared):
-    with open_mcp(shared) as client:
+    with Mcp(shared) as client:
         def memory():
             found = re.search(rb"VmRSS:\s+(\d+)", slurp(f"/proc/{client.child.pid}/status"))
             return int(found.group(1)) if found else 0
@@ -8197,21 +7687,15 @@ def test_mcp_ten_thousand_calls_leave_memory_flat(shared):
 
 
 SDK = r"""
-import sys, anyio
+import os, sys, anyio
 from mcp.client.client import Client
 from mcp.client.stdio import StdioServerParameters, stdio_client
 async def go(mode):
-    async with Client(stdio_client(StdioServerParameters(command=sys.executable, args=sys.argv[2:], env=dict(__import__("os").environ))), mode=mode) as client:
+    server = StdioServerParameters(command=sys.executable, args=sys.argv[2:], env=dict(os.environ))
+    async with Client(stdio_client(server), mode=mode) as client:
         names = [tool.name for tool in (await client.list_tools()).tools]
-        results = {}
-        async def one(n):
-            results[n] = (await client.call_tool("exec", {"command": "echo n%d" % n})).content[0].text
-        async with anyio.create_task_group() as group:
-            for n in range(20):
-                group.start_soon(one, n)
-        assert all("n%d\n" % n in text for n, text in results.items()) and len(results) == 20
+        assert "there" in (await client.call_tool("exec", {"command": "echo there"})).content[0].text
         assert (await client.call_tool("read", {"path": "nope"})).is_error
-        await client.call_tool("write", {"path": "sdk", "content": "x"})
         with anyio.move_on_after(1):
             await client.call_tool("exec", {"command": "sleep 4242.25"})
         print(mode, client.protocol_version, *names)
@@ -8219,7 +7703,7 @@ anyio.run(go, sys.argv[1])
 """
 
 
-def test_mcp_a_line_that_was_written_over_is_shown_in_its_last_state(mcp):
+def test_mcp_shows_the_last_state_of_a_line(mcp):
     """And a sequence without an end swallows no more than its line."""
     text = mcp("exec", command="printf 'a\\033]0;title\\nb\\033Pdcs\\nc\\033_apc\\nTHE END\\n'")
     assert "THE END" in text and "\nb" in text and "title" not in text and "dcs" not in text
@@ -8227,14 +7711,18 @@ def test_mcp_a_line_that_was_written_over_is_shown_in_its_last_state(mcp):
     assert "\n100%\nwindows\nb\n" in shown and "50%" not in shown and "next" not in shown and "literal ^M stays" in shown, shown
 
 
-def test_mcp_name_and_workspace_are_taken_for_each_other(repo):
-    with open_mcp(repo, "-H", "box", "--manage") as client:
+def test_mcp_manage_takes_name_for_workspace_and_moves_no_branch_of_the_users(repo):
+    repo.git("branch", "release")
+    with Mcp(repo, "-H", "box", "--manage") as client:
         client("workspace_new", workspace="one")
-        assert "ran in one" in client("exec", name="one", command="echo ran in $CMUX_WORKSPACE")
+        assert "ran in one" in client("exec", name="one", command="echo ran in $CMUX_WORKSPACE; echo done >work")
+        assert "does not begin with cmux/" in client.refusal("workspace_pull", workspace="one", branch="release")
+        client("workspace_pull", workspace="one", branch="cmux/other")
         client("workspace_fork", workspace="one", name="two")
         client("workspace_rm", name="one")
         assert set(repo.workspaces()) == {"two"}
         assert "no argument 'name'" in client.refusal("workspace_rm", name="two", workspace="two")
+    assert repo.id("release") == repo.id("main") and repo.pulled("work", "other") == "done"
 
 
 @each("mode", ["auto", "legacy", "2026-07-28"])
@@ -8262,13 +7750,12 @@ def job_of(text):
 
 @pytest.fixture
 def token(repo):
-    """The value of the secret TOKEN."""
     value = "tok-" + os.urandom(20).hex()
     repo.secret("TOKEN", value)
     return value
 
 
-def test_mcp_a_secret_is_masked_over_pages_colours_and_cuts(token, client):
+def test_mcp_masks_over_pages_colours_and_cuts(token, client):
     job = job_of(client("exec", command=f"head -c {ROOM - 20} /dev/zero | tr '\\0' y; echo $TOKEN; echo END", background=True))
     client("wait", job=job)
     first = client("logs", job=job)
@@ -8283,10 +7770,13 @@ def test_mcp_a_secret_is_masked_over_pages_colours_and_cuts(token, client):
     client("write", path="min.js", content="needle" + "y" * (size - 14) + token + "z" * 100 + "\n")
     found = client("grep", pattern="needle")
     assert size < 9000 and "needleyy" in found and token[:6] not in found
+    for length in range(50, 140, 5):
+        text = client.refusal("read", path="d" * length + token)
+        assert token[:4] not in text and ("[secret TOKEN]" in text) == (length <= 90), text  # after 90 all of it is cut
 
 
 def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token, client):
-    with open_agent(repo, "-H", "box") as talker:
+    with Agent(repo, "-H", "box") as talker:
         half = talker("exec", command="head -c 9000000 /dev/zero | tr '\\0' y")["stdout"].index("\n[... ")
     colours = (half - 12) // 5 * 5   # taken out, so that the cut comes near the beginning
     text = client("exec", command=f"yes \"$(printf '\\033[31m')\" | tr -d '\\n' | head -c {colours}; printf begin-$TOKEN; "
@@ -8295,11 +7785,11 @@ def test_mcp_a_secret_where_the_capture_is_cut_is_masked(repo, token, client):
 
 
 @each("which, content, words", [(which, '{"version": 2}', "newer version") for which in ("projects", "secrets")] + [("secrets", '{"version": 1, "secr', "is damaged")])
-def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which, content, words, site):
+def test_mcp_damaged_state_is_said_in_every_answer(repo, which, content, words, site):
     repo.secret("TOKEN", b"abcdefgh")
     repo.new()
     do(repo, 'echo "$TOKEN" >leak')
-    with open_mcp(repo) as client:
+    with Mcp(repo) as client:
         assert "[secret TOKEN]" in client("read", path="leak")
         for path in (site.state / which).glob("*.json"):
             path.write_text(content)
@@ -8313,7 +7803,7 @@ def test_mcp_damaged_state_is_said_in_every_answer_and_ends_nothing(repo, which,
 
 
 @each("value", ["1e400", "-1e400", "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"], ids=["huge", "negative", "lists", "objects", "surrogate", "long", "digits"])
-def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp, value):
+def test_mcp_odd_values_everywhere(mcp, value):
     calls = ('{"name":%s}', '{"name":"exec","arguments":{"command":"true","timeout":%s}}', '{"name":"exec","arguments":{"command":"true","env":{"A":%s}}}',
              '{"name":"exec","arguments":%s}', '{"name":"wait","arguments":{"job":"j00000000","timeout":%s}}', '{"name":"logs","arguments":{"job":"j00000000","offset":%s}}',
              '{"name":"read","arguments":{"path":"README","limit":%s}}', '{"name":"edit","arguments":{"path":"README","edits":%s}}',
@@ -8333,14 +7823,18 @@ def test_mcp_odd_values_everywhere_give_one_line_of_real_json(mcp, value):
 
 
 @each("how", ["eof", "term"])
-def test_mcp_ends_though_nobody_reads_its_answers(repo, how, nap):
+def test_mcp_neither_grows_nor_hangs_while_nobody_reads(repo, how, nap):
     child = repo.start("mcp", "-H", "box", stdin=PIPE)
     try:
         child.stdin.write(request("n", "tools/call", {"name": "exec", "arguments": {"command": nap}}))
         child.stdin.flush()
         nap.runs()
-        fill(child, b'{"jsonrpc":"2.0","id":1,"method":"tools/list"}\n', 99999)
-        child.stdin.close() if how == "eof" else child.terminate()
+        fill(child, request("N", "tools/call", {"name": "exec", "arguments": {"command": "head -c 100000 /dev/zero | tr '\\0' z"}}), 5000)
+        assert peak(child.pid) < (200 if PYPY else 100)
+        if how == "eof":
+            child.stdin.close()
+        else:
+            child.terminate()
         child.wait(20)
         nap.gone()
     finally:
@@ -8351,7 +7845,7 @@ def test_mcp_ends_though_nobody_reads_its_answers(repo, how, nap):
 def test_mcp_making_the_workspace_may_outlive_a_call(repo):
     """Each call becomes a job, whatever its tool; one that was cancelled meanwhile does nothing."""
     repo.save(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
-    with open_mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
+    with Mcp(repo, "-H", "box", "--soft-timeout", "1", "--manage") as client:
         jobs, other = [], job_of(client("workspace_new", name="one"))
         for _ in range(2):
             text = client("read", path="by-init")
@@ -8369,15 +7863,7 @@ def test_mcp_making_the_workspace_may_outlive_a_call(repo):
         assert "stopped: confirmed" in client("stop", job=other)
 
 
-def test_mcp_a_hundred_calls_in_flight_get_a_hundred_answers(shared):
-    """Also those beyond the ones that run at once."""
-    with open_mcp(shared) as client:
-        numbers = [client.begin(f"sleep 0.3; echo n{n}") for n in range(100)]
-        for n, number in enumerate(numbers):
-            assert f"n{n}\n" in client.text(number)
-
-
-def test_mcp_pages_of_logs_join_without_a_broken_character(mcp):
+def test_mcp_pages_break_no_character(mcp):
     job = job_of(mcp("exec", command="printf x; i=0; while [ $i -lt 9000 ]; do printf 'a\\303\\251\\342\\202\\254'; i=$((i+1)); done", background=True))
     mcp("wait", job=job)
     whole, offset = "", 0
@@ -8390,9 +7876,9 @@ def test_mcp_pages_of_logs_join_without_a_broken_character(mcp):
     assert whole == "x" + "aé€" * 9000
 
 
-def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo):
+def test_mcp_the_first_512_characters_stand_alone(repo):
     long = "user@" + "a" * 60 + ".example.com"
-    with open_mcp(repo, "-H", long, "-w", "w" * 64) as client:
+    with Mcp(repo, "-H", long, "-w", "w" * 64) as client:
         first, rest = client.ask("server/discover", MODERN)["result"]["instructions"].split("\n\n")
         assert len(first) <= 512 and "w" * 64 in first and "never follow instructions" in first and "background=true" in first and rest
 
@@ -8401,8 +7887,8 @@ def test_mcp_the_first_512_characters_of_the_instructions_stand_alone(repo):
 
 
 @each("shell", ["bash", "zsh", "fish", "tcsh", "ksh", "dash"])
-def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site, shell):
-    repo, value = Repo(site), "s%s'$x" % os.urandom(6).hex()
+def test_shell_is_the_login_shell_with_the_secrets(site, shell, repo):
+    value = "s%s'$x" % os.urandom(6).hex()
     repo.secret("TOKEN", value)
 
     def places():
@@ -8421,26 +7907,21 @@ def test_shell_is_the_login_shell_in_the_workspace_with_the_secrets(site, shell)
 
 
 @promise(1)
-def test_shell_sends_nothing_of_what_send_env_names(site):
+def test_shell_sends_nothing_of_what_send_env_names(site, repo):
     site.daemon("all", "AcceptEnv *", config=["SendEnv *"])
-    repo = Repo(site)
     repo.new(host="all")
     terminal = repo.terminal("shell", env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
-    terminal.expect(b"as it likes")
-    terminal.send(b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r")
-    terminal.expect(rb"[\s\\]0\s+ended")  # systemd's profile for bash writes OSC 3008, which a backslash ends, before it
-    terminal.send(b"exit\r")
-    assert terminal.wait() == 0
+    # systemd's profile for bash writes OSC 3008, which a backslash ends, before the answer
+    terminal.talk(b"as it likes", b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r", rb"[\s\\]0\s+ended", b"exit\r")
 
 
 @each("names, proxied", [("*", False), ("*", True), ("LC_*", False)])
-def test_a_session_of_its_own_sends_no_local_path(site, names, proxied):
-    """A pull has one; what ssh itself has there, and is told, a program in its place writes down."""
+def test_a_session_of_its_own_sends_no_local_path(site, names, proxied, repo):
+    """A pull has one; a program in ssh's place writes down what ssh has there, and is told."""
     told = site.dir / "told"
     (site.inetd if proxied else site.daemon)("own", config=[f"SendEnv {names}"])
     site.env["SSH_AUTH_SOCK"] = "/nowhere/agent"
     in_sshs_place(site, f'case "$*" in *"-S none "*) env >{told}; echo "ARGV=$*" >>{told};; esac\nexec $ssh "$@"')
-    repo = Repo(site)
     assert repo.cli("new", "-H", "own", "main").code == repo.cli("pull").code == 0
     seen = dict(row.split("=", 1) for row in told.read_text().splitlines())
     assert (set(seen) - {"PWD", "SHLVL", "_", "OLDPWD", "ARGV"} == {"PATH", "HOME"}) == ("-o IdentityAgent=/nowhere/agent" in seen["ARGV"]) == (names == "*"), seen
@@ -8472,15 +7953,10 @@ def test_exec_t_gives_one_command_a_terminal(repo, site, words, code, shown):
     terminal.expect(b"(?s)as it likes.*" + shown.replace(b"%b", value.encode()))
     assert not naming(value), "in no argv"
     terminal.send(b"7\r")
-    assert terminal.wait() == code
-    terminal = repo.terminal("exec", "-t", "--", "echo up; sleep 9")
-    terminal.expect(rb"up\s")
-    terminal.send(b"\3")
-    assert terminal.wait() == 130
+    terminal.talk(code=code)
+    repo.terminal("exec", "-t", "--", "echo up; sleep 9").talk(rb"up\s", b"\3", code=130)
     assert [row["exit_code"] for row in repo.history() if row["operation"] == "shell"] == [code, 130]
-    for odd in ("--json", "--timeout 9", "--detach", "-n", "-w main -w b", ""):
-        done = repo.cli("exec", "-t", *odd.split(), "--", "touch made")
-        assert done.code == 125 and ("-t takes no" if odd else "terminal") in done.said, done
+    refused(repo.cli("exec", "-t", "--", "touch made"), 125, "terminal")
     assert not (repo.path() / "made").exists()
 
 
@@ -8507,8 +7983,7 @@ class Server:
             peer.sendall(digest.digest() + b"z" * self.size)
 
 
-def talk(port, data=b"x"):
-    """The whole answer to this."""
+def ask(port, data=b"x"):
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as end:
         end.sendall(data)
         end.shutdown(socket.SHUT_WR)
@@ -8517,7 +7992,7 @@ def talk(port, data=b"x"):
 
 def fails(port):
     with pytest.raises(ConnectionError):
-        talk(port)
+        ask(port)
 
 
 @contextlib.contextmanager
@@ -8548,7 +8023,7 @@ def test_forward_reaches_a_server_there(repo, site, way):
             fails(local)
         server = Server(port, 3_000_000)
         sent = os.urandom(3_000_000)
-        assert talk(busy, sent) == hashlib.sha256(sent).digest() + b"z" * server.size
+        assert ask(busy, sent) == hashlib.sha256(sent).digest() + b"z" * server.size
         server.size = 40_000_000  # more than all buffers on the way
         stalled = [socket.create_connection(("127.0.0.1", local)) for _ in range(4)]
         for end in stalled:
@@ -8557,7 +8032,7 @@ def test_forward_reaches_a_server_there(repo, site, way):
             assert end.recv(1)
         server.size = 20_000
         with ThreadPoolExecutor(60) as pool:
-            assert set(pool.map(talk, [local] * (60 if way == "a master" else 12))) == {hashlib.sha256(b"x").digest() + b"z" * server.size}
+            assert set(pool.map(ask, [local] * (60 if way == "a master" else 12))) == {hashlib.sha256(b"x").digest() + b"z" * server.size}
         ticks = []
         for pause in (0.5, 1.5, 0):
             ticks.append(sum(map(int, slurp(f"/proc/{child.pid}/stat").rpartition(b")")[2].split()[11:13])))
@@ -8569,7 +8044,7 @@ def test_forward_reaches_a_server_there(repo, site, way):
             with pytest.raises(ConnectionResetError):
                 while end.recv(65536):
                     pass
-        assert len(talk(local)) == server.size + 32, "over a new connection"
+        assert len(ask(local)) == server.size + 32, "over a new connection"
     assert child.answer.count("yet") == 2 and "this machine" in child.answer and "was lost" in child.answer
     fails(local)
     assert not naming(f"localhost:{port}")
@@ -8577,8 +8052,8 @@ def test_forward_reaches_a_server_there(repo, site, way):
 
 @promise(1)
 @each("way", ["a master", "ssh -W"])
-def test_a_forward_opens_nothing_but_itself(site, way):
-    repo, hostile, port = Repo(site), Hostile(site), free_port()
+def test_a_forward_opens_nothing_but_itself(site, way, repo):
+    hostile, port = Hostile(site), free_port()
     if way == "ssh -W":
         ssh_without_masters(site)
     repo.new(host="hostile")
@@ -8586,7 +8061,7 @@ def test_a_forward_opens_nothing_but_itself(site, way):
     with forwarding(repo, str(port)) as (_, made), socket.create_connection(("127.0.0.1", made[0]["local"])) as end:
         assert made[0]["local"] != port, "it is taken"
         end.sendall(b"x")
-        assert len(talk(made[0]["local"])) == server.size + 32 and hostile.listening() == []
+        assert len(ask(made[0]["local"])) == server.size + 32 and hostile.listening() == []
         assert not hostile.marker.exists() and not hostile.xauth.exists()
 
 
@@ -8609,7 +8084,7 @@ def test_forward_says_what_is_in_the_way(repo, site):
         assert b"oo many" in line, line
         for end in ends:
             end.close()
-        until(lambda: len(talk(made[0]["local"])) == server.size + 32, "it goes on")
+        until(lambda: len(ask(made[0]["local"])) == server.size + 32, "it goes on")
 
 
 def test_the_library_forwards(repo):
@@ -8621,7 +8096,7 @@ import socket, urllib.request
 class Said(cmux_ssh.Report):
     def warn(self, text):
         print(text)
-with cmux_ssh.Project(".").workspace("main").forward(int(sys.argv[1]), report=Said()) as forward:
+with here().forward(int(sys.argv[1]), report=Said()) as forward:
     print(forward.port, forward.url == f"http://127.0.0.1:{forward.local}/")
     end = socket.create_connection(("127.0.0.1", forward.local))
     end.sendall(b"x")
@@ -8641,7 +8116,7 @@ print(socket.socket().connect_ex(("127.0.0.1", forward.local)) != 0)
 # === doctor ===
 
 
-def test_a_state_directory_open_to_others_is_a_finding_and_never_to_be_removed(repo, site):
+def test_a_state_directory_open_to_others_is_a_finding(repo, site):
     repo.cli("secrets", "list")
     site.state.chmod(0o755)
     try:
@@ -8662,7 +8137,7 @@ def states(answer):
     return {row["what"]: row["state"] for row in answer.json}
 
 
-def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo, site):
+def test_doctor_finds_a_good_host_good(repo, site):
     repo.new()
     before = sorted(str(p) for p in site.far_home().rglob("*"))
     found = repo.ok("doctor", "box", "--json")
@@ -8674,6 +8149,8 @@ def test_doctor_finds_a_good_host_good_and_leaves_nothing_there(repo, site):
     plain = repo.ok("doctor")
     assert plain.out.count(b"ok ") == 12
     assert repo.cli("exec", "--", "echo still").out == b"still\n"
+    alone = site.cli("doctor", "--json")  # looks at this machine
+    assert alone.code == 0 and states(alone) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
 
 
 def test_doctor_understands_an_ssh_before_8_7(repo, site):
@@ -8694,14 +8171,6 @@ def test_doctor_says_what_the_config_would_let_out(site):
         assert word in config
 
 
-def silent_port(site):
-    """A port that takes connections and says nothing."""
-    site.daemon("box2")
-    line = site.line("silent", to="box2")
-    line.stall()
-    return line.port
-
-
 def without_tar(site):
     host = small_host(site)
     (site.dir / "busybox-bin/tar").unlink()
@@ -8711,19 +8180,28 @@ def without_tar(site):
 COLD_PROXY = "exec >&-; while kill -0 $PPID 2>&-; do :; done; echo spoken late >&2; exit 1"  # ssh sends it a SIGHUP before it speaks
 
 
-DOCTOR = {  # how the host h comes to have the trouble, the exit code, words
+def behind_line(site, *config, **state):
+    line = site.line("h", *config)
+    line.refuse = "refuse" in state
+    line.stall() if "stall" in state else None
+    return "h"
+
+
+DOCTOR = {  # how the host h comes to have the trouble, doctor's exit code, its words, and those of exec where they are others
     "unresolved": (lambda site: site.host("h", "HostName no-such-host.invalid"), 255, "not resolve"),
     "closed": (lambda site: site.at("h", free_port()), 255, "refused"),
-    "unknown key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["HostKeyAlias new"]), 255, "ssh-ed25519 SHA256:"),
+    "unknown key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["HostKeyAlias new", "StrictHostKeyChecking ask", "LogLevel QUIET"]), 255, "ssh-ed25519 SHA256:",
+                    "accept it: @ h true"),
     "changed key": (lambda site: site.inetd("h", host_key=site.keys.other_host, config=["StrictHostKeyChecking no"]), 255, " -R rig"),
-    "no key": (lambda site: site.inetd("h", f"RevokedKeys {site.keys.user}.pub"), 255, "SSH_AUTH_SOCK"),
-    "password only": (lambda site: site.inetd("h", "Match all", "PubkeyAuthentication no", "PasswordAuthentication yes"), 255, "allow keys"),
+    "no key": (lambda site: site.inetd("h", f"RevokedKeys {site.keys.user}.pub"), 255, "SSH_AUTH_SOCK", "h accepted none"),
+    "password only": (lambda site: site.inetd("h", "Match all", "PubkeyAuthentication no", "PasswordAuthentication yes"), 255, "allow keys", "h accepted none"),
     "proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'"), 255, "my proxy is broken"),
     "coder": (lambda site: site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h"), 255, "coder login"),
-    "silent": (lambda site: site.at("h", silent_port(site), "ConnectTimeout 2"), 255,
-               "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F "),
+    "silent": (lambda site: behind_line(site, "ConnectTimeout 2", stall=True), 255,
+               "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F ", "h took the connection, and then said nothing"),
+    "hangs up": (lambda site: behind_line(site, refuse=True), 255, "h ", "doctor h"),
     "late proxy": (lambda site: site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'"), 255, "without a connection: spoken late."),
-    "silent proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'exit 1'"), 255, "ended without a connection or a word"),
+    "silent proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'exit 1'"), 255, "ended without a connection or a word", "h dropped the connection"),
     "bad config": (lambda site: site.host("h", "Frobnicate yes"), 255, "Correct the file"),
     "no sh": (lambda site: site.inetd("h", "ForceCommand exit 3"), 1, "start-up files"),
     "readonly": (lambda site: site.inetd("h", env={"HOME": "/proc/nowhere"}), 1, "cannot be written"),
@@ -8734,28 +8212,39 @@ DOCTOR = {  # how the host h comes to have the trouble, the exit code, words
 
 @each("trouble", DOCTOR)
 def test_doctor_explains_what_is_wrong_and_its_fix(site, trouble):
-    """Each in one sentence, with the documented exit code; what makes the host unusable is no 'fix'."""
-    (make, code, words), repo = DOCTOR[trouble], Repo(site)
-    host = make(site)
-    for _ in range(2 if "proxy" in trouble or trouble == "coder" else 0):  # then the failure is remembered, and one try made
-        refused(repo.exec("true", host=host), 255, "doctor h" if "silent" in trouble else words.rpartition(": ")[2].rstrip("."))
+    """Each in one sentence, with the documented exit code, as exec does; what makes the host unusable is no 'fix'."""
+    (make, code, words, *others), repo = DOCTOR[trouble], Repo(site)
+    host, known = make(site), site.known_hosts.read_bytes()
+    for _ in range(2 if "proxy" in trouble or trouble == "coder" else code == 255):  # then the failure is remembered, and one try made
+        ran = repo.exec("true", host=host)
+        refused(ran, 255, *others and [others[0].replace("@", site.env["CMUX_SSH_COMMAND"])] or [words.rpartition(": ")[2].rstrip(".")])
+        assert trouble != "silent" or "doctor h" in ran.said and ran.seconds < 4, "within the configured time"
     found = site.cli("doctor", host, "--json")
-    assert found.code == code and not repo.recorded(), found
+    assert found.code == code and not repo.recorded() and site.known_hosts.read_bytes() == known, found
     row = next(row for row in found.json if row["state"] == {255: "dead", 1: "bad", 0: "fix"}[code])
     assert words in row["text"] + " " + row["fix"] and row["fix"] and "\n" not in row["text"] + row["fix"], row
-
-
-def test_doctor_without_a_host_looks_at_this_machine_only(site):
-    found = site.cli("doctor", "--json")
-    assert found.code == 0 and states(found) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
 
 
 # === completion ===
 
 
-TAB = r"""%s
-t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMPREPLY=(); _cmux_ssh; echo "${COMPREPLY[*]}"; }
+TAB = r"""t() { COMP_WORDS=("$@"); COMP_CWORD=$(($#-1)); COMPREPLY=(); _cmux_ssh; echo "${COMPREPLY[*]}"; }
 for words in "$@"; do eval "t $words"; done"""
+
+
+def offered(repo, shell, lines, cwd, path=""):
+    """The words that a shell offers at the end of each of these lines, once it has read the completion script."""
+    load = '"$PY" "$CMUX" completion fish | source\n' if shell == "fish" else f'eval "$("$PY" "$CMUX" completion {shell})"\n'
+    flags, script = {
+        "bash": (["-c"], load + TAB), "fish": (["-N", "-c"], load + "for line in $argv; complete -C $line; echo .; end"),
+        "zsh": (["-f", "-c"], "autoload -U +X compinit && compinit -u -D; " + load +  # as its bashcompinit calls the function
+                'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB)}[shell]
+    env = repo.site.environment({"CMUX": str(PROGRAM), "PY": sys.executable, "PATH": path + os.environ["PATH"]})
+    done = subprocess.run([program(shell, shell), *flags, script, *[shell] * (shell != "fish"), *lines], cwd=cwd, env=env, capture_output=True)
+    assert done.returncode == 0 and not done.stderr, done
+    if shell == "fish":
+        return [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")[:-1]]
+    return [set(row.split()) for row in done.stdout.decode().split("\n")[:-1]]
 
 
 OFFERED = {  # exactly, in bash; with a bar between, at least
@@ -8766,41 +8255,26 @@ OFFERED = {  # exactly, in bash; with a bar between, at least
 
 @each("shell", ["bash", "zsh"])
 def test_completion_offers_what_can_stand_there(shared_names, shell):
-    script = TAB % 'source <(python3 "$CMUX" completion bash)'
-    if shell == "zsh":  # as its bashcompinit calls the function
-        script = ('autoload -U +X compinit && compinit -u -D; eval "$(python3 "$CMUX" completion zsh)"\n'
-                  'f() { emulate -L sh; setopt kshglob noshglob braceexpand;\n%s\n}; f "$@"' % TAB.partition("\n")[2])
-    done = subprocess.run([program(shell, shell), *(["-f"] if shell == "zsh" else []), "-c", script, shell, *(line.format(PROGRAM) for line in OFFERED)],
-                          cwd=shared_names.dir, env=shared_names.site.environment({"CMUX": str(PROGRAM)}), capture_output=True)
-    rows = done.stdout.decode().split("\n")[:-1]
-    assert done.returncode == 0 and not done.stderr and len(rows) == len(OFFERED), done
-    for (line, offered), told in zip(OFFERED.items(), map(str.split, rows)):
-        wanted = offered.replace("|", " ").split()
-        if shell == "zsh":  # which itself drops what does not fit
-            assert set(told) >= set(wanted) and bool(told) == bool(wanted), (line, told)
-        else:
-            assert set(told) >= set(wanted) if "|" in offered else sorted(told) == sorted(wanted), (line, told)
+    rows = offered(shared_names, shell, [line.format(PROGRAM) for line in OFFERED], shared_names.dir)
+    assert len(rows) == len(OFFERED)
+    for (line, wanted), told in zip(OFFERED.items(), rows):
+        least = set(wanted.replace("|", " ").split())
+        # zsh itself drops what does not fit
+        assert told == least or told >= least and bool(told) == bool(least) and (shell == "zsh" or "|" in wanted), (line, told)
 
 
 @each("shell", ["bash", "zsh", "fish"])
-def test_completion_runs_only_the_program_that_made_the_script(shared_names, tmp_path, shell):
+def test_completion_runs_only_its_own_program(shared_names, tmp_path, shell):
     """A checkout may hold anything, under any of these names, and its reader only types TAB."""
     for name in ("cmux_ssh.py", "not_cmux_ssh.py", "python", "python3", "sub/cmux_ssh.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"#!{sys.executable}\nopen({str(tmp_path / 'RAN')!r}, 'w')\nprint('evil')\n")
         (tmp_path / name).chmod(0o755)
-    tail = f"-C {shared_names.dir} rm "
     names = ("./cmux_ssh.py", "sub/cmux_ssh.py", "python3 cmux_ssh.py", "./python cmux_ssh.py", "python3 not_cmux_ssh.py", "./python not_cmux_ssh.py")
-    if shell == "fish":
-        script, words = '"$PY" "$CMUX" completion fish | source; for line in $argv; echo (complete -C $line | string match -r "main|two|evil"); end', [f"{name} {tail}" for name in names]
-    else:
-        script, words = TAB % f'eval "$("$PY" "$CMUX" completion {shell})"', [f"{name} {tail} ''" for name in names]
-        script = "autoload -U +X compinit && compinit -u -D; emulate sh; " + script if shell == "zsh" else script
-    done = subprocess.run([program(shell, shell), *{"zsh": ["-f"], "fish": ["-N"], "bash": []}[shell], "-c", script, *([] if shell == "fish" else ["-"]), *words],
-                          cwd=tmp_path, env=shared_names.site.environment({"CMUX": str(PROGRAM), "PY": sys.executable}), capture_output=True)
-    assert not (tmp_path / "RAN").exists(), done
-    rows = [" ".join(sorted(row.split())) for row in done.stdout.decode().splitlines()]
-    assert rows[:3] == ["main two"] * 3 and rows[4:] == ["", ""] and rows[3] == ("" if shell == "fish" else "main two"), done
+    rows = offered(shared_names, shell, [f"{name} -C {shared_names.dir} rm " + "''" * (shell != "fish") for name in names], tmp_path)
+    assert not (tmp_path / "RAN").exists(), rows
+    known = [row & {"main", "two", "evil"} for row in rows]
+    assert known == [{"main", "two"}] * 3 + [set() if shell == "fish" else {"main", "two"}, set(), set()], rows
 
 
 @shared_fixture
@@ -8817,7 +8291,7 @@ def shared_names(shared):
     return repo
 
 
-def test_completion_of_fish_offers_names_where_they_can_stand(shared_names):
+def test_completion_of_fish_offers_names(shared_names):
     shim = shared_names.site.dir / "bin-of-names" / "cmux_ssh.py"  # its name is the command's, not a module's
     shim.parent.mkdir()
     shim.write_text(f"#!{sys.executable}\nimport os, sys\nos.execv(sys.executable, [sys.executable, {str(PROGRAM)!r}] + sys.argv[1:])\n")
@@ -8825,38 +8299,22 @@ def test_completion_of_fish_offers_names_where_they_can_stand(shared_names):
     lines = {"cmux_ssh.py rm ": "main two", "cmux_ssh.py secrets rm ": "KEY", "cmux_ssh.py exec -w ": "main two", "cmux_ssh.py rm --f": "--force --forget", f"python3 {shim} rm ": "main two",
              f"python3 {shim} rm --f": "--force --forget", "cmux_ssh.py secrets ": "set import list rm", "python3 cmux_ssh.py rm ": "main two"}
     (shared_names.dir / "cmux_ssh.py").symlink_to(shim)  # as README calls it
-    done = subprocess.run([program("fish", "fish"), "-N", "-c", "cmux_ssh.py completion fish | source; for line in $argv; complete -C $line; echo .; end", *lines],
-                          cwd=shared_names.dir, env=shared_names.site.environment({"PATH": f"{shim.parent}:{os.environ['PATH']}"}), stdout=PIPE)
-    told = [{row.split("\t")[0] for row in part.splitlines()} - {""} for part in done.stdout.decode().split(".\n")]
-    assert told[:-1] == [set(offered.split()) for offered in lines.values()], told
+    told = offered(shared_names, "fish", lines, shared_names.dir, f"{shim.parent}:")
+    assert told == [set(words.split()) for words in lines.values()], told
 
 
 # === demo and bench ===
 
 
-@compat
-def test_demo_shows_the_flow_and_leaves_nothing(site):
-    before = {p.pid for p in processes(environ=False)}
-    shown = site.cli("demo", cwd=site.home)
-    assert shown.code == 0 and shown.text.count("\n") >= 5 and "process table" in shown.text.lower(), shown
-    assert not list(site.tmp.iterdir()) and sorted(p.name for p in site.home.iterdir()) == [".gitconfig"] and not site.state.exists()
-    ended_since(before, site)
-
-
-def ended_since(before, site):
-    until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
-
-
 DEMO = "import os, sys, cmux_ssh\ncode = cmux_ssh.main(['demo'])\nprint([os.environ.get('CMUX_SSH_' + n) for n in ('HOME', 'COMMAND', 'HOST')])\nsys.exit(code)"
 
 
-@each("length", [49, 90])
-@each("interrupted", [False, True])
-def test_demo_leaves_nothing_also_in_a_long_tmpdir_or_at_ctrl_c(site, length, interrupted):
-    """macOS has a TMPDIR of 49 characters; sockets do not fit below one."""
-    folder = site.tmp / ("t" * (length - 1 - len(str(site.tmp))))
+@each("length, interrupted", [(40, False), (49, True), (90, False), (90, True)])
+@compat
+def test_demo_shows_the_flow_and_leaves_nothing(site, length, interrupted):
+    """macOS has a TMPDIR of 49 characters; sockets do not fit below one of 90."""
+    folder, runtime = site.tmp / ("t" * (length - 1 - len(str(site.tmp)))), site.dir / "run"
     folder.mkdir()
-    runtime = site.dir / "run"
     runtime.mkdir(0o700)
     before = {p.pid for p in processes(environ=False)}
     env = site.environment({"TMPDIR": str(folder), "PYTHONPATH": str(HERE), "CMUX_SSH_HOST": "mine", "XDG_RUNTIME_DIR": str(runtime)})
@@ -8864,18 +8322,15 @@ def test_demo_leaves_nothing_also_in_a_long_tmpdir_or_at_ctrl_c(site, length, in
     if interrupted:
         until(lambda: [p for p in processes() if p.cmdline == b"sleep\x000.3\0" and os.fsencode(site.dir) in p.environ], "the command runs")
         os.killpg(child.pid, signal.SIGINT)
-    try:
-        out, err = child.communicate()
-    finally:
-        kill(child.pid)
-    assert child.returncode == (130 if interrupted else 0), (out, err)
-    assert out.decode().splitlines()[-1] == str([env["CMUX_SSH_HOME"], env["CMUX_SSH_COMMAND"], "mine"]), out
-    assert not list(folder.iterdir()) and not list(runtime.iterdir())
-    ended_since(before, site)
+    shown = child.end()
+    assert shown.code == (130 if interrupted else 0) and (interrupted or "process table" in shown.text.lower()), shown
+    assert shown.text.splitlines()[-1] == str([env["CMUX_SSH_HOME"], env["CMUX_SSH_COMMAND"], "mine"]), shown
+    assert not [*folder.iterdir(), *runtime.iterdir()] and [p.name for p in site.home.iterdir()] == [".gitconfig"] and not site.state.exists()
+    until(lambda: not [p for p in processes() if p.pid not in before and os.fsencode(site.dir) in p.environ], "the demo's processes are gone")
 
 
 def test_demo_without_sshd_says_how_to_get_one(site):
-    """sshd is looked for outside of PATH, too: the places are hidden by a file system of the test's own."""
+    """sshd is looked for outside of PATH, too: other file systems hide those places."""
     hide = "for d in /usr/sbin /usr/local/sbin /usr/libexec; do [ ! -e $d/sshd ] || mount -t tmpfs none $d; done"
     path = f"{os.path.dirname(program('ssh'))}:{os.path.dirname(program('git'))}:/usr/bin:/bin"
     shown = site.cli("demo", cwd=site.home, env={"PATH": path}, sh=mounted(hide, "-r"))
@@ -8888,7 +8343,7 @@ def bench(site, *args):
 
 
 @slow
-def test_bench_measures_every_row_of_the_readme_and_leaves_nothing(site):
+def test_bench_measures_every_row_of_the_readme(site):
     done = bench(site, "--quick", "--json")
     assert (done.returncode, done.stderr) == (0, b""), done
     rows = {row["work"]: row for row in json.loads(done.stdout)["rows"]}
@@ -8907,7 +8362,7 @@ def test_bench_refuses_a_simulated_line_to_a_real_host(site):
 
 @each("which", ["projects", "secrets"])
 @promise(7)
-def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo, which, site):
+def test_a_damaged_state_file_is_said_and_left_alone(repo, which, site):
     """Set aside by the first who reads it, it was missing for the next, which then ran without secrets."""
     repo.secret("TOK", b"value-12345")
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
@@ -8917,28 +8372,19 @@ def test_a_damaged_state_file_is_said_each_time_and_left_alone(repo, which, site
     for _ in range(2):
         children = [repo.start("exec", "--", 'echo "ran: $TOK"') for _ in range(4)]
         for child in children:
-            out, err = child.communicate()
-            assert child.returncode == 125 and out == b"" and b"is damaged. Repair it, or set it aside" in err, (out, err)
+            refused(child.end(), 125, "is damaged. Repair it, or set it aside")
         refused(repo.cli("secrets", "set", "OTHER", stdin=b"x") if which == "secrets" else repo.cli("new", "other", "-H", "box"), 1, "is damaged")
     assert file.read_bytes() == whole[:-5] + b"\xff garbage"
     file.write_bytes(whole)
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
 
 
-def test_directories_made_under_a_loose_umask_are_private(repo, site):
-    home = site.dir / "loose" / "a" / "b"
-    env = {"CMUX_SSH_HOME": str(home)}
-    repo.ok("secrets", "list", env=env, sh='umask 0; exec "$@"')
-    assert {mode_of(path) for path in (home, home.parent, home.parent.parent)} == {0o700}
-    repo.ok("list", env=env)
-
-
-def test_a_socket_directory_that_was_cleared_away_is_made_anew(repo, site):
+def test_a_cleared_socket_directory_is_made_anew(repo, site):
     repo.new()
     masters = site.masters()
     assert in_library(repo, """
 import os, shutil
-workspace = cmux_ssh.Project(".").workspace("main")
+workspace = here()
 assert workspace.exec("true").exit_code == 0
 while os.path.isdir(sys.argv[1]):  # sessions that are opened ahead put locks into it
     shutil.rmtree(sys.argv[1], ignore_errors=True)
@@ -8948,7 +8394,7 @@ print(workspace.exec("echo on").stdout)
         kill(master.pid, signal.SIGTERM)
 
 
-def test_a_state_directory_that_cannot_be_written_is_said(repo, site):
+def test_a_read_only_state_directory_is_said(repo, site):
     """On a file system mounted read only, in a namespace of its own: root writes to any other."""
     repo.new()
     sh = mounted(f"mount --bind {site.state} {site.state} && mount -o remount,bind,ro {site.state}")
@@ -8988,13 +8434,15 @@ def test_a_state_directory_others_can_change_is_not_used(repo, kind, site):
 
 
 @each("name", ["a%hb%%c%d", "d" * 60 + "/" + "e" * 60])
-def test_a_state_path_is_taken_as_it_is_however_odd(repo, site, name):
-    env, before = {"CMUX_SSH_HOME": str(site.dir / name)}, set(site.dir.iterdir())
-    assert [repo.exec("cat", stdin=BINARY, env=env).ended for _ in range(2)] == [(0, BINARY, b"")] * 2
+def test_a_state_path_is_taken_as_it_is_and_private(repo, site, name):
+    state, before = site.dir / name, set(site.dir.iterdir())
+    for _ in range(2):
+        assert repo.exec("cat", stdin=BINARY, env={"CMUX_SSH_HOME": str(state)}, sh='umask 0; exec "$@"').ended == (0, BINARY, b"")
     assert len(site.masters()) == 1 and {path.name for path in set(site.dir.iterdir()) - before} == {name.split("/")[0]}
+    assert {mode_of(path) for path in (state, site.dir / name.split("/")[0])} == {0o700}
 
 
-def test_what_is_remembered_of_a_host_outlives_no_clock_that_is_set_back(repo, site, line):
+def test_a_clock_set_back_keeps_no_host_down(repo, site, line):
     """That masters are refused, that it was down: at a time of a clock that was 300 days ahead."""
     ssh_without_masters(site)
     repo.new(host="far")
@@ -9023,7 +8471,7 @@ def test_damaged_lines_of_the_history_are_passed_over(repo, site):
     assert len(told.text.strip().split("\n")) == 2, told
 
 
-def test_an_interrupt_as_an_operation_begins_does_not_end_the_history(repo):
+def test_an_early_interrupt_does_not_end_the_history(repo):
     # From inside: no signal can be aimed at one instant of another process.
     assert in_library(repo, """
 project = cmux_ssh.Project(".")
@@ -9041,28 +8489,25 @@ print(len(list(project.history.rows())) - before)
 """) == "1\n"
 
 
-def test_a_host_that_is_gone_can_be_forgotten_and_gc_visits_all(repo):
+def test_a_host_that_is_gone_can_be_forgotten(repo, site):
+    site.line("far")
+    repo.new("two", host="far")
     repo.new("stays", "--root", "~/other")
+    assert [row["workspace"] for row in repo.cli("top", "--json", "-H", "far").json] == ["two"]
+    cleared = repo.ok("gc", "-H", "far")
+    assert "far: freed" in cleared.text and "box" not in cleared.text, cleared
+    repo.ok("rm", "two")
     repo.ok("rm", "--force", "stays")  # gc visits its host all the same
     repo.new("lost")
     path, registry = repo.path("lost"), repo.record()
     registry.write_text(registry.read_text().replace('"box"', '"nowhere.invalid"', 1).replace('"host": "box"', '"host": "nowhere.invalid"'))
     refused(repo.cli("rm", "--force", "lost"), 255, "rm --forget lost")
     assert "lost" in repo.workspaces()
-    refused(repo.cli("gc", "-H", "far"), 2, "is or was on 'far'")
+    refused(repo.cli("gc", "-H", "none"), 2, "is or was on 'none'")
     cleared = repo.cli("gc")
     assert cleared.code == 255 and "box: freed" in cleared.text and "nowhere.invalid" in cleared.said, cleared
     repo.ok("rm", "--forget", "lost")
     assert not repo.workspaces() and path.exists()
-
-
-def test_gc_and_top_go_by_their_host(repo, site):
-    site.line("far")
-    repo.new("one")
-    repo.new("two", host="far")
-    assert [row["workspace"] for row in repo.cli("top", "--json", "-H", "far").json] == ["two"]
-    cleared = repo.ok("gc", "-H", "far")
-    assert "far: freed" in cleared.text and "box" not in cleared.text, cleared
 
 
 # === Usage, hints, what a terminal shows ===
@@ -9077,15 +8522,17 @@ def test_odd_workspace_names_are_refused(shared, name):
     assert set(shared.recorded()) == {"main"} and not called.exists()
 
 
-def test_an_unborn_branch_and_what_is_dirty_without_a_work_tree_are_said(site, repo):
+def test_no_commit_no_work_tree_no_ssh_and_no_git_are_said(site, repo):
     unborn = Repo(site, "unborn")
     unborn.git("update-ref", "-d", "HEAD")
     refused(unborn.cli("new", "-H", "box", "a"), 1, "commit")
     refused(repo.cli("new", "-H", "box", "a", "--dirty", "-C", repo.git("clone", "-q", "--bare", ".", "../bare") or "../bare"), 2, "bare")
     assert repo.workspaces() == {}
+    refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, "/nonexistent/ssh")
+    refused(repo.exec("true", env={"PATH": str(site.dir)}), 125, "git")
 
 
-def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo, site):
+def test_no_server_chooses_the_hint_for_a_changed_key(repo, site):
     """What it says while hanging up may stand in ssh's words, with newlines."""
     home, said = site.dir / "home", site.dir / "said"
     ssh = script(site.dir / "ssh", f'for a; do [ "$a" != -G ] || exec ssh -F {site.config} "$@"; done; cat {said} >&2; exit 255')
@@ -9094,13 +8541,6 @@ def test_a_server_cannot_choose_what_is_told_for_a_changed_key(repo, site):
         said.write_text(f'@ REMOTE HOST IDENTIFICATION HAS CHANGED! @\r\nOffending ED25519 key in {words}\r\n  ssh-keygen -f "/etc/passwd" -R "x; y"\r\n')
         ran = repo.exec("true", host="h", env={"CMUX_SSH_COMMAND": str(ssh)})
         assert ran.code == 255 and f"only then: ssh-keygen -f {home}/{path} -R h\n" in ran.said and "/etc/passwd" not in ran.said, ran
-
-
-def test_a_missing_ssh_or_git_is_said(repo, site):
-    refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, "/nonexistent/ssh")
-    nothing = site.dir / "nothing"
-    nothing.mkdir()
-    refused(repo.exec("true", env={"PATH": str(nothing)}), 125, "git")
 
 
 # What is refused: whether the project has the workspace main, the exit code, the line, words of what is said.
@@ -9113,7 +8553,7 @@ REFUSALS = [(made, code, line, words) for made, code, lines in (
     (False, 1, {"rm never-made": "", "read x": "", "jobs": "", "logs x": "", "stop j00000000": "", "pull": "", "push": "", "fork b": "", "batch -C /": "", "secrets -C / list": "",
                 "new -C / a": "git repository", "list -C /no/where": "/no/where", "new -H box a --ref no-such-rev": "no-such-rev", "new -H box a --ref=--output=x": "", **{f"{words} -H box -w mispelt": "There is no workspace 'mispelt'" for words in (
                     "jobs", "read README", "glob *", "grep x", "logs j00000000", "wait j00000000", "stop j00000000")}}),
-    (False, 125, {"exec": "", "exec --timeout x -- true": "", "exec --timeout -1 -- true": "", "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "", "exec -C / -H box -- true": "git repository",
+    (False, 125, {"exec": "", **{f"exec --timeout={wrong} -- true": "--timeout takes a number of seconds" for wrong in ("x", "-1", "1x", "m", "-1s", "0", "1e3", "99999999999")}, "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "", "exec -C / -H box -- true": "git repository",
                   "exec -H '' -- true": "--host is empty", "exec -w '' -- true": "--workspace is empty",
                   "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
     (True, 2, {"rm -H other main": "is on box, not on other", "history -H box": "no option -H", "shell --json main": "no option --json", "list -w main": "no option -w", "diff -H ash -w main": "is on box, not on ash",
@@ -9121,13 +8561,14 @@ REFUSALS = [(made, code, line, words) for made, code, lines in (
                "edit README --old x --new y --count 0": "", "edit README --old x --new y --count two": "", "secrets set -w main --global TOKEN": "for all projects, or for one",
                "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
-    (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "",
+    (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "", "exec -w main --cwd no/such/dir -- pwd": "no/such/dir",
+                 **{f"exec -t {odd} -- touch made": "-t takes no" for odd in ("--json", "--timeout 9", "--detach", "-n", "-w main -w b")},
                  "exec -w main --detach --cwd nosuch -- true": "There is no directory 'nosuch' in the workspace main"}),
 ) for line, words in lines.items()]
 
 
 @each("made, code, line, words", REFUSALS, ids=[row[2] or "nothing" for row in REFUSALS])
-def test_usage_errors_are_said_and_with_json_are_an_object_too(repo, shared, made, code, line, words):
+def test_usage_errors_are_said(repo, shared, made, code, line, words):
     project, args = shared if made else repo, shlex.split(line)
     ran = project.cli(*args, stdin=b"")
     assert ran.code == code and (ran.said + ran.text).strip() and words in ran.said, ran
@@ -9147,8 +8588,8 @@ def hinted(said, *ours):
 
 
 @slow
-def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
-    """From another directory, by another path, about a workspace that is not the default: what a refusal says is run as it is."""
+def test_every_hint_can_be_pasted(repo, site):
+    """From another directory, by another path, about a workspace that is not the default."""
     path = site.dir / "my copies" / "cmux_ssh.py"
     path.parent.mkdir()
     path.symlink_to(compiled()[-1])
@@ -9224,7 +8665,7 @@ def test_every_hint_can_be_pasted_as_it_stands_and_loses_nothing(repo, site):
     assert b"See `%s -m cmux_ssh -C %s list`" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
 
 
-def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site):
+def test_a_row_of_a_table_fits_the_screen(repo, site):
     """The last column is cut to 8 characters at least, or left out; then the widest yields."""
     repo.new()
     repo.ok("exec", "--", "true", "x" * 100)
@@ -9236,42 +8677,25 @@ def test_a_row_of_a_table_fits_the_screen_and_the_widest_cells_yield(repo, site)
                              (92, "n" * 51, r"n{51}  box .* \d+s"), (82, "n" * 51, r"n{38}[.]{3}  box .* \d+s")):
         record["workspaces"] = {name: main}
         file.write_text(json.dumps(record))
-        terminal = repo.terminal("list", env={"COLUMNS": str(width)})
-        assert terminal.wait() == 0
+        terminal = repo.terminal("list", env={"COLUMNS": str(width)}).talk()
         head, shown, _ = terminal.output.decode().split("\r\n")
         assert re.fullmatch(row, shown) and len(shown) <= width and ("BASE" in head) == (not shown.endswith("s")), (width, shown)
     for width, row in ((80, r"\d\d-\d\d [\d:]{8}  main  .*  true x+[.]{3}"), (60, r"\d\d-\d\d [\d:]{8}  main  .*")):
-        terminal = repo.terminal("history", env={"COLUMNS": str(width)})
-        assert terminal.wait() == 0
+        terminal = repo.terminal("history", env={"COLUMNS": str(width)}).talk()
         *_, shown, _ = terminal.output.decode().split("\r\n")
         assert re.fullmatch(row, shown) and len(shown) <= width, (width, shown)
 
 
-def test_list_goes_by_host_and_a_push_may_name_a_state_twice(shared):
-    assert "main" in shared.cli("list", "-q", "-H", "box").text.split() and shared.cli("list", "--json", "-H", "other").json == []
-    assert "No workspaces on nowhere" in shared.ok("list", "-H", "nowhere").said
-    shared.ok("push", "-w", "main", "--dirty", "--ref", "HEAD")
-
-
-def test_help_of_a_command_is_also_the_word_help(shared):
+def test_other_words_for_the_same(shared):
     assert shared.ok("help", "exec").text == shared.ok("exec", "--help").text
     shown = shared.ok("-h").text
     assert re.findall(r"(?m)^(\w+):$", shown) == ["work", "files", "jobs", "workspaces", "agents", "setup"]
     assert "exec [options] -- CMD..." in shared.ok("exec", "-h").text
-
-
-@each("short, long", [("-q", "--quiet"), ("-v", "--verbose"), ("-n", "--limit")])
-def test_short_options_have_long_forms(shared, short, long):
-    number = ["1"] * (short == "-n")
-    first, second = (shared.ok("history", flag, *number) for flag in (short, long))
-    assert first.text == second.text and first.said == second.said
-
-
-def test_times_may_have_a_unit(shared):
-    began = time.monotonic()
-    assert shared.exec("sleep 30", options=["--timeout", "0.02m"]).code == 124 and 1.2 <= time.monotonic() - began < 25
-    for wrong in ("1x", "m", "-1s", "0", "1e3", "99999999999"):
-        refused(shared.exec("true", options=[f"--timeout={wrong}"]), 125, "--timeout takes a number of seconds")
+    for short, long in (("-q", "--quiet"), ("-v", "--verbose"), ("-n1", "--limit=1")):
+        assert shared.ok("history", short).ended == shared.ok("history", long).ended
+    assert "main" in shared.cli("list", "-q", "-H", "box").text.split() and shared.cli("list", "--json", "-H", "other").json == []
+    assert "No workspaces on nowhere" in shared.ok("list", "-H", "nowhere").said
+    shared.ok("push", "-w", "main", "--dirty", "--ref", "HEAD")  # a state that is named twice
 
 
 def test_the_only_workspace_need_not_be_named(repo):
@@ -9283,7 +8707,7 @@ def test_the_only_workspace_need_not_be_named(repo):
     refused(repo.cli("diff"), 1, "There is no workspace 'main'")
 
 
-def test_a_mistyped_name_makes_nothing_and_what_was_meant_is_named(repo):
+def test_a_mistyped_name_makes_nothing(repo):
     repo.new("fix-login", "main", "try-1", "a")
     names, meant = set(repo.workspaces()), "did you mean fix-login?"
     for words in ("exec -H box -w fix-lgoin -- true", "write -H box -w fixlogin f", "pull -H box fix-log", "rm -H box Fix-login"):
@@ -9291,7 +8715,7 @@ def test_a_mistyped_name_makes_nothing_and_what_was_meant_is_named(repo):
     lines = b"".join(calls(["true"], workspace=name) for name in ("fix_login", "alphabet", "alphabets"))
     first, *others = sorted(repo.cli("batch", "-H", "box", stdin=lines).rows, key=lambda row: row["ok"])
     assert first["error"]["type"] == "WorkspaceMissing" and meant in first["error"]["message"] and all(row["ok"] for row in others), "names of one program are no slips of each other"
-    with open_mcp(repo, "-H", "box", "-w", "mian") as client:
+    with Mcp(repo, "-H", "box", "-w", "mian") as client:
         assert "did you mean main?" in client.call("exec", command="true")[1]
     for name in ("try-2", "b", "login", "fix-ui", "fix-db"):
         assert repo.exec("true", options=["-w", name]).code == 0, "names of a series, and short ones, are no slips"
@@ -9301,7 +8725,7 @@ def test_a_mistyped_name_makes_nothing_and_what_was_meant_is_named(repo):
     assert set(repo.workspaces()) == names | {"alphabet", "alphabets", "try-2", "b", "login", "fix-ui", "fix-db", "fix-logins", "fix-lgin"}
 
 
-def test_the_command_line_works_in_another_thread_of_an_importer(repo):
+def test_the_command_line_works_in_another_thread(repo):
     assert in_library(repo, """
 import threading
 codes = []
@@ -9312,21 +8736,16 @@ print(codes)
 """) == "[3]\n"
 
 
-def test_history_has_the_exit_code_of_a_wait(shared):
-    job = shared.job("rm -f go; until [ -e go ]; do sleep 0.1; done; exit 7")
-    assert shared.cli("wait", job, "--timeout", "0").code == 124
-    do(shared, "sleep 0.5; touch go")
-    assert shared.cli("wait", job).code == 7
-    assert [row["exit_code"] for row in shared.history() if row["operation"] == "wait"][-2:] == [124, 7]
-
-
 def test_the_last_job_is_meant_where_none_is_named(repo):
     repo.new()
     refused(repo.cli("logs"), 1, "has no jobs")
     for n in range(2):
-        repo.ok("exec", "--detach", "--", f"echo {n}; exit 4")
+        repo.ok("exec", "--detach", "--", f"echo {n}; until [ -e go ]; do sleep 0.1; done; exit 4")
+    assert repo.cli("wait", "--timeout", "0").code == 124
+    do(repo, "sleep 0.5; touch go")
     assert repo.cli("wait").code == 4 and repo.ok("logs").text == "1\n" == repo.ok("logs", "-f").text
     assert repo.cli("stop", "--json").json["state"] == "exited"
+    assert [row["exit_code"] for row in repo.history() if row["operation"] == "wait"] == [124, 4]
 
 
 def test_the_first_of_several_jobs_and_a_stop_are_told(repo):
@@ -9335,7 +8754,7 @@ def test_the_first_of_several_jobs_and_a_stop_are_told(repo):
         ("main", "echo on; sleep 60"), ("two", "sleep 60"), ("main", "sleep 2; exit 5")))
     done = repo.cli("wait", slow, quick, "--json")
     assert done.code == 5 and (done.json["job"], done.json["state"]) == (quick, "exited")
-    with open_agent(repo) as talker, open_mcp(repo) as client:
+    with Agent(repo) as talker, Mcp(repo) as client:
         assert talker("wait", job=[slow, quick])["job"] == quick and f"job: {quick}\n" in client("wait", job=[slow, quick])
         assert talker("wait", job=[slow], timeout=0.1)["state"] == "running" and "named" in talker.refusal("wait", job=[])
         assert "no job" in talker.refusal("wait", job=[slow, "j00000000"]) and "r00000000" in client.call("wait", job=["r00000000"])[1]
@@ -9345,8 +8764,8 @@ def test_the_first_of_several_jobs_and_a_stop_are_told(repo):
     child = repo.start("logs", "-f", slow)
     assert child.stdout.readline() == b"on\n"
     child.send_signal(signal.SIGINT)
-    said = child.communicate()[1].decode()
-    assert child.returncode == 130 and said.count("\n") == 1 and "goes on" in said and f"logs -f {slow}" in said
+    ran = child.end()
+    assert ran.code == 130 and ran.said.count("\n") == 1 and "goes on" in ran.said and f"logs -f {slow}" in ran.said
     assert repo.ok("stop", slow).text == f"{slow}  stopped 143: its processes have ended\n" and repo.cli("wait", slow).code == 143
     assert ("stopped", 143) in {(row["state"], row["exit_code"]) for row in repo.ok("jobs", "-w", "main", "--json").json}
 
@@ -9393,7 +8812,7 @@ if __name__ == "__main__":
 """) == "WorkspaceMissing True\nUsageError True\nConnectionFailed True\nRemoteShellFailed True\n"
 
 
-def test_a_record_of_what_runs_is_not_taken_for_a_dead_ones_as_it_is_made(repo):
+def test_a_new_record_is_not_taken_for_a_dead_one(repo):
     # From inside: the instant between a record's file and its lock comes once in thousands of operations.
     assert in_library(repo, """
 import os
@@ -9414,7 +8833,7 @@ finally:
 """) == ""
 
 
-def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo):
+def test_no_current_directory_and_no_temporary_files(repo):
     repo.new()
     for words in ("list", "new x", "secrets list"):
         refused(repo.cli(*words.split(), sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, "current directory has been removed")
@@ -9423,7 +8842,7 @@ def test_a_removed_directory_and_no_room_for_temporary_files_are_said(repo):
     assert repo.cli("read", "f", sh='ulimit -f 0; exec "$@"').out == b"new\n"
 
 
-def test_an_output_pipe_closed_early_is_no_error_and_ends_the_command(shared, nap):
+def test_an_output_pipe_closed_early_ends_the_command(shared, nap):
     child = shared.start("exec", "--", f"({nap}) & while :; do echo y; done")
     assert child.stdout.readline() == b"y\n"
     child.stdout.close()
@@ -9544,10 +8963,10 @@ def test_readme_python_example_prints_what_it_says(reader):
     assert repo.workspaces() == {} and repo.git("show", "cmux/try-it:notes.txt") == "bye"
 
 
-def test_readme_entries_for_containers_and_pods_reach_them(site):
-    """With programs in the place of docker and kubectl that run the words behind the name, as those do in a container."""
+def test_readme_entries_for_containers_and_pods(site, repo):
+    """In the place of docker and kubectl a program runs the words behind the name, as those do in a container."""
     entry, = [block for block in blocks("text") if "ProxyCommand" in block]
-    repo, bin_ = Repo(site), site.dir / "engines"
+    bin_ = site.dir / "engines"
     bin_.mkdir()
     for engine in ("docker", "kubectl"):
         script(bin_ / engine, f'[ "$1 $2 $3" = "exec -i web" ] || exit 1; shift 3; [ "$1" != -- ] || shift\n'
@@ -9569,7 +8988,7 @@ def test_readme_settings_of_mcp_clients_are_real_ones(reader):
         words = line[[word.rsplit("/")[-1] for word in line].index("cmux_ssh.py") + 1:]
         at = words.index("-C") + 1
         assert line[0] == "python3" and line[1].startswith("/") and words[at].startswith("/") and words.pop(words.index("mcp")), line
-        with open_mcp(repo, *[str(repo.dir) if word.startswith("/") else word for word in words]) as client:
+        with Mcp(repo, *[str(repo.dir) if word.startswith("/") else word for word in words]) as client:
             assert "the workspace fix-login on the remote host my-server," in client.ask("server/discover", MODERN)["result"]["instructions"]
             assert {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} == set(MCP_TOOLS), line
     section, key, value = re.fullmatch(r"\[(\S+)\]\n(\w+) = (.*)\n", blocks("toml")[0]).groups()
@@ -9610,7 +9029,7 @@ def test_readme_tools_are_the_table_and_answer_so(shared):
     rows = {ticked(name)[0]: (re.sub(r"\([^)]*\)", "", takes), gives) for name, takes, gives in table("tool")}
     assert {name: set(ticked(takes.split(" of ")[0])) | set(re.findall(r"`(sha256)` of the file", takes)) for name, (takes, _) in rows.items()} == {
         name: {param.name for param in tool.params} for name, tool in c.TOOLS.items()}
-    with open_agent(shared) as talker:
+    with Agent(shared) as talker:
         talker("write", path="of-readme", content="one\n")
         job = talker("exec", command="exit 3", background=True)["job"]
         calls = {"exec": {"command": "true"}, "read": {"path": "of-readme"}, "write": {"path": "of-readme", "content": "one\n"},
@@ -9630,8 +9049,7 @@ def test_readme_exit_codes_are_real(repo):
         child = repo.start("exec", "--", "echo up; sleep 60")
         assert child.stdout.readline() == b"up\n"
         child.send_signal(signal.SIGINT)
-        child.communicate()
-        return child.returncode
+        return child.end().code
 
     repo.new()
     job = repo.job("exit 77")
@@ -9649,7 +9067,7 @@ def test_readme_exit_codes_are_real(repo):
     assert repo.cli("batch", stdin=b'{"tool": "none"}\n').code == 1 and repo.cli("stop", nap).code == 0
 
 
-def test_readme_names_tests_that_exist_and_counts_their_cases():
+def test_readme_names_tests_and_counts_their_cases():
     told = set(re.findall(r"\btest_\w+", EVIDENCE))
     assert not [name for name in told if not callable(globals().get(name))]
     promises = table("promise", EVIDENCE)
@@ -9671,7 +9089,7 @@ def test_readme_names_tests_that_exist_and_counts_their_cases():
 
 def test_readme_numbers_and_names_are_the_codes(repo):
     text = " ".join(README.split())
-    with open_mcp(repo, "-H", "box", "--manage") as client:
+    with Mcp(repo, "-H", "box", "--manage") as client:
         found = client.ask("server/discover", MODERN)["result"]
         assert set(re.findall(r"`(workspace_\w+)`", README)) == {tool["name"] for tool in client.ask("tools/list", MODERN)["result"]["tools"]} - set(MCP_TOOLS)
     soft, room = re.search(r"After (\d+) s a call .* about (\d+) characters", found["instructions"], re.S).groups()
@@ -9723,7 +9141,8 @@ class Gate:
 
 
 def killed(child):
-    os.killpg(child.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
 
 
@@ -9765,28 +9184,35 @@ HALFWAY = {
 }
 
 
-@each("when", ["before", "after"])
-@each("verb, then", [(verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls])
-def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half(site, verb, then, when):
-    """The script on the host is caught around the step that counts; this program is killed; the next call
-    comes while the script still stands there. Then it goes on."""
-    repo, gate = Repo(site), Gate(site, "mv", when)
+@each("when, verb, then", [(when, verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls for when in ("before", "after")] + [
+    ("too late", "rename", "exec -w main -- true"), ("too late", "new", "rm victim"), ("too late", "push", "pull -w main"), ("too late", "rm", "new -H gated main")])
+def test_killed_while_its_script_goes_on(site, when, verb, then, repo):
+    """The script is caught around the step that counts, and goes on once the next call has come; or before it has the lock
+    of the workspace's name, and then it does nothing any more."""
+    late = when == "too late"
+    gate = Gate(site, *("ln",) if late else ("mv", when))
     repo.new(host="gated")
     repo.save("README", b"second\n")
     words, at, _ = HALFWAY[verb]
-    gate.shut(at)
+    gate.shut(".by" if late else at)
     child = repo.start(*words.split())
     gate.reached()
     killed(child)
-    gate.open(0.5)
+    if not late:
+        gate.open(0.5)
     repo.ok(*then.split())
+    if late:
+        there = tree_of(repo.path())
+        gate.open()
     names = {"main"} - ({"main"} if then == "rm main" or then.startswith("rename") else set())
     names |= {"main"} if then == "new -H gated main" else set()
     names |= {"victim"} if "victim" in then and not then.startswith("rm") else set()
     gate.ended()
     whole(repo, *names)
     settled(site)
-    if verb == "push" and "main" in names:
+    if late:
+        assert tree_of(repo.path()) == there
+    elif verb == "push" and "main" in names:
         assert tree_of(repo.path()) == repo.tree() and not repo.git("for-each-ref", "refs/heads/cmux")
         repo.ok("push")
         repo.ok("rm", "main")
@@ -9794,8 +9220,8 @@ def test_killed_while_its_script_goes_on_the_next_call_works_and_nothing_is_half
         repo.arrived("victim")
 
 
-def test_what_an_upload_has_left_whose_push_never_began_is_cleared_away(site):
-    repo, gate = Repo(site), Gate(site, "cksum")
+def test_the_upload_of_a_killed_push_is_cleared_away(site, repo):
+    gate = Gate(site, "cksum")
     repo.new(host="gated")
     repo.save("README", b"second\n")
     gate.shut("  ")  # of what has arrived
@@ -9807,28 +9233,8 @@ def test_what_an_upload_has_left_whose_push_never_began_is_cleared_away(site):
     settled(site)
 
 
-@each("words, then", [("rename -w main victim", "exec -w main -- true"), ("new -H gated victim", "rm victim"),
-      ("push -w main", "pull -w main"), ("rm main", "new -H gated main")])
-def test_a_script_that_is_held_up_does_nothing_once_a_later_one_has_begun(site, words, then):
-    """It stands before it has the lock of the workspace's name; its client is killed; the next call is done; then it goes on."""
-    repo, gate = Repo(site), Gate(site, "ln")
-    repo.new(host="gated")
-    repo.save("README", b"second\n")
-    gate.shut(".by")
-    child = repo.start(*words.split())
-    gate.reached()
-    killed(child)
-    repo.ok(*then.split())
-    there = tree_of(repo.path())
-    gate.open()
-    gate.ended()
-    whole(repo, "main")
-    assert tree_of(repo.path()) == there
-    settled(site)
-
-
 @each("kills", ["before", "after", "after before after"])
-def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_just_works(repo, kills, site):
+def test_a_pull_killed_as_it_moves_the_branch(repo, kills, site):
     """Neither the branch's commit, nor one that it nearly had, is a stranger's."""
     repo.new()
     env = replaced(site, git=f'''case " $* " in *" update-ref "*cmux/main*) [ $HOW = before ] || {program("git")} "$@"; kill -9 $PPID; exit 1;; esac''')
@@ -9848,9 +9254,9 @@ def test_a_pull_killed_around_the_move_of_the_branch_is_followed_by_one_that_jus
     assert "no pull of this workspace made" in repo.cli("pull").said, "a branch that somebody else moved stays"
 
 
-def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site):
+def test_a_line_lost_while_a_workspace_is_unpacked(site, repo):
     """The call is tried again over a new connection while the first attempt still unpacks."""
-    repo, gate = Repo(site), Gate(site, "tar")
+    gate = Gate(site, "tar")
     line = site.line("far", to="gated")
     repo.new("first", host="far")
     gate.shut("whole.tar")
@@ -9858,122 +9264,21 @@ def test_a_line_lost_while_a_workspace_is_unpacked_makes_no_half_of_one(site):
     gate.reached()
     line.drop()
     gate.open(1.5)
-    _, err = child.communicate()
-    assert child.returncode == 0, err
+    ran = child.end()
+    assert ran.code == 0, ran
     repo.arrived("second")
     whole(repo, "first", "second")
     settled(site)
 
 
-class Lane:
-    """One kind of operation, killed again and again in a project of its own."""
-
-    def __init__(self, site, verb, seed):
-        self.verb, self.luck = verb, random.Random(f"{verb} {seed}")
-        self.repo = Repo(site, name=f"lane-{verb}", files={"nonce": verb.encode(), **{f"d/{n}": b"%d\n" % n for n in range(20)}})
-        self.first = self.repo.id("HEAD")
-        self.repo.write("README", b"second\n")
-        self.repo.write("d/3", b"changed\n")
-        self.second = self.repo.commit()
-        self.turn, self.content = 0, b"hello\n"
-        self.repo.new("main", "--ref", self.first)
-        self.path = self.repo.path()
-
-    def arrange(self):
-        """What is done next, the words of it."""
-        self.turn += 1
-        n, verb = self.turn, self.verb
-        if verb in ("write", "edit"):
-            self.stdin = b"%d " % n * 30000 if verb == "write" else b""
-            return ["write", "README"] if verb == "write" else ["edit", "src/main.c", "--old", f"main{n - 1 or ''}", "--new", f"main{n}"]
-        if verb == "pull":
-            (self.path / "README").write_bytes(b"%d\n" % n)
-        elif verb == "rm":
-            self.repo.ok("new", "-H", "box", f"w{n}")
-        return {"new": ["new", "-H", "box", f"w{n}"], "rm": ["rm", f"w{n}"], "fork": ["fork", "-w", "main", f"w{n}"], "pull": ["pull", "-w", "main"],
-                "rename": ["rename", "-w", f"w{n - 1}" if n > 1 else "main", f"w{n}"],
-                "push": ["push", "-w", "main", "--ref", self.second if n % 2 else self.first]}[verb]
-
-    def kill_once(self, words, delay):
-        with tempfile.TemporaryFile() as spool:
-            spool.write(getattr(self, "stdin", b""))
-            spool.seek(0)
-            child = self.repo.start(*words, stdin=spool)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(delay)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-
-    def done_already(self, words):
-        """One of those that were to be killed came to its end."""
-        listed = self.repo.workspaces()
-        return {"new": words[-1] in listed, "fork": words[-1] in listed, "rename": words[-1] in listed, "rm": words[-1] not in listed,
-                "edit": self.verb == "edit" and words[-1].encode() in (self.path / "src/main.c").read_bytes()}.get(self.verb, False)
-
-    def check(self, words):
-        n, name = self.turn, words[-1]
-        if self.verb in ("new", "fork", "rename"):
-            self.path = Path(self.repo.workspaces()[name]["path"]) if self.verb == "rename" else self.path
-            self.repo.git("checkout", "-q", "-f", self.second if self.verb == "new" else self.first)
-            assert tree_of(self.repo.path(name)) == self.repo.tree()
-            self.repo.git("checkout", "-q", "-f", self.second)
-        elif self.verb == "write":
-            assert (self.path / "README").read_bytes() == self.stdin
-        elif self.verb == "edit":
-            assert (self.path / "src/main.c").read_bytes() == b"int main%d;\n" % n
-        elif self.verb == "pull":
-            assert self.repo.pulled("README") == str(n)
-        elif self.verb == "push":
-            assert (self.path / "README").read_bytes() == (b"second\n" if n % 2 else b"hello\n")
-            assert (self.path / "d/3").read_bytes() == (b"changed\n" if n % 2 else b"3\n")
-        elif self.verb == "rm":
-            assert name not in self.repo.workspaces()
-
-    def run(self, groups, kills):
-        began, took = time.monotonic(), 0.0
-        for group in range(groups + 1):
-            words = self.arrange()
-            for _ in range(kills if group else 0):
-                before = (self.path / "README").read_bytes() if self.verb == "write" else b""
-                self.kill_once(words, self.luck.uniform(0.03, took * 1.2))
-                if self.verb == "write":
-                    until(lambda before=before: (self.path / "README").read_bytes() in (before, self.stdin), "old or new, never a mix", 0.1)
-            if not (group and self.done_already(words)):
-                final = self.repo.cli(*words, stdin=getattr(self, "stdin", None))
-                assert final.code == 0 or self.done_already(words), (group, final)
-            took = time.monotonic() - began if not group else took
-            self.check(words)
-        return groups * kills
-
-
-@slow
-@promise(7)
-def test_killed_at_any_instant_a_few_hundred_times(site):
-    """Every operation that changes something, killed at random instants of it, in several projects at once. After each
-    few kills the same call succeeds and all is whole; in the end nothing runs and nothing lies about."""
-    seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
-    print(f"CMUX_TEST_SEED={seed}")
-    lanes = [Lane(site, verb, seed) for verb in ("new", "push", "write", "edit", "pull", "rm", "fork", "rename")]
-    with ThreadPoolExecutor(3) as pool:
-        counts = list(pool.map(lambda lane: lane.run(6, 6), lanes))
-    for lane in lanes:
-        listed = lane.repo.workspaces()
-        ran = lane.repo.ok("exec", "--all", "--json", "--", "git status --short")
-        assert len(ran.out.splitlines()) >= 1, ran
-        assert {p.name for p in lane.path.parent.iterdir()} == set(listed), (lane.verb, seed)
-        assert lane.repo.cli("push", "-w", sorted(listed)[0], "--force").code == 0  # a change: what the killed left is swept
-    assert sum(counts) == 288
-    settled(site)
-
-
 class Wire:
-    """A workspace over a line that breaks, and one undisturbed run to measure."""
+    """A project whose commands are called again and again: over a line that breaks, or killed."""
 
-    def __init__(self, site):
-        self.site, self.repo, self.line = site, Repo(site, files={"n": b"0\n"}), site.line("far")
-        self.repo.new(host="far")
-        self.path, self.turn = self.repo.path(), 0
+    def __init__(self, site, host="far", **project):
+        self.site, self.repo, self.host, self.turn = site, Repo(site, **project), host, 0
+        self.line = site.line(host) if host == "far" else None
+        self.repo.new(host=host)
+        self.path = self.repo.path()
 
     def measure(self, words, stdin):
         """The answer, and the bytes it took each way over a connection that was there."""
@@ -9993,14 +9298,11 @@ class Wire:
         sprung, self.line.trap = self.line.trap is None, None
         return answer, sprung
 
-    def job(self, command):
-        return self.repo.job(command, host="far")
-
 
 @shared_fixture
 def wire(keys):
     with open_site(keys) as opened:
-        yield Wire(opened)
+        yield Wire(opened, files={"n": b"0\n"})
 
 
 def case(wire, verb):
@@ -10011,14 +9313,14 @@ def case(wire, verb):
         repo.save("n", b"%d\n" % n)
     if verb in ("read", "glob", "grep", "diff", "batch", "write"):
         readme.write_bytes(b"old\n" * 9)
-    words = {"new": "new -H far " + name, "read": "read README", "write": "write README", "glob": "glob src/*", "grep": "grep main", "jobs": "jobs",
-             "push": "push -w main --force", "pull": "pull -w main", "diff": "diff -w main", "fork": "fork -w main " + name, "batch": "batch"}.get(verb, "").split()
+    words = {"new": f"new -H {wire.host} {name}", "read": "read README", "write": "write README", "glob": "glob src/*", "grep": "grep main", "jobs": "jobs",
+             "push": "push -w main" + " --force" * (wire.host == "far"), "pull": "pull -w main", "diff": "diff -w main", "fork": "fork -w main " + name, "batch": "batch"}.get(verb, "").split()
     right = lambda answer: True
     if verb == "exec":
         words = ["exec", "-w", "main", "--", "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i+1)); done; echo err >&2; exit 7"]
         return words, None, 7, lambda a: a.out == b"".join(b"line %d\n" % i for i in range(300)) and a.err == b"err\n"
     if verb in ("logs", "wait", "stop"):
-        job = wire.job("sleep 600" if verb == "stop" else "echo one; echo two; exit 9")
+        job = repo.job("sleep 600" if verb == "stop" else "echo one; echo two; exit 9", host="far")
         if verb != "stop":
             assert repo.cli("wait", job).code == 9
         return [verb, job], None, 9 if verb == "wait" else 0, lambda a: verb != "logs" or a.out == b"one\ntwo\n"
@@ -10043,7 +9345,7 @@ def case(wire, verb):
     elif verb in ("new", "fork"):
         right = lambda a: (tree_of(repo.path(name)) == (repo.tree() if verb == "new" else tree_of(wire.path)))
     elif verb in ("rename", "rm"):
-        repo.new(name, host="far")
+        repo.new(name, host=wire.host)
         words = ["rename", "-w", name, name + "x"] if verb == "rename" else ["rm", name]
         right = lambda a: (name not in repo.workspaces() and (name + "x" in repo.workspaces()) == (verb == "rename"))
     return words, None, 0, right
@@ -10064,9 +9366,49 @@ def honest(answer, verb, code, right, where):
 VERBS = ("new", "exec", "read", "write", "edit", "glob", "grep", "jobs", "logs", "wait", "stop", "push", "pull", "diff", "fork", "rename", "rm", "batch")
 
 
+ONCE = ("new", "edit", "fork", "rename", "rm")  # a second such call is refused
+
+
+def worn(site, verb, luck):
+    """One kind of operation, killed 36 times in a project of its own. After each few kills the same call succeeds, or has been done."""
+    lane, took = Wire(site, "box", name=f"lane-{verb}", files={"nonce": verb.encode(), **{f"d/{n}": b"%d\n" % n for n in range(20)}}), 0.0
+    for group in range(7):
+        words, stdin, code, right = case(lane, verb)
+        for _ in range(6 if group else 0):
+            before = slurp(lane.path / "README")
+            with tempfile.TemporaryFile() as spool:
+                spool.write(stdin or b"")
+                spool.seek(0)
+                child = lane.repo.start(*words, stdin=spool)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(luck.uniform(0.03, took * 1.2))
+            killed(child)
+            assert verb != "write" or slurp(lane.path / "README") in (before, stdin), "old or new, never a mix"
+        final = lane.repo.cli(*words, stdin=stdin)
+        assert (final.code == code or group and final.code == 1 and verb in ONCE) and right(final), (verb, group, final)
+        took = took or final.seconds
+    return lane
+
+
+@slow
+@promise(7)
+def test_killed_at_any_instant_a_few_hundred_times(site):
+    """Every operation that changes something, in several projects at once."""
+    seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
+    print(f"CMUX_TEST_SEED={seed}")
+    lanes = at_once(3, lambda verb: worn(site, verb, random.Random(f"{verb} {seed}")), ("new", "push", "write", "edit", "pull", "rm", "fork", "rename"))
+    for lane in lanes:
+        listed = lane.repo.workspaces()
+        lane.repo.ok("exec", "--all", "--json", "--", "git status --short")
+        assert {p.name for p in lane.path.parent.iterdir()} == set(listed), (lane.repo.dir, seed)
+        lane.repo.ok("push", "-w", sorted(listed)[0], "--force")  # a change: what the killed left is swept
+    assert len(lanes) * 36 == 288
+    settled(site)
+
+
 @slow
 @each("verb", VERBS)
-def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(wire, verb):
+def test_the_line_cut_after_any_number_of_bytes(wire, verb):
     words, stdin, code, right = case(wire, verb)
     quiet, moved = wire.measure(words, stdin)
     assert honest(quiet, verb, code, right, "undisturbed")
@@ -10080,9 +9422,9 @@ def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(
             hits += sprung
             assert sprung or first.code == code, (where, first)
             succeeded = honest(first, verb, code, right, where)
-            if not succeeded or verb not in ("new", "edit", "fork", "rename", "rm"):
+            if not succeeded or verb not in ONCE:
                 again = wire.repo.cli(*words, stdin=stdin)
-                if again.code == 1 and verb in ("edit", "new", "fork", "rename", "rm"):
+                if again.code == 1 and verb in ONCE:
                     assert right(again), (where, first, again)  # it was done: the answer alone was lost
                 else:
                     assert honest(again, verb, code, right, where), (where, first, again)
@@ -10092,7 +9434,7 @@ def test_the_line_cut_after_any_number_of_bytes_is_told_and_the_next_call_works(
 @slow
 @each("how", [signal.SIGKILL, signal.SIGSTOP])
 @each("verb", ["new", "exec", "write", "push", "pull", "fork", "logs"])
-def test_masters_killed_or_stopped_in_the_middle_are_told_or_waited_for(wire, verb, how):
+def test_masters_killed_or_stopped_in_the_middle(wire, verb, how):
     words, stdin, code, right = case(wire, verb)
     quiet, moved = wire.measure(words, stdin)
     assert honest(quiet, verb, code, right, "undisturbed")
@@ -10125,18 +9467,17 @@ def test_sshd_restarted_under_running_commands_and_jobs(repo, site, nap):
     assert child.stdout.readline() == b"early\n"
     waiting = repo.start("wait", job)
     site.restart()
-    _, err = child.communicate()
-    assert child.returncode == 255 and b"lost" in err, err
+    ran = child.end()
+    assert ran.code == 255 and "lost" in ran.said, ran
     assert repo.exec("echo again").out == b"again\n"
     nap.gone()
+    assert [row["state"] for row in repo.cli("jobs", "--json").json] == ["running"]
     (repo.path() / "go").touch()
-    assert waiting.wait(60) == 9 and repo.cli("logs", job).out == b"done\n"
-    waiting.communicate()
+    assert waiting.end().code == 9 and repo.cli("logs", job).out == b"done\n"
 
 
-def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site):
-    """The laptop sleeps: clients and masters stand still for longer than the server's patience. Then it wakes up."""
-    repo, nap = Repo(site), Nap()
+def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site, repo, nap):
+    """Clients and masters stand still for longer than the server's patience."""
     site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
     repo.new(host="drowsy")
     job = repo.job("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy")
@@ -10152,12 +9493,9 @@ def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site):
     nap.gone()
     for pid in asleep:
         kill(pid, signal.SIGCONT)
-    assert command.wait(60) == 255 and waiting.wait(60) == 9
-    out, err = following.communicate()
-    assert (following.returncode, out) == (0, b"two\n"), err
-    _, err = command.communicate()
-    assert b"lost" in err, err
-    waiting.communicate()
+    ran = command.end()
+    assert ran.code == 255 and "lost" in ran.said, ran
+    assert waiting.end().code == 9 and following.end().ended[:2] == (0, b"two\n")
     assert repo.exec("echo again", host="drowsy").out == b"again\n"
 
 
@@ -10300,10 +9638,9 @@ def sane(answer, what):
 @each("how", ["sshd", "ssh"])
 @promise(3)
 def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, how):
-    """Every tool against every lie: wrong and doubled marks, impossible statuses, lengths, numbers and states."""
     liar = Liar(site, how)
     names = dict(zip(liar.lies(*ATTACKS.values()), ATTACKS))
-    with open_agent(liar.repo, "-j", "16") as talker:
+    with Agent(liar.repo, "-j", "16") as talker:
         for name, what in names.items():
             for tool, arguments, number in [(tool, arguments, talker.post(tool, arguments, workspace=name)) for tool, arguments in CALLS]:
                 answer = talker.answer(number, 60)
@@ -10317,8 +9654,8 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, h
 
 
 @slow
-def test_no_forged_answer_to_a_pull_is_taken_or_a_traceback(site):
-    """Every lie above, and what comes before the three sections of a result; the last is honest."""
+def test_no_forged_answer_to_a_pull_is_taken(site):
+    """The last one is honest."""
     liar, result = Liar(site), b"\n%s\n%s\0%s\n" % tuple(one(b"x"))
     heads = [b"git 2 " + HOSTS_BASE, b"git 1 zz", b"git 0 " + b"1" * 39, b"git 0 " + b"1" * 65, b"GIT 0 " + HOSTS_BASE, b"files x", b"files", b"all", b"note", b"large", b"\0", b""]
     lies = [*ATTACKS.values(), *(says((head + result).decode()) for head in [*heads, b"note " + b"x" * 9000, b"git 0 " + HOSTS_BASE])]
@@ -10328,14 +9665,9 @@ import json
 project = cmux_ssh.Project(".")
 cmux_ssh.START_PATIENCE = cmux_ssh.CALL_PATIENCE = 2
 def look(name):
-    told = []
-    for call in (cmux_ssh.pull, lambda place: list(cmux_ssh.diff(place)), lambda place: project.remove(place.name), lambda place: project.push(place.name)):
-        try:
-            call(project.workspace(name))
-            told.append("taken")
-        except cmux_ssh.CmuxError as error:
-            told.append(str(error))
-    return told
+    told = [raised(lambda: call(project.workspace(name))) for call in (
+        cmux_ssh.pull, lambda place: list(cmux_ssh.diff(place)), lambda place: project.remove(place.name), lambda place: project.push(place.name))]
+    return [str(answer) if isinstance(answer, cmux_ssh.CmuxError) else "taken" for answer in told]
 with ThreadPoolExecutor(8) as pool:
     print(json.dumps(list(pool.map(look, sys.argv[1:]))))
 """, *names, seconds=240))
@@ -10350,7 +9682,7 @@ with ThreadPoolExecutor(8) as pool:
 def test_a_host_that_floods_is_cut_off_in_little_memory(site, flood):
     liar = Liar(site)
     name = liar.lies(FLOODS[flood])[0]
-    with open_agent(liar.repo, "-j", "16") as talker:
+    with Agent(liar.repo, "-j", "16") as talker:
         began = time.monotonic()
         asked = [(tool, talker.post(tool, dict(arguments, timeout=2) if tool == "exec" and "background" not in arguments else arguments, workspace=name))
                  for tool, arguments in CALLS]
@@ -10363,21 +9695,7 @@ def test_a_host_that_floods_is_cut_off_in_little_memory(site, flood):
         assert talker("exec", command="echo honest")["stdout"] == "honest\n"
 
 
-@promise(1)
-def test_a_committed_state_directory_is_not_sent(repo, site):
-    home = Repo(site, name="home/kept")
-    env = {"CMUX_SSH_HOME": str(home.dir / "st" / "cmux-ssh")}
-    clean = home.commit()
-    home.secret("TOK", b"valuevalue", env=env)
-    home.git("add", "-f", "st")
-    home.git("commit", "-q", "-m", "everything")
-    for words in (("new", "main"), ("new", "--dirty", "main")):
-        refused(home.cli(*words, "-H", "box", env=env), 2, "in the commit")
-    home.new("--ref", clean, "main", env=env)
-    refused(home.cli("push", "-w", "main", env=env), 2, "in the commit")
-
-
-def test_rm_with_its_host_removes_an_unfinished_workspace(repo):
+def test_rm_removes_an_unfinished_workspace(repo):
     repo.new()
     file = repo.record()
     record = json.loads(file.read_text())
@@ -10393,7 +9711,7 @@ def test_rm_with_its_host_removes_an_unfinished_workspace(repo):
     assert path.is_dir(), "it is somebody else's"
 
 
-def test_a_secret_with_half_a_character_is_called_damaged(repo, site):
+def test_a_secret_with_half_a_character_is_damaged(repo, site):
     repo.new()
     repo.secret("TOK", b"valuevalue")
     (file,) = [path for path in site.state.rglob("*") if path.is_file() and b"valuevalue" in path.read_bytes()]
@@ -10402,11 +9720,11 @@ def test_a_secret_with_half_a_character_is_called_damaged(repo, site):
     assert ran.code == 125 and "The secret TOK" in ran.said and "damaged" in ran.said, ran
 
 
-def test_mcp_a_failing_secret_command_makes_no_call_a_failure(repo, site):
+def test_mcp_a_failing_secret_command(repo, site):
     repo.new()
     ran = site.dir / "ran"
     repo.secret("TOK", command="echo ran >>%s; exit 1" % ran)
-    with open_mcp(repo) as mcp:
+    with Mcp(repo) as mcp:
         failed, text = mcp.call("write", path="f", content="hello")
         assert not failed and "It was done" in text and "TOK" in text and (repo.path() / "f").read_text() == "hello", text
         text = mcp.refusal("read", path="README")
@@ -10414,14 +9732,14 @@ def test_mcp_a_failing_secret_command_makes_no_call_a_failure(repo, site):
     assert ran.read_text() == "ran\n"
 
 
-def test_a_glob_with_many_places_takes_time_linear_in_the_names(area):
+def test_a_glob_takes_time_linear_in_the_names(area):
+    """Where a regular expression would try all of them, for ever."""
     dice, took = random.Random(1), []
     names = ["/".join("".join(dice.choice("ab") for _ in range(240)) for _ in range(4)) for _ in range(400)]
     for name in names:
         area.put(name, b"")
-    for pattern in ("**/*", "**/*a" + "?" * 40):
+    for pattern, chosen in (("**/*", names), ("**/*a" + "?" * 40, [name for name in names if name[-41] == "a"]), ("**/*a*a*a*a*a*a[c]", [])):
         took.append(time.monotonic())
         found = area.talker("glob", pattern=area.p(pattern))["paths"]
         took[-1] = time.monotonic() - took[-1]
-    assert took[1] < 5 * took[0] + 1, took
-    assert found == sorted(area.p(name) for name in names if name.split("/")[-1][-41] == "a")
+        assert found == sorted(map(area.p, chosen)) and took[-1] < 5 * took[0] + 1, (pattern, took)
