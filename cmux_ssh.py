@@ -808,28 +808,28 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 
 # === 6. Remote scripts ===
 # Owns: every byte of sh that runs on a host, and its framing. Touches: nothing; it is text.
-# Needed there: POSIX sh and its standard utilities. Used where found: setsid, bash, git, /proc.
+# A host needs POSIX sh and its standard utilities. Used where found: setsid, bash, git, /proc.
 #
-# The wire, all of it. One fixed command starts every session:  exec sh -c '<BOOT>'
+# The wire. One fixed command starts every session:  exec sh -c '<BOOT>'
 # It reads a header from its stdin, records of a name, a number of lines, and those lines:
-#   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a
+#   exit 0     the first line. The wrapper ignores it; a shell that reads our stdin instead (a
 #              ForceCommand, `exec zsh` in a start-up file) ends before it obeys a value
 #   NAME n     an environment variable of the command (the only way of secrets)
-#   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether stdin is
-#              watched), flag (how to run a shell line: -c, -lc), line, path (its PATH)
+#   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether to watch
+#              stdin), flag (how to run a shell line: -c, -lc), line, path (PATH of the command)
 #   @    n     one more positional parameter
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
 # Shells read ahead, fish to the end: of a header with secrets (marked by a second `exit 0`) only
-# the first line is sent before our wrapper has printed READY.
-# What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
+# the first line is sent before the wrapper has printed READY.
+# Stdout and stderr each bring back:  NONCE+ pid  ...bytes...  NONCE- status stop
 # Before the first mark is login noise; NONCEx 96 says that the directory is missing; status 97,
 # that the header is cut off. The marks exclude accidents, not malice: a host can always lie.
 
 # BOOT is these two texts in one line in single quotes, without quote, backslash, newline, or !
-# before a non-blank: every shell reads that alike; Dropbear takes up to 9,000 bytes. Variables
-# begin with _cmux_: a secret may have any other name. _stop_tree ends what run _cmux_run has below
-# _cmux_root (a wrapper, a job's supervisor, or -); its status is 0 where the end was seen.
+# before a non-blank: every shell reads that alike; Dropbear takes up to 9,000 bytes. Its functions
+# begin with _, its variables with _cmux_: a secret may have any other name. _stop_tree ends what
+# run _cmux_run has below _cmux_root (a wrapper, a job's supervisor, or -); 0: it saw the end.
 
 STOP_TEXT = r"""
 # For each process: pid, parent, group, session, state. Never its name: one with a newline and
@@ -859,7 +859,7 @@ _environs() {
 };
 # The tree: by CMUX_RUN (Linux), by parent, group and session. A process that left its session,
 # cleared its environment and lost its parent is not found. Never the group of the wrapper,
-# _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all there are.
+# _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all that the table shows.
 _find_tree() {
   _cmux_rows=$(_table); _cmux_found=" "; _cmux_groups=" "; _cmux_own=-; _cmux_seen=" ";
   for _cmux_file in $(_environs); do
@@ -889,8 +889,8 @@ _add_kin() {
 _add_group() {
   case $_cmux_groups in *" $1 "*) ;; *) _cmux_groups="$_cmux_groups$1 "; _cmux_more=1;; esac;
 };
-# What hides from the table (hidepid, and a process that is not dumpable): the wrapper lists its
-# child in `children` all the same, and a group without a row takes signals: whole groups get them.
+# What the table hides (hidepid, and a process that is not dumpable): `children` of the wrapper
+# lists its child all the same, and a group without a row takes signals: whole groups get them.
 _add_hidden() {
   [ $_cmux_own = - ] || for _cmux_pid in $(cat /proc/$_cmux_root/task/$_cmux_root/children); do
     case $_cmux_seen in *" $_cmux_pid "*) ;; *)
@@ -917,7 +917,7 @@ _pause() {
   sleep $1 || { sleep 1; _cmux_tries=$((_cmux_tries+9)); };
   _cmux_tries=$((_cmux_tries+1));
 };
-# TERM, after two seconds KILL, after four it gives up. Where process 1 cannot be seen, others may
+# TERM; after two seconds KILL; after four it gives up. Where process 1 cannot be seen, others may
 # be hidden, too, and no end is confirmed.
 _stop_tree() {
   trap "" TERM INT HUP PIPE; _cmux_tries=0;
@@ -952,11 +952,10 @@ _command() {
   case $_cmux_life in life) _watch;; esac;
   _words _execute "$@";
   [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128));
-  case $_cmux_watcher in
-  ?*) _cmux_self=$$;
-    if [ "$_cmux_stopped" ]; then wait $_cmux_watcher; _cmux_watcher=$?;
-    else kill -KILL $_cmux_watcher; _cmux_watcher=; fi;;
-  *) [ -z "$_cmux_stopped" ] || _cmux_watcher=0;;
+  case $_cmux_stopped$_cmux_watcher in
+  stop) _cmux_end=0;;
+  stop?*) wait $_cmux_watcher; _cmux_end=$?;;
+  ?*) kill -KILL $_cmux_watcher;;
   esac;
 };
 _execute() {
@@ -1003,8 +1002,8 @@ _mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
 # Where the client is gone, a command may die of SIGPIPE before the watcher sees that: then the end
 # mark cannot be written, and the wrapper ends the rest of the tree.
 trap "" PIPE;
-_mark "- $_cmux_status $_cmux_watcher" ||
-  case $_cmux_self in ?*) _cmux_root=$_cmux_self; _stop_tree;; esac;
+_mark "- $_cmux_status $_cmux_end" ||
+  case $_cmux_watcher in ?*) _cmux_root=$$; _stop_tree;; esac;
 """
 
 
