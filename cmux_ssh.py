@@ -1012,103 +1012,103 @@ BOOT = "exec sh -c '%s'" % " ".join(
 READY = b"cmux 42\n"  # BOOT does not hold it: what only echoes that never prints it
 HELD = b"exit 0\n"
 
-# What our own operations share, then one script each. Parameters are "$1"...; status 0 is success,
-# stdout is the reply; stderr is shown to the user, neutralised.
+# Parts that the operations share, then one script for each. Parameters are "$1"...; status 0 is
+# success, 3 a failure that stderr explains; stdout is the reply; the user is shown stderr,
+# neutralised.
 
 # A lock is a symbolic link that names its owner: process, when that began (its number is used
 # again), run. The link of a dead owner stays, and leads to that of its heir, LOCK.OWNER: who
 # removed it could remove what another had just made in its place. An heir's link counts only while
 # the first stays as it was: its owner removes that one first.
 LOCKED = r"""
-_born() { # pid -> $born
-  born=; row=;
+born() { # pid -> $born
+  born= row=
   if [ -r /proc/self/stat ]; then
-    IFS= read -r row <"/proc/$1/stat"; IFS= read -r born </proc/sys/kernel/random/boot_id;
-    set -- $row; case $3 in Z) born=;; *) born=$born-${22};; esac;
-  else set -- $(ps -o lstart= -p "$1"); born=$1$2$3$4$5; fi;
+    IFS= read -r row <"/proc/$1/stat"; IFS= read -r born </proc/sys/kernel/random/boot_id
+    set -- $row; case $3 in Z) born=;; *) born=$born-${22};; esac
+  else set -- $(ps -o lstart= -p "$1"); born=$1$2$3$4$5; fi
 }
-_held() { # lock: does the last owner, $owner, live? Else $next is the link to make
-  next=$1; dead=;
+held() { # does the last owner of $lock, $owner, live? Else $next is the link to make
+  next=$lock dead=
   while owner=$(readlink "$next"); do
     if kill -0 "${owner%%.*}"; then
-      _born "${owner%%.*}"; case $owner in "${owner%%.*}.$born."*) return 0;; esac;
-    fi;
-    dead="$dead $owner"; next=$1.$owner;
-  done;
-  return 1;
+      born "${owner%%.*}"; case $owner in "${owner%%.*}.$born."*) return 0;; esac
+    fi
+    [ "$dead" ] || first=$owner
+    dead="$dead $owner" next=$lock.$owner
+  done
+  return 1
 }
-_lock() { # lock pause tries: own it, or say who does
-  _born $$; self=$$.$born.$_cmux_run; _cmux_tries=0; dead=;
-  until ln -s "$self" "$1"; do
-    if _held "$1"; then :;
+locked() { # lock pause function...: run it as the owner of the lock, or say who that is
+  lock=$1 pause=$2 dead= _cmux_tries=0; shift 2
+  born $$; self=$$.$born.$_cmux_run
+  until ln -s "$self" "$lock"; do
+    if held; then :
     elif ln -s "$self" "$next"; then
-      set -- "$@" $dead;
-      [ "$next" = "$1" ] || [ "$(readlink "$1")" = "$4" ] && return;
-      rm -f "$next"; set -- "$1" "$2" "$3";
-    elif [ -h "$next" ]; then :;
-    else _cmux_tries=$((_cmux_tries+$3/9)); fi;
-    [ $_cmux_tries -lt "$3" ] || {
+      if [ "$next" = "$lock" ] || [ "$(readlink "$lock")" = "$first" ]; then break; fi
+      rm -f "$next"
+    elif [ ! -h "$next" ]; then _cmux_tries=$((_cmux_tries+333)); fi # a link cannot be made here
+    [ $_cmux_tries -lt 3000 ] || {
       [ -z "$owner" ] || echo "process ${owner%%.*} of an earlier attempt still runs" >&2
-      return 3; };
-    _pause "$2";
-  done;
-}
-_unlock() {
-  rm -f "$1"; for row in $dead; do rm -f "$1.$row"; done;
-}
-_locked() { # lock pause tries function...
-  own_lock=$1; _lock "$1" "$2" "$3" || return 3;
-  shift 3; "$@"; status=$?; _unlock "$own_lock"; return $status;
+      return 3; }
+    _pause "$pause"
+  done
+  "$@"; status=$?
+  rm -f "$lock"; for row in $dead; do rm -f "$lock.$row"; done
+  return $status
 }
 """
 
-OPEN_ROOT = LOCKED + r"""
-_croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
-  umask 077; unset CDPATH
-  case $1 in
-  '') root=$HOME/cmux;; '~' | '~/'*) root=$HOME${1#'~'};; /*) root=$1;; *) root=$HOME/$1;;
-  esac
+# What is known of a workspace lies in made/PROJECT/OP/, by the operation that made it;
+# made/PROJECT/NAME.op says which has the name: renaming moves nothing.
+OPEN_ROOT = r"""
+open_root() { # root as given, may be empty or begin with ~ -> cd there, $root
+  umask 077; unset CDPATH; fresh=
+  case $1 in '~' | '~/'*) root=$HOME${1#'~'};; /*) root=$1;; *) root=$HOME/${1:-cmux};; esac
   [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
   case $root in *"$_cmux_newline"*) echo "a newline is in the path of its root" >&2; return 3;; esac
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made .cmux/locks && chmod 700 .cmux || return 3
 }
-_one_at_a_time() { # lock function...: an earlier attempt may still run
-  lock=$root/.cmux/stage/$1.by; shift
-  _locked "$lock" 0.1 3000 "$@"
+free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
+find_workspace() { # name -> $work its directory, $record what is known of it
+  work=$root/$project/$1 made=$root/.cmux/made/$project record=
+  read -r record <"$made/$1.op"; record=$made/$record
+  [ -d "$record" ] || { # as an older version left it
+    mkdir -p "$record.new"
+    for part in base mark pull push; do mv "$made/$1.$part" "$record.new/$part"; done
+    mv "$record.new" "$record"
+  } 2>/dev/null
+  [ -d "$work" ] && [ ! -L "$work" ] && [ ! -L "$root/$project" ] || return 22
 }
-# ON (root project turn name op), and more: _work, with these more words, for one operation at a
+"""
+
+# ON (root project turn name op), and more: `work`, with these more words, for one operation at a
 # time on a name, and none once a later one has begun. That one also removes what the last, whose
 # client was killed, left in the stage.
-_after() { :; } # outside of the lock
-_cop() {
-  _croot "$1" || return
+ON = LOCKED + OPEN_ROOT + r"""
+one_at_a_time() { # lock function...: an earlier attempt may still run
+  lock=$root/.cmux/stage/$1.by; shift
+  locked "$lock" 0.1 "$@"
+}
+afterwards() { :; } # without the lock
+operation() {
+  open_root "$1" || return
   project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4 made=.cmux/made/$2
-  stage=$root/.cmux/stage/$op known=$made/$op
-  mkdir -p "$made" && shift 5 && _one_at_a_time "$project.$name" _in_turn "$@" && _after
+  stage=$root/.cmux/stage/$op
+  mkdir -p "$made" && shift 5 && one_at_a_time "$project.$name" in_turn "$@" && afterwards
 }
-_in_turn() {
+in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
-  [ ! -f "$turns" ] || read -r last left <"$turns"
+  read -r last left <"$turns"
   [ "${last:-0}" -le "$turn" ] || return 3
-  case $left in "$op" | '') ;; *) _free ".cmux/stage/$left";; esac
-  echo "$turn $op" >"$turns" && _work "$@"
+  case $left in "$op" | '') ;; *) free ".cmux/stage/$left";; esac
+  echo "$turn $op" >"$turns" && work "$@"
 }
-_free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
-_discard() { ( trap '' HUP; cd / && exec rm -rf "$1" ) </dev/null >/dev/null 2>&1 4>&- & }
-_taken() { [ -e "$1" ] || [ -L "$1" ]; }
-_cw() { # project name -> $w its directory, $m what is known of it
-  w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
-  [ -d "$m" ] || { # as an older version left it
-    mkdir -p "$m.new"; for v in base mark pull push; do mv "${m%/*}/$2.$v" "$m.new/$v"; done
-    mv "$m.new" "$m"
-  } 2>/dev/null
-  [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
-}
-# What is known of a workspace lies in made/PROJECT/OP/, by the operation that made it;
-# made/PROJECT/NAME.op says which has the name: renaming moves nothing.
-_owner() { cat "$made/$1.op"; }
-_put() { # directory: it becomes $place. mv moves it *into* one that exists by now: that is undone
+discard() { ( trap '' HUP; cd / && exec rm -rf "$1" ) </dev/null >/dev/null 2>&1 4>&- & }
+taken() { [ -e "$1" ] || [ -L "$1" ]; }
+owner() { cat "$made/$1.op"; }
+publish() { # directory: it becomes $place. mv moves it *into* one that exists by now: undo that
   rm -rf "$stage/$op" # of an attempt that was killed
   echo "$op" >"$made/$name.op" && mv "$1" "$stage/$op" &&
     mv "$stage/$op" "$place" || return 3
@@ -1119,28 +1119,26 @@ _put() { # directory: it becomes $place. mv moves it *into* one that exists by n
 
 # Every git of ours on the host runs without configuration, with one identity and date, and sha1
 # (git 3 has another default, by which a base would not be found again).
-GIT_THERE = r"""
-_cenv() {
-  for v in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$v"; done
-  export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null LC_ALL=C
-  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_ATTR_NOSYSTEM=1 GIT_OPTIONAL_LOCKS=0
-  export GIT_NO_REPLACE_OBJECTS=1 GIT_DEFAULT_HASH=sha1
-  for v in GIT_AUTHOR GIT_COMMITTER; do
-    export "${v}_NAME=cmux" "${v}_EMAIL=cmux@localhost" "${v}_DATE=946684800 +0000"
+GIT = r"""
+clean_environment() {
+  for variable in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$variable"; done
+  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_CONFIG_NOSYSTEM=1 GIT_ATTR_NOSYSTEM=1
+  export GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 GIT_DEFAULT_HASH=sha1 LC_ALL=C
+  for variable in GIT_AUTHOR GIT_COMMITTER; do
+    export "${variable}_NAME=cmux" "${variable}_EMAIL=cmux@localhost"
+    export "${variable}_DATE=946684800 +0000"
   done
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
-_cmark() { # op file directory: when it was made and, without git, of what
-  if _has git; then echo "$1" >"$2"; return; fi
-  : >"$2.now" && { echo "$1"; echo listed; ( cd "$3" && _clist ); } >"$2.new" &&
-  touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
-}
-_clist() { # each file or link: x (executable), f, l (link) or u (unreadable); checksum and size of
-  # the content; path. Two slashes and an n in it stand for a newline: find prints no two slashes.
+safe_git() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@"; }
+"""
+LIST = r"""
+list_files() { # each file or link: x (executable), f, l (link) or u (unreadable); checksum and size
+  # of the content; path. Two slashes and an n in it stand for a newline: find prints no two slashes
   export LC_ALL=C
-  _sums() { find . -name .git -prune -o -type f "$@" ! -path "*$_cmux_newline*" -exec cksum {} +; }
-  { _sums -perm -100 | sed 's/^/x /'
-    _sums ! -perm -100 | sed 's/^/f /'
+  sums() { find . -name .git -prune -o -type f "$@" ! -path "*$_cmux_newline*" -exec cksum {} +; }
+  { sums -perm -100 | sed 's/^/x /'
+    sums ! -perm -100 | sed 's/^/f /'
     find . -name .git -prune -o \( -type f -o -type l \) -exec sh -c '
       newline=$1; shift
       for path; do
@@ -1160,6 +1158,10 @@ _clist() { # each file or link: x (executable), f, l (link) or u (unreadable); c
       done' sh "$_cmux_newline" {} +
   } | sort
 }
+write_mark() { # directory: of what the workspace was made, where git does not know that
+  { echo "$op"; _has git || { echo listed; ( cd "$1" && list_files ); }; } >"$record/mark.new" &&
+    mv "$record/mark.new" "$record/mark"
+}
 """
 
 # A base is a directory bases/<id>: whole.tar (the host makes it of a difference), and git/, a
@@ -1169,27 +1171,27 @@ _clist() { # each file or link: x (executable), f, l (link) or u (unreadable); c
 # object, and copied in a twentieth. MALLOC_: else glibc gives a buffer back to the kernel for each
 # file, a fifth of the time. No fsync (the tree itself has none).
 BASE = r"""
-_unpack() { ( umask 022; tar -xmof "$@" ); }
-_add() { # git...: all files, as one pack
+unpack() { ( umask 022; tar -xmof "$@" ); }
+add_all() { # git...: all files, as one pack
   MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 "$@" -c core.compression=0 \
     -c core.bigFileThreshold=1 -c core.fsync=none add -f --ignore-removal .
 }
-_make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
+make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
   _has git || return 0
-  cd "$stage/tree" && rm -rf .git && _cenv || return
+  cd "$stage/tree" && rm -rf .git && clean_environment || return
   find . -type f -exec touch -r "$root/$base/whole.tar" {} + # as in the index of the first
   kept=$root/$base/git
   if [ -d "$kept" ]; then cp -R "$kept" .git && git update-index -q --refresh; return; fi
   git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
   mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
   printf '[core]\nautocrlf = false\ntrustctime = false\ncheckStat = minimal\n' >>.git/config &&
-  _add git && tree=$(git write-tree) && commit=$(git commit-tree "$tree" -m base) &&
+  add_all git && tree=$(git write-tree) && commit=$(git commit-tree "$tree" -m base) &&
   printf 'update %s %s\n' HEAD "$commit" refs/cmux/base "$commit" | git update-ref --stdin ||
     { rm -rf .git; return 1; }
   cp -R .git "$kept.$op" && mv "$kept.$op" "$kept"
   rm -rf "$kept.$op" "$kept/git.$op"
 }
-_remove_gone() { # what .cmux-gone names, and the directories that are empty then
+remove_gone() { # what .cmux-gone names, and the directories that are empty then
   set --
   while IFS= read -r path; do
     set -- "$@" "./$path"
@@ -1199,16 +1201,16 @@ _remove_gone() { # what .cmux-gone names, and the directories that are empty the
   find . -depth -type d -exec rmdir {} + 2>/dev/null
   return 0
 }
-_grow_base() { # of the difference to another base -> $stage/base, $stage/tree
+grow_base() { # of the difference to another base -> $stage/base, $stage/tree
   rm -rf "$stage/tree" "$stage/new" && mkdir -p "$stage/base" "$stage/new" && cd "$stage/new" &&
-  _unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
-  _unpack ../changes.tar .cmux-gone && _remove_gone && _unpack ../changes.tar &&
+  unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
+  unpack ../changes.tar .cmux-gone && remove_gone && unpack ../changes.tar &&
   rm -f .cmux-gone && tar -cf ../base/whole.tar . && mv "$stage/new" "$stage/tree"
 }
-_keep_base() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$stage/base" "$base"; }; }
-_find_base() { # 21: it, or what it stands on, must be sent
+keep_base() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$stage/base" "$base"; }; }
+find_base() { # 21: it, or what it stands on, must be sent
   if [ ! -f "$base/whole.tar" ]; then
-    [ ! -f "$stage/changes.tar" ] || ( _grow_base ) ||
+    [ ! -f "$stage/changes.tar" ] || ( grow_base ) ||
       { rm -rf "$stage/changes.tar" "$stage/base"; return 21; }
     if [ ! -f "$stage/base/whole.tar" ]; then
       ls -t .cmux/bases | head -n 8 | while IFS= read -r other; do
@@ -1216,75 +1218,75 @@ _find_base() { # 21: it, or what it stands on, must be sent
       done
       return 21
     fi
-    ( _one_at_a_time "base.${base##*/}" _keep_base ) || return 3 # another client may have the same
+    ( one_at_a_time "base.${base##*/}" keep_base ) || return 3 # another client may have the same
   fi
   touch -c "$base"
 }
-_unpack_base() { # -> $stage/tree, with a repository
-  _find_base || return
+unpack_base() { # -> $stage/tree, with a repository
+  find_base || return
   if [ ! -d "$stage/tree" ]; then
     rm -rf "$stage/new"; mkdir -p "$stage/new" || return 3
-    ( cd "$stage/new" && _unpack "$root/$base/whole.tar" ) && mv "$stage/new" "$stage/tree" ||
+    ( cd "$stage/new" && unpack "$root/$base/whole.tar" ) && mv "$stage/new" "$stage/tree" ||
       { rm -rf "$stage"; return 4; }
   fi
-  ( umask 022; _make_repository ) || echo nogit
+  ( umask 022; make_repository ) || echo nogit
 }
 """
 # CREATE ON base source: a workspace of a cached or just uploaded base, with what git ignores in the
 #   directory `source`, if one is named. Replies: root PATH; init, if there is a hook; made, also
 #   again with the same op. 9: no git; 20: the name is taken; 21: the base is missing, and lines of
 #   those that a delta may stand on, newest first; 22: no such source.
-CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
-_take_ignored() { # source: what git ignores both there and in the new one, but through no link
-  tree=$stage/tree git='git --git-dir=.git -c core.fsmonitor=false -c core.quotePath=false'
+CREATE = ON + GIT + LIST + BASE + r"""
+take_ignored() { # source: what git ignores both there and in the new one, but through no link
+  tree=$stage/tree
   [ -d "$1" ] || return 22
-  _cenv; rm -rf "$stage/part"
-  ( cd "$1" && $git ls-files -oi --exclude-standard --directory ) >"$stage/ignored" || return 9
+  clean_environment; rm -rf "$stage/part"
+  ( cd "$1" && local_git ls-files -oi --exclude-standard --directory ) >"$stage/ignored" || return 9
   while IFS= read -r path; do
     place=$tree/${path%/}; folder=${place%/*}
-    ! _taken "$place" && mkdir -p "$folder" && [ "$(cd -P "$folder" && pwd)" = "$folder" ] &&
+    ! taken "$place" && mkdir -p "$folder" && [ "$(cd -P "$folder" && pwd)" = "$folder" ] &&
       printf '%s\n' "$path"
-  done <"$stage/ignored" | ( cd "$tree" && $git check-ignore --stdin ) |
+  done <"$stage/ignored" | ( cd "$tree" && local_git check-ignore --stdin ) |
     while IFS= read -r path; do
       path=${path%/}
-      _taken "$1/$path" || continue
+      taken "$1/$path" || continue
       cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$tree/$path" || exit 3
     done
 }
-_work() {
-  base=.cmux/bases/$1
+local_git() { safe_git --git-dir=.git -c core.quotePath=false "$@"; }
+work() {
+  base=.cmux/bases/$1 record=$made/$op
   printf 'root %s\n' "$root"
-  if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
-  _unpack_base && { [ ! "$2" ] || ( _take_ignored "$2" ); } || return
+  if taken "$place"; then [ "$(owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
+  unpack_base && { [ ! "$2" ] || ( take_ignored "$2" ); } || return
   ( cd "$stage/tree/.git" && ! git var GIT_AUTHOR_IDENT && # or no commit could be made
     git config user.name agent && git config user.email agent@localhost ) >/dev/null 2>&1
   # test -x is false under noexec
   case $(ls -lLd "$stage/tree/.cmux/init" 2>/dev/null) in -??[xs]*) echo init;; esac
-  mkdir -p "$project" "$known" && echo "$1" >"$known/base" &&
-    _cmark "$op" "$known/mark" "$stage/tree" || return 3
-  _put "$stage/tree" && echo made
+  mkdir -p "$project" "$record" && echo "$1" >"$record/base" && write_mark "$stage/tree" || return 3
+  publish "$stage/tree" && echo made
 }
 """
 
 # GZIP: prints gzip where that works.
-GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
+GZIP = "operation() { echo gzip | gzip | gzip -dc; }"
 
 # UPLOAD ON parent gzip: the stream becomes stage/OP/base/whole.tar and at once stage/OP/tree; with
 #   a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
 #   its cksum. (tar may stop at the end of the archive: tee would die.)
-UPLOAD = OPEN_ROOT + r"""
-_work() {
-  parent=$1 unpack='gzip -dc'
-  [ "$2" ] || unpack=cat
+UPLOAD = ON + r"""
+work() {
+  parent=$1 decompress='gzip -dc'
+  [ "$2" ] || decompress=cat
   mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$stage/tree"; }
 }
-_after() {
+afterwards() {
   if [ "$parent" ]; then
     archive=$stage/changes.tar
-    echo "$parent" >"$stage/parent" && $unpack >"$archive"
+    echo "$parent" >"$stage/parent" && $decompress >"$archive"
   else
     archive=$stage/base/whole.tar
-    : >"$archive" && $unpack | tee "$archive" |
+    : >"$archive" && $decompress | tee "$archive" |
       ( umask 022; cd "$stage/tree" && tar -xmof -; status=$?; cat >/dev/null; exit $status )
   fi || { rm -rf "$stage"; return 4; }
   cksum <"$archive"
@@ -1292,172 +1294,186 @@ _after() {
 """
 
 JOB_STATE = r"""
-_csize() { size=$(wc -c <"$1/out") || size=0; size=$((size)); }
-_crunning() { # the jobs in this directory that run
+output_size() { size=$(wc -c <"$1/out") || size=0; size=$((size)); }
+running_jobs() { # directory of jobs
   for job in "$1"/*; do
-    [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] || echo "${job##*/}"
+    [ ! -d "$job" ] || [ "$(job_state "$job")" != running ] || echo "${job##*/}"
   done
 }
-_calive() { # directory pid: not a stranger that has the number now
+lives() { # job pid: not a stranger that has the number now
   kill -0 "$2" 2>/dev/null || return 1
   [ ! -r "/proc/$2/environ" ] || tr '\0' '\n' <"/proc/$2/environ" | grep -qxF "CMUX_JOB=${1##*/}"
 }
-_cstate() { # of a job; lost: neither an exit nor a supervisor
-  if [ ! -f "$1/exit" ] && _calive "$1" "$(cat "$1/pid")"; then echo running
+job_state() { # lost: neither an exit nor a supervisor
+  if [ ! -f "$1/exit" ] && lives "$1" "$(cat "$1/pid")"; then echo running
   elif [ ! -f "$1/exit" ]; then echo lost
   elif [ -f "$1/stopped" ]; then echo "stopped $(cat "$1/exit")"
   else echo "exited $(cat "$1/exit")"; fi
 }
 """
 
-# _csnap makes a snapshot of the workspace in a git repository of its own ($g, in the stage), whose
-# alternate is the agent's, which stays as it is. -> $b base, $h the agent's HEAD, $t the tree of
-# now. Where .git is missing, or its history rewritten or absurd (too many commits, foreign roots,
-# nested repositories), it uses the base's repository: $h is the base, $whole empty. Status 9: no
-# git; 24: a file is too large.
-SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
-_cgit() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@"; }
-_cg() { # git in the snapshot's repository
-  _cgit --git-dir="$g" --work-tree="$w" -c core.bigFileThreshold=8m "$@"
+# snapshot makes one of the workspace in a git repository of its own, $shadow in the stage, whose
+# alternate is the agent's, which stays as it is. -> $base_commit, $head of the agent, $tree of now.
+# Where .git is missing, or its history rewritten or absurd (too many commits, foreign roots, nested
+# repositories), it uses the base's repository: $head is the base, $whole empty. Status 9: no git;
+# 24: a file is too large.
+SNAPSHOT = GIT + r"""
+compared() { # root project name base-id its-tree ("": any) op commits bytes last-op ...
+  project=$2 name=$3 base_id=$4 base_tree=$5 op=$6 commits_most=$7 file_most=$8 last_op=$9
 }
-_co() { _cgit --git-dir="$o" "$@" 2>/dev/null; } # git in the repository $o
-commit_at() { _co rev-parse -q --verify "$1^{commit}"; }
-base_in() { # repository tree ("": any) -> $o, $b
-  o=$1; [ -d "$o" ] && [ ! -L "$o" ] && b=$(commit_at refs/cmux/base) &&
-    { [ -z "$2" ] || [ "$(_co rev-parse -q --verify "$b^{tree}")" = "$2" ]; }
+shadow_git() {
+  safe_git --git-dir="$shadow" --work-tree="$work" -c core.bigFileThreshold=8m "$@"
 }
-history_comes() { # commits: -> $h
-  h=$(commit_at HEAD) && _co merge-base --is-ancestor "$b" "$h" &&
-    [ "$(_co rev-list --count "$b..$h")" -le "$1" ] &&
-    [ -z "$(_co rev-list --max-parents=0 "$b..$h")" ] &&
-    ! _co rev-list "$b..$h" | _co diff-tree --stdin -r -m --raw | grep -q '^:[0-7]* 160000'
+repo_git() { safe_git --git-dir="$repo" "$@" 2>/dev/null; }
+commit_at() { repo_git rev-parse -q --verify "$1^{commit}"; }
+base_in() { # repository -> $repo, $base_commit
+  repo=$1; [ -d "$repo" ] && [ ! -L "$repo" ] && base_commit=$(commit_at refs/cmux/base) && {
+    [ -z "$base_tree" ] ||
+    [ "$(repo_git rev-parse -q --verify "$base_commit^{tree}")" = "$base_tree" ]; }
 }
-snap_repository() {
-  git init -q --bare --template= "$g" && mkdir -p "$g/info" &&
-    echo "$o/objects" >"$g/objects/info/alternates" && echo "$raw" >"$g/info/attributes" &&
-    _cg symbolic-ref HEAD refs/heads/w && _cg update-ref refs/cmux/base "$b" &&
-    _cg update-ref refs/heads/w "$h"
+history_comes() { # -> $head
+  head=$(commit_at HEAD) && repo_git merge-base --is-ancestor "$base_commit" "$head" &&
+    [ "$(repo_git rev-list --count "$base_commit..$head")" -le "$commits_most" ] &&
+    [ -z "$(repo_git rev-list --max-parents=0 "$base_commit..$head")" ] &&
+    ! repo_git rev-list "$base_commit..$head" | repo_git diff-tree --stdin -r -m --raw |
+      grep -q '^:[0-7]* 160000'
 }
-snap_excludes() { # repositories in the workspace
-  [ ! -f .git/info/exclude ] || cp .git/info/exclude "$g/info/exclude"
+make_shadow() {
+  git init -q --bare --template= "$shadow" && mkdir -p "$shadow/info" &&
+    echo "$repo/objects" >"$shadow/objects/info/alternates" &&
+    echo "$raw" >"$shadow/info/attributes"
+}
+exclude_nested() { # repositories in the workspace
+  [ ! -f .git/info/exclude ] || cp .git/info/exclude "$shadow/info/exclude"
   find . -name .git -prune -print | while IFS= read -r path; do
     path=${path%/.git}; [ "$path" != . ] || continue
     printf 'note nested repository %s\n' "$path"
-    printf '%s/\n' "${path#.}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude"
+    printf '%s/\n' "${path#.}" | sed 's/[][\\*?!# ]/\\&/g' >>"$shadow/info/exclude"
   done
 }
-snap_index() { # the agent's, which knows what has not changed
-  cp -p .git/sharedindex.* "$g/" 2>/dev/null # of core.splitIndex
-  if [ "$whole" ] && cp -p .git/index "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1
-  then return; fi
-  rm -f "$g/index"; _cg read-tree "$h" || return 3
-  if cp .git/index "$s/theirs" 2>/dev/null; then # what is ignored, but tracked
-    ( export GIT_INDEX_FILE="$s/theirs"; _cg ls-files -c -i -s --exclude-standard 2>/dev/null ) |
-      sed -n 's/^1[^6][^	]*	//p' | _cg update-index --add --remove --stdin 2>/dev/null
-  fi
+copy_index() { # of the agent, which knows what has not changed
+  cp -p .git/sharedindex.* "$shadow/" 2>/dev/null # of core.splitIndex
+  if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
+    shadow_git ls-files >/dev/null 2>&1; then return; fi
+  rm -f "$shadow/index"; shadow_git read-tree "$head" || return 3
+  # What is ignored, but tracked:
+  safe_git --git-dir=.git ls-files -c -i -s --exclude-standard 2>/dev/null |
+    sed -n 's/^1[^6][^	]*	//p' |
+    shadow_git update-index --add --remove --stdin 2>/dev/null
   return 0
 }
 as_sent() { # a large file
-  size=$(_cg cat-file -s "$b:${1#./}") && [ "$(find "$1" -prune -size "${size}c")" ] &&
-    [ "$(_cg hash-object --no-filters -- "$1")" = "$(_cg rev-parse "$b:${1#./}")" ]
+  blob=$(shadow_git rev-parse -q --verify "$base_commit:${1#./}") &&
+    [ "$(shadow_git hash-object --no-filters -- "$1")" = "$blob" ]
 }
-snap_large() { # bytes
-  find . -name .git -prune -o -type f -size "+${1}c" -print | ( while IFS= read -r path; do
-    _cg check-ignore -q -- "$path" || as_sent "$path" || { printf 'large %s\n' "$path"; exit 24; }
+refuse_large() {
+  find . -name .git -prune -o -type f -size "+${file_most}c" -print | ( while IFS= read -r path; do
+    shadow_git check-ignore -q -- "$path" || as_sent "$path" ||
+      { printf 'large %s\n' "$path"; exit 24; }
   done )
 }
-snap_files() {
+add_files() {
   # What was marked not to be looked at is looked at.
-  _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1
-  _cg -c core.sparseCheckout=true add -A --ignore-errors . >"$s/bad" 2>&1 || { # the rest comes
-    notes=$(sed -n "s/^error: [Ii]nvalid path '\(.*\)'/note \1: git there does not take it/p
-      s/^error: unable to index file \(.*\)/note \1: git there cannot read it/p" "$s/bad")
-    [ "$notes" ] || { cat "$s/bad" >&2; return 3; }
+  shadow_git -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1
+  shadow_git -c core.sparseCheckout=true add -A --ignore-errors . >"$stage/bad" 2>&1 || {
+    # The rest comes.
+    notes=$(sed -n "s/^error: [Ii]nvalid path '\(.*\)'/note \1: git on the host does not take it/p
+      s/^error: unable to index file \(.*\)/note \1: git on the host cannot read it/p" "$stage/bad")
+    [ "$notes" ] || { cat "$stage/bad" >&2; return 3; }
     printf '%s\n' "$notes"
   }
-  t=$(_cg write-tree)
+  tree=$(shadow_git write-tree)
 }
-_csnap() { # base-id its-tree commits bytes
-  _has git && _cenv || return 9
-  g=$s/git whole=1
-  base_in "$w/.git" "$2" && history_comes "$3" || {
+snapshot() {
+  _has git && clean_environment || return 9
+  shadow=$stage/git whole=1
+  base_in "$work/.git" && history_comes || {
     whole= # a base that came as a delta has no repository of its own
-    base_in "$root/.cmux/bases/$1/git" "$2" || { [ "$2" ] && base_in "$w/.git" "$2"; } || return 9
-    h=$b
+    base_in "$root/.cmux/bases/$base_id/git" ||
+      { [ "$base_tree" ] && base_in "$work/.git"; } || return 9
+    head=$base_commit
   }
-  snap_repository && cd "$w" || return 3
-  snap_excludes; snap_index && snap_large "$4" && snap_files
+  make_shadow && cd "$work" || return 3
+  exclude_nested; copy_index && refuse_large && add_files
 }
-_creflog() { # commits that only reflogs (some may be gone) or HEADs of worktrees have
-  { _co log -g --format=%H --branches; _co log -g --format=%H HEAD
-    cat "$o/logs/HEAD" "$o"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
-    _co log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
+reflog_commits() { # that only reflogs (some may be gone) or HEADs of worktrees have
+  { repo_git log -g --format=%H --branches; repo_git log -g --format=%H HEAD
+    cat "$repo/logs/HEAD" "$repo"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
+    repo_git log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
-left_behind() { # last-op: what neither a pull of HEAD ($top) brings nor earlier ones brought.
+left_behind() { # what neither a pull of HEAD ($top) brings nor earlier ones brought.
   # What was only fetched exists elsewhere, too; a stash has a list of its own.
   top=$(commit_at HEAD) brought=
-  for head in $b $(pulls "$1" | cut -d' ' -f2); do
-    ! _co cat-file -e "$head^{commit}" || brought="$brought $head"
+  for commit in $base_commit $(pulls | cut -d' ' -f2); do
+    ! repo_git cat-file -e "$commit^{commit}" || brought="$brought $commit"
   done
-  _co for-each-ref --format='%(refname) %(contents:subject)' |
+  repo_git for-each-ref --format='%(refname) %(contents:subject)' |
     grep -Ev '^refs/(remotes/|cmux/|stash )' | while read -r ref subject; do
-      [ ! "$(_co rev-list -n 1 "$ref" --not $brought $top --glob=refs/cmux)" ] ||
+      [ ! "$(repo_git rev-list -n 1 "$ref" --not $brought $top --glob=refs/cmux)" ] ||
         printf '%s (%s)\n' "$ref" "$subject"
     done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
-  _creflog | head -n 20
-  _co stash list --format='stash %gd (%s)' | head -n 20
-}
-written_gits() { # since the workspace was made: without git nothing of them comes home
-  cd "$w" && find . -name .git -prune -print | while IFS= read -r path; do
-    [ -z "$(find "$path" -type f ! -name index -newer "$m/mark" | head -n 1)" ] ||
-      printf '%s\n' "${path%/.git}"
-  done
+  reflog_commits | head -n 20
+  repo_git stash list --format='stash %gd (%s)' | head -n 20
 }
 sum_refs() {
-  { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } |
+  { repo_git for-each-ref; repo_git rev-parse HEAD; repo_git rev-parse -q --verify refs/stash; } |
     cksum | tr ' ' -
 }
 """
 
-# $m/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing), refs.
-# The client names the last one that it finished: later lines do not count.
-RECORDS = r"""
-in_stage() { # op function...; it is cleared, too, where the client is gone
-  trap '_clear; exit 1' PIPE HUP TERM
-  s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
-  shift; "$@"; status=$?
-  _clear; return $status
+IN_STAGE = r"""
+in_stage() { # function...; the stage is cleared, too, where the client is gone
+  trap 'clear_stage; exit 1' PIPE HUP TERM
+  stage=$root/.cmux/stage/$op.$$; mkdir -p "$stage" || return 3
+  "$@"; status=$?
+  clear_stage; return $status
 }
-_clear() { cd "$root"; rm -rf "$s"; }
-pulls() { # last-op: the lines that count
-  ! grep -q "^$1 " "$m/pull" 2>/dev/null || sed "/^$1 /q" "$m/pull"
+clear_stage() { cd "$root"; rm -rf "$stage"; }
+"""
+
+# $record/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing),
+# refs. The client names the last one that it finished: later lines do not count.
+RECORDS = LIST + IN_STAGE + r"""
+pulls() { # the lines that count
+  ! grep -q "^$last_op " "$record/pull" 2>/dev/null || sed "/^$last_op /q" "$record/pull"
 }
-record_pull() { # op last-op head tree refs
-  { pulls "$2" | tail -n 19; echo "$1 $3 $4 $5"; } >"$m/pull.new" && mv "$m/pull.new" "$m/pull"
+record_pull() { # head tree refs
+  { pulls | tail -n 19; echo "$op $1 $2 $3"; } >"$record/pull.new" &&
+    mv "$record/pull.new" "$record/pull"
 }
-list_now() { cd "$w" && _clist >"$s/now"; }
-list_sent() { [ "$(sed -n 2p "$m/mark")" = listed ] && tail -n +3 "$m/mark" >"$s/was"; }
-sum_list() { cksum <"$s/now" | tr ' ' -; }
+list_now() { cd "$work" && list_files >"$stage/now"; }
+list_sent() {
+  [ "$(sed -n 2p "$record/mark")" = listed ] && tail -n +3 "$record/mark" >"$stage/was"
+}
+sum_list() { cksum <"$stage/now" | tr ' ' -; }
 only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
-unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
+unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$stage/now"; }
+written_gits() { # since the workspace was made: without git nothing of them comes home
+  cd "$work" && find . -name .git -prune -print | while IFS= read -r path; do
+    [ -z "$(find "$path" -type f ! -name index -newer "$record/base" | head -n 1)" ] ||
+      printf '%s\n' "${path%/.git}"
+  done
+}
 """
 
 LISTED = r"""
-only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
-compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
-  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" | sed 'N;s/\n/ /' >"$s/new" &&
-    only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
-    only "$s/before" "$s/after" >"$s/gone"
+only() { sort "$1" "$2" "$2" >"$stage/both" && uniq -u "$stage/both"; } # lines of the first alone
+compare_lists() { # -> $stage/new: numbered lines; $stage/gone: paths
+  cd "$stage" && only now was >changed && sed '/^u/d;=' changed | sed 'N;s/\n/ /' >new &&
+    only_paths <was >before && only_paths <now >after && only before after >gone
 }
-send_list() { compare_lists || return 3; echo "$1"; echo; send_changes; send_files; }
+send_list() { # kind
+  ( compare_lists ) || return 3
+  echo "$1"; echo; send_changes; send_files
+}
 send_changes() {
   { echo 1
     sed 'i\
-:0 000000 0 0 D' "$s/gone"
+:0 000000 0 0 D' "$stage/gone"
     sed 's/^\([0-9]*\) x/\1 100755/;s/^\([0-9]*\) f/\1 100644/;s/^\([0-9]*\) l/\1 120000/
 s/^\([0-9]*\) \([0-9]*\) [^ ]* [^ ]* \.\//:0 \2 0 \1 M\
-/' "$s/new"; echo; } | tr '\n' '\0'
+/' "$stage/new"; echo; } | tr '\n' '\0'
 }
 send_files() {
   while IFS= read -r row; do
@@ -1472,14 +1488,14 @@ send_files() {
     *) head -c "$size" "$path";;
     esac
     echo
-  done <"$s/new"
+  done <"$stage/new"
   echo
 }
 """
 
-# PULL root project name base tree op commits bytes last-op record: what the workspace changed; with
-#   `record`, it counts as brought home once the client names this op. 22: no workspace; 24: a file
-#   is too large. `note ...` lines, then one of these:
+# PULL root project name base tree op commits bytes last-op counts: what the workspace changed; with
+#   `counts`, it is on record as brought home once the client names this op. 22: no workspace; 24: a
+#   file is too large. `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
 #     all              the same, where what was sent is not known any more: all files come
@@ -1488,87 +1504,91 @@ send_files() {
 #     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
 #                first parent; without git, of a commit 1
 #     contents   as `git cat-file --batch` prints them, each once
-PULL = SNAPSHOT + RECORDS + LISTED + r"""
+PULL = OPEN_ROOT + SNAPSHOT + RECORDS + LISTED + r"""
 pull() {
-  _csnap "$4" "$5" "$7" "$8"; status=$?
-  case $status in 0) ;; 9) pull_files "$@"; return;; *) return $status;; esac
-  o=$w/.git
-  [ -z "${10}" ] || record_pull "$6" "$9" "$h" "$t" "$(sum_refs)" || return 3
-  note_left "$9"; commit_rest && list_commits && send_commits
+  snapshot; status=$?
+  case $status in 0) ;; 9) pull_files; return;; *) return $status;; esac
+  repo=$work/.git
+  [ -z "$counts" ] || record_pull "$head" "$tree" "$(sum_refs)" || return 3
+  note_left; commit_rest && list_commits && send_commits
 }
-note_left() { # last-op
-  case $whole,$(commit_at HEAD) in 1,* | ,"$b" | ,) ;; *)
+note_left() {
+  case $whole,$(commit_at HEAD) in 1,* | ,"$base_commit" | ,) ;; *)
     printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
     echo 'repository; the files come as one commit';;
   esac
-  left_behind "$1" |
-    sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t \
-      -e 's/.*/note the &: check it out there and pull/'
+  left_behind |
+    sed -e 's/^stash.*/note the &: git stash pop in the workspace and pull/' -e t \
+      -e 's/.*/note the &: check it out in the workspace and pull/'
 }
 commit_rest() { # -> $tip, $dirty
-  tip=$h dirty=0; [ "$(_cg rev-parse "$h^{tree}")" != "$t" ] || return 0
+  tip=$head dirty=0; [ "$(shadow_git rev-parse "$head^{tree}")" != "$tree" ] || return 0
   dirty=1 GIT_AUTHOR_DATE="@$(date +%s) +0000"; GIT_COMMITTER_DATE=$GIT_AUTHOR_DATE
-  tip=$(_cg commit-tree "$t" -p "$h" -m 'uncommitted work')
+  tip=$(shadow_git commit-tree "$tree" -p "$head" -m 'uncommitted work')
 }
 list_commits() { # each with its first parent
-  _cg rev-list --reverse --topo-order --parents "$b..$tip" >"$s/commits" &&
-    cut -d' ' -f1,2 "$s/commits" >"$s/list"
+  shadow_git rev-list --reverse --topo-order --parents "$base_commit..$tip" >"$stage/commits" &&
+    cut -d' ' -f1,2 "$stage/commits" >"$stage/list"
 }
-changes() { _cg diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$s/list"; }
+changes() { shadow_git diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$stage/list"; }
 send_commits() {
-  echo "git $dirty $b"
-  cut -d' ' -f1 "$s/list" | _cg cat-file --batch && echo && changes -z && printf '\0' &&
+  echo "git $dirty $base_commit"
+  cut -d' ' -f1 "$stage/list" | shadow_git cat-file --batch && echo && changes -z && printf '\0' &&
     changes | sed -n 's/^:[^ ]* [^ ]* [^ ]* \([^ ]*\) [AMT]	.*/\1/p' | sort -u |
-    _cg cat-file --batch && echo
+    shadow_git cat-file --batch && echo
 }
 pull_files() {
   written_gits | sed 's/^/note the commits of the git repository in /'
   list_now || return 3
   unreadable | sed 's/^/note /'
-  [ -z "${10}" ] || record_pull "$6" "$9" - "$(sum_list)" - || return 3
-  kind=files; list_sent || { kind=all; : >"$s/was"; }
+  [ -z "$counts" ] || record_pull - "$(sum_list)" - || return 3
+  kind=files; list_sent || { kind=all; : >"$stage/was"; }
   send_list "$kind"
 }
-_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$@"; }
+operation() {
+  compared "$@"; counts=${10}
+  open_root "$1" && find_workspace "$name" && in_stage pull
+}
 """
 
 # CHANGED root project name base tree op commits bytes last-op [jobs]: what no pull brought home, a
 #   line each, at most 20 of a kind; and the jobs that run, given their directory's name. 22: no
 #   workspace.
 LOST = SNAPSHOT + RECORDS + r"""
-_clost() {
-  _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
-  case $snap in 0 | 24) ;; 9) lost_files "$9"; return;; *) return $snap;; esac
-  sed 's/^note //' "$s/said"
-  [ $snap = 0 ] || return 0
-  last=$(pulls "$9" | tail -n 1)
-  case $last in *" $t "*) ;; *)
-    [ "$t" = "$(_cg rev-parse "$h^{tree}")" ] ||
-      _cg diff-index --cached --name-status "$h" | head -n 20;;
+lost_work() {
+  snapshot >"$stage/said"; snapped=$?
+  case $snapped in 0 | 24) ;; 9) lost_files; return;; *) return $snapped;; esac
+  sed 's/^note //' "$stage/said"
+  [ $snapped = 0 ] || return 0
+  last=$(pulls | tail -n 1)
+  case $last in *" $tree "*) ;; *)
+    [ "$tree" = "$(shadow_git rev-parse "$head^{tree}")" ] ||
+      shadow_git diff-index --cached --name-status "$head" | head -n 20;;
   esac
-  o=$w/.git; [ -d "$o" ] || return 0
+  repo=$work/.git; [ -d "$repo" ] || return 0
   [ "$whole" ] || [ "$(sum_refs)" = "${last##* }" ] || echo "the git repository was replaced"
-  left_behind "$9"
-  [ -z "$whole" ] || _co log --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux |
+  left_behind
+  [ -z "$whole" ] || repo_git log --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux |
     head -n 20
 }
-lost_files() { # last-op
+lost_files() {
   list_now || return 3
   unreadable | head -n 20
-  case $(pulls "$1" | tail -n 1) in *" $(sum_list) -") ;; *)
+  case $(pulls | tail -n 1) in *" $(sum_list) -") ;; *)
     if ! list_sent; then echo "what it was made of is not known any more"
-    elif ! cmp -s "$s/was" "$s/now"; then
-      changed=$(sort "$s/was" "$s/now" | uniq -u | only_paths | sort -u | head -n 20)
+    elif ! cmp -s "$stage/was" "$stage/now"; then
+      changed=$(sort "$stage/was" "$stage/now" | uniq -u | only_paths | sort -u | head -n 20)
       printf '%s\n' "${changed:-some file}" | sed 's/^/changed .\//'
     fi;;
   esac
   written_gits | sed 's/^/a git repository in /'
 }
 """
-CHANGED = LOST + JOB_STATE + r"""
-_cop() {
-  _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" _clost "$@" || return
-  _crunning "$root/.cmux/jobs/$2/${10:--}" | sed 's/^/a job that runs: /'
+CHANGED = OPEN_ROOT + LOST + JOB_STATE + r"""
+operation() {
+  compared "$@"
+  open_root "$1" && find_workspace "$name" && in_stage lost_work || return
+  running_jobs "$root/.cmux/jobs/$project/${10:--}" | sed 's/^/a job that runs: /'
 }
 """
 
@@ -1578,116 +1598,119 @@ _cop() {
 #   Without, the directory is replaced. `keep` (1): a copy goes to the trash, and the directory is
 #   replaced, too, where its repository cannot be moved (else 5). Else it looks as CHANGED does, for
 #   an upload takes minutes. 21: upload first; 22: no workspace; 25: lines of what would be lost.
-PUSH = LOST + BASE + r"""
-_creflog() { :; } # what only a reflog has stays there
-_work() {
-  _cw "$2" "$3" || return 22
-  s=$stage; mkdir -p "$s" || return 3
-  ( _push_steps "$@" ); status=$?
-  [ $status = 21 ] || rm -rf "$s"; return $status
+PUSH = ON + LOST + BASE + r"""
+reflog_commits() { :; } # what only a reflog has stays there
+work() {
+  compared "$@"; newbase=${10} keep=${11} base=.cmux/bases/${10}
+  find_workspace "$name" && mkdir -p "$stage" || return
+  ( push_steps ); status=$?
+  [ $status = 21 ] || rm -rf "$stage"; return $status
 }
-_push_steps() {
-  oldbase=$4 newbase=${10} keep=${11} base=.cmux/bases/${10}
-  [ "$(cat "$m/push")" != "$op" ] || { echo pushed; return 0; }
-  rm -rf "$s/git" "$s/delta" "$s"/new.index*
-  _look "$@" && cd "$root" && _find_new && _keep_copy || return
-  : >"$s/begun" # if this attempt is killed, the next finds its half changed files
-  ( _switch ) || _replace $? || return
-  echo "$newbase" >"$m/base" && _cmark "$op" "$m/mark" "$w" &&
-    echo "$op" >"$m/push" && echo pushed
+push_steps() {
+  [ "$(cat "$record/push")" != "$op" ] || { echo pushed; return 0; }
+  rm -rf "$stage/git" "$stage/delta" "$stage"/new.index*
+  look && cd "$root" && find_new && keep_copy || return
+  : >"$stage/begun" # if this attempt is killed, the next finds its half changed files
+  ( switch_base ) || replace $? || return
+  echo "$newbase" >"$record/base" && write_mark "$work" &&
+    echo "$op" >"$record/push" && echo pushed
 }
-_look() { # -> what _csnap finds; $snap its status
-  _clost "$@" >"$s/lost"; status=$?
-  if [ "$keep" ] || [ -f "$s/begun" ]; then return 0; fi
+look() { # -> what snapshot finds; $snapped its status
+  lost_work >"$stage/lost"; status=$?
+  if [ "$keep" ] || [ -f "$stage/begun" ]; then return 0; fi
   [ $status = 0 ] || return $status
-  [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }
+  [ ! -s "$stage/lost" ] || { cat "$stage/lost"; return 25; }
 }
-_has_own() { o=$w/.git; [ -d "$o" ] && [ "$snap" = 0 ] && _co cat-file -e "$b^{commit}"; }
-_is_sent() { [ "$(cat "$s/parent")" = "$oldbase" ]; } # the difference to its own base
-_find_new() {
-  if _has_own; then
-    ! _is_sent || return 0
-    [ -f "$base/whole.tar" ] || [ -f "$s/changes.tar" ] || echo "base $oldbase"
+has_own() {
+  repo=$work/.git
+  [ -d "$repo" ] && [ "$snapped" = 0 ] && repo_git cat-file -e "$base_commit^{commit}"
+}
+is_sent() { [ "$(cat "$stage/parent")" = "$base_id" ]; } # the difference to its own base
+find_new() {
+  if has_own; then
+    ! is_sent || return 0
+    [ -f "$base/whole.tar" ] || [ -f "$stage/changes.tar" ] || echo "base $base_id"
   fi
-  _find_base
+  find_base
 }
-_keep_copy() {
+keep_copy() {
   [ "$keep" ] || return 0
   copy=$root/.cmux/trash/kept-$project-$name-$op
-  [ -e "$copy" ] || { cp -RpP "$w" "$copy.new" && mv "$copy.new" "$copy"; } ||
+  [ -e "$copy" ] || { cp -RpP "$work" "$copy.new" && mv "$copy.new" "$copy"; } ||
     { rm -rf "$copy.new"; return 3; }
   echo "kept $copy"
 }
-_new_git() {
-  GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" "$@"
+delta_git() {
+  GIT_INDEX_FILE=$stage/new.index git --git-dir="$shadow" --work-tree="$stage/delta" "$@"
 }
-_make_commit() { # of the new base, in $g: of the old one and the difference, without unpacking it
-  if ! _is_sent && git --git-dir="$root/$base/git" rev-parse -q --verify refs/cmux/base; then
-    cp -R "$root/$base/git/objects/." "$g/objects/"; return
+make_commit() { # of the new base, in $shadow: of the old one and the difference, without unpacking
+  if ! is_sent && git --git-dir="$root/$base/git" rev-parse -q --verify refs/cmux/base; then
+    cp -R "$root/$base/git/objects/." "$shadow/objects/"; return
   fi
-  mkdir "$s/delta" && cd "$s/delta" || return
-  if _is_sent; then
-    _unpack "$s/changes.tar" && _new_git read-tree "$b" &&
-      tr '\n' '\0' <.cmux-gone | _new_git update-index -z --force-remove --stdin && rm .cmux-gone
-  else _unpack "$root/$base/whole.tar"
-  fi && _add _new_git && tree=$(_new_git write-tree) && _new_git commit-tree "$tree" -m base
+  mkdir "$stage/delta" && cd "$stage/delta" || return
+  if is_sent; then
+    unpack "$stage/changes.tar" && delta_git read-tree "$base_commit" &&
+      tr '\n' '\0' <.cmux-gone | delta_git update-index -z --force-remove --stdin && rm .cmux-gone
+  else unpack "$root/$base/whole.tar"
+  fi && add_all delta_git && tree=$(delta_git write-tree) && delta_git commit-tree "$tree" -m base
 }
 # Files, refs and index become the new base's; or all stays, with 1: there is no repository, or 5:
 # it cannot be moved (another one, or a lock).
-_switch() {
-  [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
-  others=$g/objects/info/alternates
-  _has_own && cp "$others" "$s/alternates" || return 5
-  new=$(_make_commit) || return 4
-  branch=$(_co symbolic-ref -q HEAD) || detached=$(_co rev-parse -q --verify HEAD)
+switch_base() {
+  [ -d "$work/.git" ] && [ "$snapped" = 0 ] || return 1
+  others=$shadow/objects/info/alternates
+  has_own && cp "$others" "$stage/alternates" || return 5
+  new=$(make_commit) || return 4
+  branch=$(repo_git symbolic-ref -q HEAD) || detached=$(repo_git rev-parse -q --verify HEAD)
   umask 022
-  cd "$w" && _co update-ref "refs/cmux/old/$b" "$b" || return 5
-  if _cg read-tree --reset -u "$new" && rm "$others" && _take_commit; then
-    _cg update-index --no-split-index
-    cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index"
+  cd "$work" && repo_git update-ref "refs/cmux/old/$base_commit" "$base_commit" || return 5
+  if shadow_git read-tree --reset -u "$new" && rm "$others" && take_commit; then
+    shadow_git update-index --no-split-index
+    cp -p "$shadow/index" "$repo/index.cmux" && mv "$repo/index.cmux" "$repo/index"
     return
   fi
-  cp "$s/alternates" "$others"; _cg read-tree --reset -u "$t"
-  if [ "$branch" ]; then _co symbolic-ref HEAD "$branch"
-  else _co update-ref --no-deref HEAD "$detached"; fi
+  cp "$stage/alternates" "$others"; shadow_git read-tree --reset -u "$tree"
+  if [ "$branch" ]; then repo_git symbolic-ref HEAD "$branch"
+  else repo_git update-ref --no-deref HEAD "$detached"; fi
   return 5
 }
-_take_commit() {
-  cp -Rf "$g/objects/." "$o/objects/" && # -f: objects are read-only
-  _co symbolic-ref HEAD refs/heads/main &&
+take_commit() {
+  cp -Rf "$shadow/objects/." "$repo/objects/" && # -f: objects are read-only
+  repo_git symbolic-ref HEAD refs/heads/main &&
   printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" |
-    _co update-ref --no-deref --stdin
+    repo_git update-ref --no-deref --stdin
 }
-_replace() { # status of _switch. Without a copy, ignored files would be lost with the directory
+replace() { # status of switch_base. Without a copy, ignored files would be lost with the directory
   [ "$1" = 1 ] || [ "$keep" ] || return "$1"
-  cd "$root" && _unpack_base || return
+  cd "$root" && unpack_base || return
   gone=$root/.cmux/trash/$op
-  mkdir -p "$gone" && mv "$w" "$gone/" && mv "$s/tree" "$w" || return 3
-  _discard "$gone"
+  mkdir -p "$gone" && mv "$work" "$gone/" && mv "$stage/tree" "$work" || return 3
+  discard "$gone"
 }
 """
 
 # FORK ON source: a copy under another name. 20: the name is taken.
-FORK = OPEN_ROOT + r"""
-_work() {
-  if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; return 0; fi
-  _cw "$project" "$1" || return 22
-  rm -rf "$stage" "$known"
-  mkdir -p "$stage" && cp -RpP "$w" "$stage/tree" && cp -RpP "$m" "$known" ||
-    { _free "$stage"; rm -rf "$known"; return 3; }
-  _put "$stage/tree"
+FORK = ON + r"""
+work() {
+  if taken "$place"; then [ "$(owner "$name")" = "$op" ] || return 20; return 0; fi
+  find_workspace "$1" || return
+  copy=$made/$op
+  rm -rf "$stage" "$copy"
+  mkdir -p "$stage" && cp -RpP "$work" "$stage/tree" && cp -RpP "$record" "$copy" ||
+    { free "$stage"; rm -rf "$copy"; return 3; }
+  publish "$stage/tree"
 }
 """
 # RENAME ON from to its: another name for the directory that the operation `its` made, or its old
 #   one, also where it has that already. Replies the op of the last push. 20: the name is taken.
-RENAME = OPEN_ROOT + r"""
-_work() {
-  if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
+RENAME = ON + r"""
+work() {
+  if taken "$project/$2"; then [ "$(owner "$2")" = "$3" ] || return 20
   else
-    _cw "$project" "$1" || return 22
-    echo "$3" >"$made/$2.op" && mv "$w" "$project/$2" || return 3
+    find_workspace "$1" || return
+    echo "$3" >"$made/$2.op" && mv "$work" "$project/$2" || return 3
   fi
-  [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f "$made/$1.op"
+  [ "$1" = "$2" ] || [ "$(owner "$1")" != "$3" ] || rm -f "$made/$1.op"
   cat "$made/$3/push"
   return 0
 }
@@ -1696,40 +1719,40 @@ _work() {
 # GC root: removes trash, what uploads left a day ago, jobs that ended a week ago, and bases that no
 #   workspace stands on and none was made of for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
-_cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
-_size() { du -sk . | sed 's/[^0-9].*//'; }
-_cop() {
-  _croot "$1" && cd "$root/.cmux" || return
-  before=$(_size)
-  for path in trash/* trash/.[!.]*; do _free "$path"; done
-  for path in stage/* locks/*; do ! _cold 0 "$path" || _free "$path"; done
+cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
+kilobytes() { du -sk . | sed 's/[^0-9].*//'; }
+operation() {
+  open_root "$1" && cd "$root/.cmux" || return
+  before=$(kilobytes)
+  for path in trash/* trash/.[!.]*; do free "$path"; done
+  for path in stage/* locks/*; do ! cold 0 "$path" || free "$path"; done
   cat made/*/*/base made/*/*.base >used.$$
   for path in bases/*; do
-    grep -qxF "${path#bases/}" used.$$ || ! _cold 14 "$path" || rm -rf "$path"
+    grep -qxF "${path#bases/}" used.$$ || ! cold 14 "$path" || rm -rf "$path"
   done
   rm -f used.$$
-  for path in jobs/*/*/*/exit; do ! _cold 7 "$path" || rm -rf "${path%/exit}"; done
-  echo $((before-$(_size)))
+  for path in jobs/*/*/*/exit; do ! cold 7 "$path" || rm -rf "${path%/exit}"; done
+  echo $((before-$(kilobytes)))
 }
 """
 
 # REMOVE ON its: ends the jobs that run, and renames all into the trash, which is emptied in the
 #   background. A missing directory is success; somebody else's stays.
-REMOVE = OPEN_ROOT + JOB_STATE + r"""
-_work() {
-  trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=$made/${1:--}
+REMOVE = ON + JOB_STATE + r"""
+work() {
+  trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--}
   mkdir -p "$trash" || return 3
   if [ -L "$project" ]; then return 3; fi
-  for job in $(_crunning "$jobs"); do
+  for job in $(running_jobs "$jobs"); do
     ( _cmux_root=$(cat "$jobs/$job/pid") _cmux_run=$job; _stop_tree )
   done
   [ ! -d "$jobs" ] || mv "$jobs" "$trash/jobs" || return 3
-  if [ "$(_owner "$name")" = "$1" ]; then
-    ! _taken "$place" || mv "$place" "$trash/" || return 3
+  if [ "$(owner "$name")" = "$1" ]; then
+    ! taken "$place" || mv "$place" "$trash/" || return 3
     rm -f "$made/$name.op"
   fi
-  rm -rf "$known"
-  _discard "$root/$trash"
+  rm -rf "$made/${1:--}"
+  discard "$root/$trash"
 }
 """
 
@@ -1737,7 +1760,7 @@ _work() {
 # NONCE` writes a mark to the wrapper's stdout (Linux); "." ends GUARD alone, end of file the tree,
 # which the wrapper reports. Replies confirmed, or left (it may still run).
 GUARD = r"""
-_cop() {
+operation() {
   _cmux_root=-
   while IFS=" " read -r word nonce; do
     case $word in
@@ -1758,27 +1781,27 @@ _cop() {
 # The tools' scripts. Paths are absolute; the statuses are one table for all of them:
 TOOL_STATUS = {
     3: "{said}.", 30: "There is no file {path}.", 31: "{path} is a directory.",
-    32: "{path} is not a regular file.", 33: "{path} may not be read or written there.",
+    32: "{path} is not a regular file.", 33: "{path} may not be read or written on the host.",
     34: "The host does not take the pattern: {said}.",
     35: "The content for {path} did not arrive whole.", 36: "{path} changed meanwhile.",
     40: "{path} exists already in the workspace.",
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
-# READ path max first count home: "0 all\n" and the whole file (one byte more than max: too large);
-#   or, of a file larger than max where lines were asked for, "size lines sum\n" and those.
+# READ path most first count home: "0 all\n" and the whole file (one byte more than most: too
+#   large); or, of a larger file where lines were asked for, "size lines sum\n" and those.
 READ = r"""
-_cop() {
-  [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
-  [ ! -d "$1" ] || return 31
-  [ -f "$1" ] || return 32
-  [ -r "$1" ] || return 33
-  size=0
-  if [ "$4" != 0 ]; then size=$(wc -c <"$1") || return 33; size=$((size)); fi
-  if [ $size -le "$2" ]; then echo "0 all"; head -c "$(($2+1))" "$1"; return; fi
-  sum=$( (sha256sum <"$1" || shasum -a 256 <"$1") 2>/dev/null) || sum=
+operation() {
+  path=$1 most=$2 first=$3 count=$4 home=$5 size=0
+  [ -e "$path" ] || { [ -d "$home" ] || return 37; return 30; }
+  [ ! -d "$path" ] || return 31
+  [ -f "$path" ] || return 32
+  [ -r "$path" ] || return 33
+  if [ "$count" != 0 ]; then size=$(wc -c <"$path") || return 33; size=$((size)); fi
+  if [ $size -le "$most" ]; then echo "0 all"; head -c "$((most+1))" "$path"; return; fi
+  sum=$( (sha256sum <"$path" || shasum -a 256 <"$path") 2>/dev/null) || sum=
   echo "$size lines ${sum%% *}"
-  tail -n "+$3" "$1" | head -n "$4" | head -c "$(($2+1))"
+  tail -n "+$first" "$path" | head -n "$count" | head -c "$((most+1))"
 }
 """
 
@@ -1790,8 +1813,8 @@ _cop() {
 # whose connection was lost may still run. cp (for mode and owner) is tried again: GNU's gives up on
 # a file that another writer's rename replaces under it.
 WRITE = LOCKED + r"""
-_cop() {
-  file=$1 tries=0
+operation() {
+  file=$1 locks=$2/.cmux/locks sum=$4 old=$5 tries=0
   while [ -L "$file" ]; do
     link=$(readlink "$file"; echo x); link=${link%?x}
     case $link in /*) file=$link;; *) file=${file%/*}/$link;; esac
@@ -1807,27 +1830,27 @@ _cop() {
   [ ${#name} -lt 256 ] || return 39
   if [ ! -d "${folder:-/}" ]; then [ -d "$6" ] || return 37; mkdir -p "$folder" || return 3; fi
   [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
-  file=${PWD%/}/$name new=${PWD%/}/.cmux-$3-$$.tmp lock=$2/.cmux/locks
-  _write_aside "$@"; result=$?
+  file=${PWD%/}/$name new=${PWD%/}/.cmux-$3-$$.tmp
+  if [ "$file" = "$1" ]; then lock=$7
+  else lock=$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
+  write_aside; result=$?
   rm -f "$new"
   return $result
 }
-_write_aside() {
+write_aside() {
   tries=0
   while [ -e "$file" ] && ! said=$(cp -p "$file" "$new" 2>&1); do
     tries=$((tries+1)); [ $tries -lt 9 ] || { echo "$said" >&2; return 3; }
   done
   cat >"$new" || return 3
-  [ "$(cksum <"$new")" = "$4" ] || return 35
-  [ -d "$lock" ] || mkdir -p "$lock" || return 3
-  if [ "$file" = "$1" ]; then lock=$lock/$7
-  else lock=$lock/$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
-  _locked "$lock" 0.02 1000 _swap "$5"
+  [ "$(cksum <"$new")" = "$sum" ] || return 35
+  [ -d "$locks" ] || mkdir -p "$locks" || return 3
+  locked "$locks/$lock" 0.02 swap
 }
-_swap() {
+swap() {
   how=created
   if [ -e "$file" ]; then how=replaced; fi
-  [ ! "$1" ] || [ "$(cksum <"$file")" = "$1" ] || return 36
+  [ ! "$old" ] || [ "$(cksum <"$file")" = "$old" ] || return 36
   mv -f "$new" "$file" || return 3
   echo $how
 }
@@ -1836,39 +1859,40 @@ _swap() {
 # COPY_IN root op home path name force: stdin, a tar archive of OP and last of an empty file `end`,
 #   without which it was cut off, becomes path, or NAME in it where that is a directory (it says
 #   into), once it is whole.
-COPY_IN = RECORDS + r"""
-_cop() {
-  root=$1 place=$4
+COPY_IN = IN_STAGE + r"""
+operation() {
+  root=$1 op=$2 place=$4
   [ -d "$3" ] || return 37
   if [ -d "$place" ]; then place=$4/$5; echo into; fi
   [ "$6" ] || { [ ! -e "$place" ] && [ ! -L "$place" ]; } || return 40
-  in_stage "$2" _take_copy "$2"
+  in_stage take_copy
 }
-_take_copy() {
+take_copy() {
   umask 022
-  mkdir -p "${place%/*}" && cd "$s" && tar -xmof - && cat >/dev/null || return 3
+  mkdir -p "${place%/*}" && cd "$stage" && tar -xmof - && cat >/dev/null || return 3
   [ -f end ] || return 35
   trap '' PIPE HUP TERM # what is replaced is in the stage
-  { [ -f "$place" ] && [ -f "$1" ]; } || mv "$place" old 2>/dev/null
-  mv -f "$1" "$place" || { mv old "$place"; return 3; }
-  [ ! -e "$place/$1" ] || { rm -rf "$place/$1"; return 40; } # a directory made there meanwhile
+  { [ -f "$place" ] && [ -f "$op" ]; } || mv "$place" old 2>/dev/null
+  mv -f "$op" "$place" || { mv old "$place"; return 3; }
+  [ ! -e "$place/$op" ] || { rm -rf "$place/$op"; return 40; } # a directory made there meanwhile
 }
 """
 # COPY_OUT root op home path: a stream as PULL's, of what is in a directory (all), or of the file
 #   `it` that path is or leads to (file).
-COPY_OUT = GIT_THERE + RECORDS + LISTED + r"""
-_cop() {
-  [ -e "$4" ] || { [ -d "$3" ] || return 37; return 30; }
-  [ -r "$4" ] || return 33
-  root=$1; in_stage "$2" _send_copy "$4"
+COPY_OUT = RECORDS + LISTED + r"""
+operation() {
+  root=$1 op=$2 work=$4
+  [ -e "$work" ] || { [ -d "$3" ] || return 37; return 30; }
+  [ -r "$work" ] || return 33
+  in_stage send_copy
 }
-_send_copy() {
-  w=$1 kind=all; : >"$s/was"
-  if [ -f "$1" ]; then
-    kind=file; cd "$s" && ln -s "$1" it || return 3
+send_copy() {
+  kind=all; : >"$stage/was"
+  if [ -f "$work" ]; then
+    kind=file; cd "$stage" && ln -s "$work" it || return 3
     case $(ls -lLd it) in -??[xs]*) row=x;; *) row=f;; esac
     echo "$row $(cksum <it) ./it" >now
-  elif [ -d "$1" ]; then
+  elif [ -d "$work" ]; then
     list_now || return 3
     { find . -name .git -prune -print -o ! -type f ! -type l ! -type d -print
       unreadable; } | sed 's/^/note /'
@@ -1900,10 +1924,9 @@ find . -name .git -prune -o -type f -path "$2" -exec sh -c '
 # supervisor, exit. setsid -f, or a bash with job control: in a plain list SIGINT is ignored. It is
 # trapped: ksh dies of what ended its subshell. _cmux_: secrets are in the environment.
 START = r"""
-_cop() {
-  _cmux_umask=$(umask); umask 077; _cmux_folder=$1 _cmux_job=$2; shift 2
-  mkdir -p "$_cmux_folder" || return 3
-  umask "$_cmux_umask"
+operation() {
+  _cmux_folder=$1 _cmux_job=$2; shift 2
+  ( umask 077; mkdir -p "$_cmux_folder" ) || return 3
   _words _start "$@"
   _cmux_tries=0
   while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 900 ]; do _pause 0.02; done
@@ -1927,27 +1950,27 @@ _start() {
 # JOBS dir [path]: a line each: id, bytes of output, state; with the workspace's path first how many
 # files differ from its base (- without git). It writes nothing.
 JOBS = JOB_STATE + r"""
-_cgit() { git --no-optional-locks -c core.fsmonitor=false "$@"; }
-_cop() {
+read_git() { git --no-optional-locks -c core.fsmonitor=false "$@"; }
+operation() {
   if [ $# -gt 1 ]; then
-    echo "changed $( (cd "$2" && base=$(_cgit rev-parse -q --verify refs/cmux/base) &&
-      { _cgit diff --no-renames --name-only "$base"; _cgit ls-files -o --exclude-standard; } |
+    echo "changed $( (cd "$2" && base=$(read_git rev-parse -q --verify refs/cmux/base) &&
+      { read_git diff --no-renames --name-only "$base"; read_git ls-files -o --exclude-standard; } |
       wc -l) || echo -)"
   fi
   for job in "$1"/*; do
-    [ ! -d "$job" ] || { _csize "$job"; echo "${job##*/} $size $(_cstate "$job")"; }
+    [ ! -d "$job" ] || { output_size "$job"; echo "${job##*/} $size $(job_state "$job")"; }
   done
 }
 """
-# LOGS offset max tenths what dir...: waits so long for `more` output or the `end` of a job, the
+# LOGS offset most tenths what dir...: waits so long for `more` output or the `end` of a job, the
 # first of several; then "bytes id state\n" and its output from offset.
 LOGS = JOB_STATE + r"""
-_cop() {
+operation() {
   offset=$1 most=$2 tenths=$3 what=$4 _cmux_tries=0; shift 4
   for job; do [ -d "$job" ] || return 38; done
   while :; do
     for job; do
-      state=$(_cstate "$job"); _csize "$job" # in this order: what has ended has its last size
+      state=$(job_state "$job"); output_size "$job" # in this order: what ended has its last size
       [ "$state" = running ] || break 2
       [ "$what" != more ] || [ "$size" -le "$offset" ] || break 2
     done
@@ -1961,14 +1984,14 @@ _cop() {
 # STOP dir: end a job's tree; was its end seen, and its state. The number of a job that has ended
 # may be a stranger's.
 STOP = JOB_STATE + r"""
-_cop() {
+operation() {
   [ -d "$1" ] || return 38
   _cmux_root=$(cat "$1/pid") _cmux_run=${1##*/} _cmux_tries=0
-  if [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root"; then true >"$1/stopped"
+  if [ ! -f "$1/exit" ] && lives "$1" "$_cmux_root"; then true >"$1/stopped"
   else _cmux_root=-; fi
   if ( _stop_tree ); then echo confirmed; else echo requested; fi
-  while [ "$(_cstate "$1")" = running ] && [ $_cmux_tries -lt 20 ]; do _pause 0.1; done
-  _cstate "$1"
+  while [ "$(job_state "$1")" = running ] && [ $_cmux_tries -lt 20 ]; do _pause 0.1; done
+  job_state "$1"
 }
 """
 
@@ -1977,8 +2000,8 @@ _cop() {
 # on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who sees its name in the
 # process table, could make one.
 HANDOVER = OPEN_ROOT + r"""
-_cop() {
-  _croot "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
+operation() {
+  open_root "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
   echo ready
   ( seconds=0
     while [ $seconds -lt 60 ] && kill -0 $$; do sleep 1; seconds=$((seconds+1)); done
@@ -1992,9 +2015,9 @@ TAKEOVER = """exec sh -c 'eval "$(cat "$(printf "%s")")"'"""
 # PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of one
 # file, probe.
 PROBE = OPEN_ROOT + r"""
-_cop() {
+operation() {
   echo "system $(uname -sm)"; echo "shell ${SHELL:-unknown}"
-  _croot "$1" || { echo "readonly $1"; return 0; }
+  open_root "$1" || { echo "readonly $1"; return 0; }
   echo "root $root"
   stage=.cmux/stage/$2; mkdir -p "$stage" || { echo "readonly $root"; return 0; }
   if _has tar; then
@@ -2034,7 +2057,7 @@ def sent_text(script: str) -> str:
 
 def script_records(script: str, *arguments: str) -> bytes:
     return record(":", sent_text(script)) + b"".join(record("@", a) for a in arguments) + record(
-        ".", '_cop "$@" 2>&4; _cmux_status=$?')
+        ".", 'operation "$@" 2>&4; _cmux_status=$?')
 
 
 def check_command(command: object) -> tuple[str, Sequence[str]]:
@@ -5859,7 +5882,7 @@ class ProjectBase:
         try:
             there.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
             if many and there.masters.single():
-                there.call("_cop() { :; }", cancel=cancel)
+                there.call("operation() { :; }", cancel=cancel)
         except ConnectionFailed as error:
             if not many:
                 raise
@@ -9429,7 +9452,7 @@ def examine_speed(host: Host) -> Iterator[Finding]:
     times = []
     for _ in range(5):
         began = time.monotonic()
-        host.call("_cop() { :; }")
+        host.call("operation() { :; }")
         times.append(time.monotonic() - began)
     yield finding("ok", "latency",
                   f"{sorted(times)[2] * 1000:.0f} ms for one operation (median of 5)")

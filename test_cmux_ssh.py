@@ -4825,7 +4825,7 @@ def test_what_a_pull_does_not_bring_it_names_and_rm_refuses(repo, harm):
     before = repo.cli("rm", "main")
     refused(before, 1, "lonely")
     pulled = repo.cli("pull")
-    left = re.search(r"left out: the (\w+ \S+ \(lonely\)): check it out there and pull", pulled.said)
+    left = re.search(r"left out: the (\w+ \S+ \(lonely\)): check it out in the workspace and pull", pulled.said)
     assert pulled.code == 0 and left and left.group(1) in before.said, (before, pulled)
     refused(repo.cli("rm", "main"), 1, left.group(1))
     do(repo, f"git checkout -q -f --detach {left.group(1).split()[1]}")
@@ -5063,7 +5063,7 @@ def test_a_history_that_cannot_come_loses_no_tracked_file(site, push):
     do(repo, "git checkout -q -b more; git rm -q --cached f1; git tag saved $(git commit-tree -m only-in-tag HEAD^{tree})")
     do(repo, "git checkout -q other")
     refused(repo.cli("rm", "main"), 1, "would be lost")
-    assert "the tag saved (only-in-tag): check it out there and pull" in repo.cli("pull").said
+    assert "the tag saved (only-in-tag): check it out in the workspace and pull" in repo.cli("pull").said
     refused(repo.cli("rm", "main"), 1, "tag saved")
     do(repo, "git tag -d saved; git branch -D more main; git reflog expire --expire=now --all")
     repo.ok("pull")
@@ -7390,11 +7390,11 @@ print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.j
 @each("sh", ["dash", "bash", "busybox", "mksh"])
 def test_one_attempt_at_a_time_whoever_died_or_has_its_number(tmp_path, sh):
     """Two saw a dead owner, and the slower removed the other's link; a number used again held it for five minutes. (From inside: six at once die at one place of a script, under each sh.)"""
-    text = c.STOP_TEXT + c.OPEN_ROOT + """
+    text = c.STOP_TEXT + c.ON + """
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
 inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
 _cmux_run=$RUN; _cmux_newline='
-'; _croot "$ROOT" && _one_at_a_time op inside 2>/dev/null || echo failed"""
+'; open_root "$ROOT" && one_at_a_time op inside 2>/dev/null || echo failed"""
     words = shlex.split(program(sh) + (" sh" if sh == "busybox" else ""))
     stage = tmp_path / ".cmux" / "stage"
 
