@@ -45,8 +45,8 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 """
 
 # === 1. Header ===
-# Owns: the name, the version, what is public. Touches: nothing. An import that costs more than a
-# millisecond (json, argparse, shlex, hashlib, threading) stands where it is needed.
+# Owns: the name, the version, what is public. Touches: nothing. Imports that cost more than a
+# millisecond (json, argparse, shlex, hashlib, threading) stand where they are needed.
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     Fields = dict[str, Any]  # of a record, or of a JSON object
     Secrets = dict[str, dict[str, str]]  # name -> {"value": ...} or {"command": ...}
     Sink = Callable[[bytes], Any]
-    Target = tuple[int, int]  # a port of the host, a socket here: ssh reads and writes it itself
+    Target = tuple[int, int]  # a port of the host, a local socket that ssh itself reads and writes
 
 __version__ = "0.2.0"
-__all__ = [  # the promise: these names, their arguments and fields stay within a major version
+__all__ = [  # these names, their arguments and fields stay within a major version
     "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS",
     "Verb", "main", "ExecResult", "Outcome", "FileContent", "Result", "CmuxError", "UsageError",
     "HostError", "ConnectionFailed", "ConnectionDropped", "HostKeyFailed", "AuthenticationFailed",
@@ -91,21 +91,19 @@ PROGRAM = "cmux_ssh.py"
 
 
 # === 2. Limits ===
-# Owns: every number, each with its reason. Touches: nothing. In seconds and bytes, if not noted.
+# Owns: every number, each with its reason. Touches: nothing. Units: seconds and bytes, unless noted.
 
-# sshd allows 10 sessions, but frees one only after answering its close: at 10 a fast client is
-# refused 26 % of its opens, at 8 1 to 3 %.
 MIB = 1024 * 1024
+# sshd allows 10 sessions, but frees one only after it answers its close: with 10, a fast client is
+# refused 26 % of its opens; with 8, 1 to 3 %.
 SESSIONS_PER_MASTER = 8
 MASTERS_PER_HOST = 64  # 512 sessions; started as they are needed
-SLOT_SOON = 0.2  # after such a wait, longer than short commands, a master is started
-SPARED_MOST = 6  # masters, from which on none is started for sessions opened ahead
+SLOT_SOON = 0.2  # after this wait, longer than short commands, a master is started
+SPARED_MOST = 6  # masters; with so many none is started for sessions opened ahead
 HANDSHAKES_AT_ONCE = 8  # stock MaxStartups 10:30:100 drops at random from the 10th on
 CONTROL_PERSIST = 600  # an idle master ends itself
 CONNECT_TIMEOUT = 20  # for ssh, where the user's config has none
-# For one connection with authentication: ConnectTimeout does not cover a server that goes silent
-# after its banner.
-CONNECT_PATIENCE = 60
+CONNECT_PATIENCE = 60  # with authentication: ConnectTimeout ends with the server's banner
 CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder starts a machine)
 INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5  # a live master answers hello in under a millisecond
@@ -114,31 +112,30 @@ LOCK_PATIENCE = 1800  # for what another process works on: it may send gigabytes
 LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free
 SEEN_FOR = 86400  # what was seen of a host is believed for a day
 FOLDER_KEPT = 30 * 86400  # the directory of a host that nobody uses
-SHELL_PATIENCE = 2.5  # for the first output of our wrapper; then another session is asked
-FORK_FAILED = (1, 2, 254)  # how mksh, dash and busybox, bash end where they cannot make a process
-START_PATIENCE = 60  # from the header sent to the start mark: slow rc files are read here
+SHELL_PATIENCE = 2.5  # for the first output of our wrapper; then another session is tried
+FORK_FAILED = (1, 2, 254)  # status of mksh, dash and busybox, bash that cannot make a process
+START_PATIENCE = 60  # from the header sent to the start mark: slow rc files run meanwhile
 UNKNOWN_FOR = 10  # a secret's command that failed is not run again for masking
 STOP_PATIENCE = 10  # for the host to report that a tree has ended
-STOP_SILENCE = 5  # of the session that carries it; then another one is asked
+STOP_SILENCE = 5  # of the session that carries the stop; then another one is tried
 CALL_PATIENCE = 600  # for one script of ours: it may unpack a large tree, or hash gigabytes
 STALL_PATIENCE = 60  # a transfer that moves no byte for so long is dead
-# Between two signs of life over a session (ChannelTimeout), where it is silent, and where not.
-BEAT_MOST, BEAT_LEAST = 20, 1
+BEAT_MOST, BEAT_LEAST = 20, 1  # between signs of life in a silent session (ChannelTimeout), or not
 # OpenSSH 9.8 and later print the same for MaxStartups, which drops at random, and for a penalty of
 # 15 s or more. Being turned away adds none. Where they do not print it, four waits will do.
 DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)
 DROPPED_TRIES = 4
 # After 1, 2, ... failures to connect in a row. A refused key costs 5 s of penalty, enforced from
-# 15 s on: so spaced, it never gets that far.
+# 15 s on: these waits keep it below.
 DOWN_WAITS = (1, 2, 4, 7, 10)
 REFUSED_MOST = 2  # a master that refuses sessions rests for 6 ms, then ever longer
 SOCKET_PATH_MAX = 86  # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
 LOG_MAX = 64 * 1024  # of ssh's log that is read back
 CHUNK = 128 * 1024  # one read or write
-# An archive over this gets its own connection: a proxy was seen to cut a multiplexed 646 MB upload
-# at 815,458 bytes without an error.
+# A larger archive gets its own connection: a proxy was seen to cut a multiplexed 646 MB upload at
+# 815,458 bytes without an error.
 BULK_FROM = 256 * 1024
-GZIP_FROM = 0.003  # seconds of a round trip: a nearer host has a line faster than gzip
+GZIP_FROM = 0.003  # of a round trip: the line to a nearer host is faster than gzip
 GZIP_LEVEL = 4  # level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
 CAPTURE_MAX = 8 * MIB  # of stdout, and of stderr, kept in memory: head and tail
 REPLY_MAX = MIB  # of one of our own scripts
@@ -152,27 +149,27 @@ DIFF_MAX = 20000  # characters of the diff that an edit returns
 DIFF_WORK_MAX = 20000000  # lines times those that differ: difflib takes 2.9 s for 50 million
 EDIT_TRIES = 60  # of read, apply, compare-and-swap, when others edit the same file
 LOGS_MAX = MIB  # bytes of a job's output per call
-HISTORY_MAX = 2 * MIB  # bytes of a history; then it becomes the older of two files
-HISTORY_LINE = 1024  # bytes of one line: one write appends it whole
-JOBS_KEPT = 200  # that this machine remembers the commands of, per project
-FAULT_PATIENCE = 300  # logs -f and wait try on for so long without a connection
+HISTORY_MAX = 2 * MIB  # of a history; then it becomes the older of two files
+HISTORY_LINE = 1024  # one write appends a line whole
+JOBS_KEPT = 200  # whose commands this machine remembers, per project
+FAULT_PATIENCE = 300  # logs -f and wait try so long to connect again
 BATCH_LINE_MAX = 16 * MIB
-TOP_EVERY = 2  # seconds between two looks at the hosts
+TOP_EVERY = 2  # between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
 LIST_PATIENCE = 3  # the same, of `list`
 PLACING = 60  # until a workspace is on record, the host chosen for it counts so long
-MCP_SOFT = 45  # seconds; desktop clients give a call up at 60
+MCP_SOFT = 45  # desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
 MCP_AT_ONCE = 32  # calls that run and are not answered yet; others wait in a queue
 MCP_PENDING = 512  # calls that run or wait, each in its thread
-MCP_PENDING_BYTES = 64 * MIB  # and the sum of their lines
+MCP_PENDING_BYTES = 64 * MIB  # the sum of their lines
 MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
-MCP_LOG_MAX = 64 * MIB  # bytes of output kept of each of them
-MCP_PROGRESS = 2  # seconds between notifications of progress
+MCP_LOG_MAX = 64 * MIB  # of output kept of each of them
+MCP_PROGRESS = 2  # between notifications of progress
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
 KEEPER_PAUSE = 0.001  # after an operation: what its caller does with the result comes first
-WARM_IDLE = 20  # without use, they are closed: others may need the slots
+WARM_IDLE = 20  # unused for so long, they are closed: others may need the slots
 SECRET_MAX = 120 * 1024  # Linux limits one environment string to 128 KiB
 ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
 ARGV_WORK_MAX = 500 * MIB  # words times bytes: a POSIX shell appends in quadratic time
@@ -183,23 +180,22 @@ PATH_MAX = 1024  # of a path named by the host
 DEPTH_MAX = 64  # components of a pulled path: git write-tree crashes at 60,000
 PULL_FILE_MAX = 256 * MIB  # one pulled file; git hosts refuse 100 MB
 PULL_TOTAL_MAX = 2 * 1024 ** 3  # all that one pull may send: a disk's worth is an attack
-PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of memory here
+PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of local memory
 PULL_COMMITS_MAX = 1000  # more than an agent makes; beyond it one commit holds the result
 PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes of its own
 PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
 WIRE_LINE_MAX = 8 * 1024  # of a line in a result's stream: a path is the longest
 STREAMED_FROM = 8 * MIB  # git handles larger blobs without holding them in memory
-PLACES_KEPT = 200  # hosts and roots that gc visits, though no workspace is there any more
-SENT_KEPT = 200  # trees that went to a host: a delta stands on no other
+PLACES_KEPT = 200  # hosts and roots that gc visits although no workspace is left there
+SENT_KEPT = 200  # trees that a host was sent: a delta stands on no other
 POINTER_MAX = 1024  # bytes of an LFS pointer, says its specification
 
 
 # === 3. Errors ===
-# Owns: the whole family. Touches: nothing. An error is a sentence that says what happened, and
-# a hint that says what to do next. Any other exception is a bug, and keeps its traceback.
+# Owns: the whole family. Touches: nothing. Any other exception is a bug, and keeps its traceback.
 
 class CmuxError(Exception):
-    """Base of all expected failures: ``str(e)`` is the sentence, ``e.hint`` what to do next.
+    """Base of all expected failures: ``str(e)`` says what happened, ``e.hint`` what to do next.
 
     ``exit_code`` is what the command line ends with (``exec`` turns 1 and 2 into 125).
     """
@@ -226,13 +222,13 @@ class HostError(CmuxError):
         self.host = host
 
 class ConnectionFailed(HostError):
-    """No connection could be made; nothing ran there."""
+    """No connection could be made; nothing has run."""
 
 class ConnectionDropped(ConnectionFailed):
     """The server dropped the handshake (MaxStartups, penalties); trying again may work."""
 
 class TurnedAway(ConnectionDropped):
-    """The server refuses this address for now, and says so."""
+    """The server says that it refuses this address for now."""
 
 class HostKeyFailed(ConnectionFailed):
     """The host's key is unknown or has changed; nothing was sent."""
@@ -244,14 +240,14 @@ class RemoteShellFailed(ConnectionFailed):
     """The session ended before our script began: sh failed, or another shell runs."""
 
 class ConnectionLost(HostError):
-    """The connection ended in the middle. ``begun`` tells whether the command had started."""
+    """The connection ended in the middle. ``begun``: whether the command had started."""
 
     def __init__(self, message: str, hint: str = "", host: str = "", begun: bool = True) -> None:
         super().__init__(message, hint, host)
         self.begun = begun
 
 class HostSilent(ConnectionLost):
-    """The operation was sent, and no shell has begun it; a slow one still may."""
+    """No shell has begun the operation that was sent; a slow one still may."""
 
 class HostFull(ConnectionLost):
     """The host could not start a process: this account has too many."""
@@ -260,13 +256,13 @@ class SessionRefused(HostError):
     """A master or its server refused one more session; nothing has started."""
 
 class NoMultiplexing(HostError):
-    """This ssh, or this server, has no masters: one connection for each session."""
+    """This ssh or this server takes one session a connection."""
 
 class MasterGone(HostError):
-    """A control socket that refused, hung or hung up before the session was open."""
+    """A control socket refused, hung or hung up before the session was open."""
 
 class CommandFailed(CmuxError):
-    """A command's exit code is not 0, finds ExecResult.check(). Carries the ``result``."""
+    """ExecResult.check() found an exit code other than 0. Carries the ``result``."""
     result: Any = None
 
 class RemoteFailed(CmuxError):
@@ -276,7 +272,7 @@ class PortRefused(RemoteFailed):
     """The host did not take a connection to one of its ports."""
 
 class WorkspaceMissing(CmuxError):
-    """No such workspace, here or on the host."""
+    """No such workspace, locally or on the host."""
 
 class WorkspaceExists(CmuxError):
     """The name is taken."""
@@ -289,8 +285,8 @@ class UploadFailed(CmuxError):
     """The archive did not arrive whole; no workspace was made of it."""
 
 class ResultRefused(CmuxError):
-    """What came back from the host is not a result that may come in; nothing was imported."""
-    default_hint = "Nothing was imported. Look at it there: %s exec -- git status" % PROGRAM
+    """What the host sent is not a result that may come in; nothing was imported."""
+    default_hint = f"Nothing was imported. Look at it on the host: {PROGRAM} exec -- git status"
 
 class GitFailed(CmuxError):
     """The local repository cannot be used as asked."""
@@ -299,22 +295,22 @@ class StateFailed(CmuxError):
     """The local state is damaged, foreign or not writable."""
 
 class Cancelled(CmuxError):
-    """The caller's Cancel was set. run() and exec() of a command say that in their result."""
+    """The caller's Cancel was set. (run() and exec() report that in their result.)"""
     exit_code = 130
 
 class PipeClosed(CmuxError):
-    """Whoever read our output has gone away."""
+    """The reader of our output has gone away."""
 
 class OutputFailed(PipeClosed):
-    """Our output cannot be written, for a reason such as a full disk."""
+    """Our output cannot be written: the disk may be full."""
 
 
-# How this process was called, once the command line knows: the program, its -C and its -w.
+# How this process was called: the program, its -C and its -w.
 CALLED = {"program": PROGRAM, "project": "", "workspace": ""}
 
 
 def as_called(hint: str) -> str:
-    """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted as they are."""
+    """The hint with its commands (`cmux_ssh.py VERB ...`, or of git) as they can be pasted."""
     program, project, workspace = CALLED.values()
 
     def ours(match: Any) -> str:
@@ -349,8 +345,8 @@ class Value(types.SimpleNamespace):
 class ExecResult(Value):
     """What a command did. ``exit_code`` is its own, 128+N for a death by signal N, 124 when
     ``timed_out``; ``stdout`` and ``stderr`` are bytes (head and tail when ``truncated``);
-    ``duration`` is in seconds; ``stopped`` is None, or ``confirmed``, ``requested``, ``unknown``:
-    how certain it is that the process tree on the host has ended."""
+    ``duration`` is in seconds; ``stopped`` is None, or says how certain it is that the process tree
+    on the host has ended: ``confirmed``, ``requested``, ``unknown``."""
     workspace: str
     host: str
     exit_code: int
@@ -363,11 +359,11 @@ class ExecResult(Value):
 
     @property
     def text(self) -> str:
-        """stdout as text; what is no UTF-8 is replaced."""
+        """stdout as text; bytes that are not UTF-8 are replaced."""
         return self.stdout.decode("utf-8", "replace")
 
     def check(self) -> ExecResult:
-        """This result, if the exit code is 0; else raises CommandFailed with the end of stderr."""
+        """Return this result if the exit code is 0, else raise CommandFailed with the end of stderr."""
         if self.exit_code:
             tail = self.stderr[-500:].decode("utf-8", "replace").strip()
             error = CommandFailed(f"The command in {self.workspace} ended with exit code "
@@ -385,8 +381,8 @@ def drop(*fds: int) -> None:
 
 @functools.cache
 def fork_aware() -> Any:
-    """The things whose ``_forked()`` is called in each child that is forked (multiprocessing):
-    its copies of our descriptors would keep locks and sessions that this process gives up."""
+    """The things whose ``_forked()`` runs in each child that is forked (multiprocessing): its
+    copies of our descriptors would keep locks and sessions that this process gives up."""
     import weakref
     things: Any = weakref.WeakSet()
 
@@ -420,9 +416,9 @@ NEVER = Deadline(None)
 
 
 class Cancel:
-    """Set from any thread, or a signal handler, to end the operations that were given it: the
-    process tree on the host is ended first. run() then returns an Outcome of reason ``cancel``,
-    exec() exit code 130; all else raises Cancelled. It stays set."""
+    """Any thread or signal handler sets it to end the operations that were given it: the process
+    tree on the host ends first. run() then returns an Outcome of reason ``cancel``, exec() exit
+    code 130; all else raises Cancelled. It stays set."""
 
     def __init__(self) -> None:
         self._read = self._write = -1  # a pipe, made when somebody polls
@@ -436,7 +432,7 @@ class Cancel:
         self.close()
 
     def set(self) -> None:
-        """End what was given this, now and later. Returns at once."""
+        """End the operations, now and later. Returns at once."""
         self.is_set = True
         with self._guard:
             if self._write >= 0:
@@ -447,7 +443,7 @@ class Cancel:
                     other.set()
 
     def join(self, other: Cancel | None) -> Cancel:
-        """``other``, which from now on is set with this one; without it, this one."""
+        """Return ``other``, which from now on is set with this one; without it, this one."""
         if other is None:
             return self
         import weakref
@@ -459,7 +455,7 @@ class Cancel:
         return other
 
     def fileno(self) -> int:
-        """Readable once it is set, for select and poll."""
+        """For select and poll: readable once it is set."""
         with self._guard:
             if self._read < 0:
                 self._read, self._write = os.pipe()
@@ -475,7 +471,7 @@ class Cancel:
             raise Cancelled("Cancelled.")
 
     def close(self) -> None:
-        """Free its two descriptors, when nothing uses it any more."""
+        """Free its two descriptors; nothing may use it any more."""
         with self._guard:
             drop(self._read, self._write)
             self._read = self._write = -1
@@ -484,7 +480,7 @@ class Cancel:
 
 
 def poll_once(seconds: float | None, *wanted: Any) -> dict[int, int]:
-    """The events, by descriptor, of ``wanted`` within ``seconds`` (None: no limit). Each of these
+    """Wait ``seconds`` (None: without end) for events; return them by descriptor. Each ``wanted``
     is to be readable, or a pair with other events, or None, which is left out."""
     poller = select.poll()
     for thing in wanted:
@@ -505,9 +501,9 @@ def nap(seconds: float, deadline: Deadline, cancel: Cancel | None) -> bool:
 class Waiters:
     """The threads of this process that wait for what other processes may free, too.
 
-    What this process frees wakes one of them. For what others free one at a time looks, ever more
-    rarely; the rest sleep without an end: a hundred cost no more than one. Who gets nothing sleeps
-    again; who is served, or gives up, wakes another, who may be the one to look.
+    What this process frees wakes one of them. For what others free, one thread at a time looks,
+    ever more rarely; the rest only sleep: a hundred cost no more than one. A thread that gets
+    nothing sleeps again; one that is served, or gives up, wakes another, who may have to look.
     """
 
     _watched = False  # one of them looks from time to time
@@ -529,7 +525,8 @@ class Waiters:
         self.wake()
 
     def sleep(self, deadline: Deadline, cancel: Cancel | None, most: float = 3600) -> bool:
-        """Until a look is worth it, ``most`` seconds; False at the deadline. Raises Cancelled."""
+        """Sleep until a look is worth it, at most ``most`` seconds; False at the deadline. Raises
+        Cancelled."""
         if cancel:
             cancel.check()
         if deadline.over():
@@ -551,7 +548,7 @@ class Waiters:
 
 
 class Capture:
-    """The first and the last half of ``limit`` bytes; more than ``most`` is an error."""
+    """Keeps the first and the last half of ``limit`` bytes; more than ``most`` are an error."""
 
     def __init__(self, limit: int = CAPTURE_MAX, most: int = 1 << 62) -> None:
         self.half, self.most = max(1, limit // 2), most
@@ -583,7 +580,7 @@ class Capture:
 # === 5. Checking and quoting ===
 # Owns: what a host, a name, a path may be; how remote bytes become harmless. Touches: nothing.
 
-# What OpenSSH 10 refuses is refused before any ssh starts: older ones hand metacharacters in names
+# What OpenSSH 10 refuses is refused before any ssh starts: older ones pass metacharacters in names
 # to a shell by %h and %r (CVE-2023-51385, CVE-2025-61984), and a leading dash is an option
 # (CVE-2017-1000117). A user may hold an @.
 _USER = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z")
@@ -594,8 +591,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 def check_host(text: object) -> str:
-    """Return ``text`` if ``ssh HOST`` takes it, wherever it comes from, else raise UsageError: a
-    name, user@host, alias, IPv6 address, ssh://[user@]host[:port]."""
+    """Return ``text`` if ``ssh HOST`` takes it: a name, user@host, alias, IPv6 address,
+    ssh://[user@]host[:port]. Else raise UsageError."""
     hint = "Give what you would type after ssh: a name, user@name, or an alias of your ssh config."
     if not isinstance(text, str) or not text:
         raise UsageError("No host was given.", hint)
@@ -612,7 +609,7 @@ def check_host(text: object) -> str:
 
 
 def pool_of(host: str | Sequence[str]) -> list[str]:
-    """The hosts of a pool, checked: of one host, of several, or of none."""
+    """The hosts of a pool (one, several or none), checked."""
     hosts = host if isinstance(host, (list, tuple)) else [host] if host else []
     return list(dict.fromkeys(map(check_host, hosts)))
 
@@ -629,15 +626,15 @@ def check_workspace(name: object) -> str:
 
 
 def safe_workspace(branch: str) -> str:
-    """A workspace's name, made of a branch's."""
+    """A workspace's name, made of the name of a branch."""
     name = re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", branch).strip("-.")[:NAME_MAX].rstrip("-.")
     return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
 
 
 def is_slip(name: str, other: str) -> bool:
-    """Whether ``name`` may be ``other``, mistyped: two letters at most, one in a word of four. Not
-    where they differ in a number or a single letter (try-1 and try-2, a and b), nor in short words
-    (fix-ui and fix-db): such names are a series."""
+    """Whether ``name`` may be ``other``, mistyped by two letters at most, one in a word of four.
+    Names that differ in a number, a single letter or a short word (try-1 and try-2, a and b, fix-ui
+    and fix-db) are a series."""
     words, others = (set(re.findall(r"\d+|[^\W\d_]+", text.lower())) for text in (name, other))
     apart = words ^ others
     series = any(word.isdigit() or len(word) == 1 for word in apart)
@@ -646,7 +643,7 @@ def is_slip(name: str, other: str) -> bool:
 
 
 def within(one: str, other: str, letters: int) -> bool:
-    """Whether ``letters`` at most are missing, added, replaced, or exchanged with the next one."""
+    """Whether at most ``letters`` are missing, added, replaced, or exchanged with the next one."""
     at = len(os.path.commonprefix([one, other]))
     one, other = one[at:], other[at:]
     ways = [(1, 0), (0, 1), (1, 1)] + [(2, 2)] * (one[:2] == other[1::-1])
@@ -654,8 +651,8 @@ def within(one: str, other: str, letters: int) -> bool:
         within(one[left:], other[right:], letters - 1) for left, right in ways)
 
 
-# A secret is project input: it may name any variable but those with which the shells that carry
-# it would read it as an instruction. --env is the user's own word, and may also set PATH.
+# A secret is project input: it may have any name but those by which the shells that carry it would
+# read it as an instruction. --env is the user's own word, and may also set PATH.
 _READONLY = set("IFS OPTIND PPID UID EUID SHELLOPTS BASHOPTS BASH_VERSINFO CMUX_RUN TMOUT "
                 "GROUPS DIRSTACK FUNCNAME PIPESTATUS RANDOM SRANDOM SECONDS LINENO BASHPID HISTCMD"
                 .split())
@@ -676,14 +673,14 @@ def check_variable(name: str, secret: bool = False) -> str:
 
 
 def check_remote_path(text: str) -> str:
-    """Return an absolute path that the host named; RemoteFailed if it cannot be one."""
+    """Return ``text``, a directory that the host named, if it can be one, else raise RemoteFailed."""
     if not text.startswith("/") or len(text) > PATH_MAX or not text.isprintable():
         raise RemoteFailed(f"The host named a directory that cannot be one: {show(text)}.")
     return text
 
 
 def number(text: str) -> int:
-    """A count that the host named, else -1. (int() takes more, and is slow with long ones.)"""
+    """A count that the host sent, or -1. (int() takes more, and is slow with long ones.)"""
     return int(text) if re.match(r"[0-9]{1,15}\Z", text) else -1
 
 
@@ -699,15 +696,15 @@ def _harmless() -> dict[int, str]:
 
 
 def neutralise(data: bytes | str) -> str:
-    """What the host printed, as text that no terminal obeys. Newline and tab stay."""
+    """Text of the host that no terminal obeys. Newline and tab stay."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     return text.replace("\r\n", "\n").translate(_harmless())
 
 
 class TerminalText:
-    """neutralise() for what a command prints, piece by piece, in which carriage return and colours
-    (SGR) pass. A character or a colour may be cut between two pieces. A colour ends with its piece,
-    so that it never hides what others print, and begins again with the next."""
+    """neutralise() for the output of a command, piece by piece; carriage return and colours (SGR)
+    pass. A character or a colour may be cut between two pieces. A colour ends with its piece, so
+    that it never hides what others print, and begins again with the next."""
 
     def __init__(self) -> None:
         import codecs
@@ -728,13 +725,13 @@ class TerminalText:
 
 
 def show(text: bytes | str, limit: int = 100) -> str:
-    """A name for a sentence of ours: one line, neutralised, bounded, quoted."""
+    """A name in one of our sentences: one line, neutralised, bounded, quoted."""
     line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
     return f"'{line if len(line) <= limit else line[:limit - 5] + '[...]'}'"
 
 
 def quote(word: str) -> str:
-    """``word`` as one word of a shell line, to be shown."""
+    """``word`` as one word of a shell line."""
     if word and re.match(r"[A-Za-z0-9_@%+=:,./-]+\Z", word):
         return word
     return "'" + word.replace("'", "'\"'\"'") + "'"
@@ -747,8 +744,8 @@ def encoded(value: object) -> bytes:
     try:
         return str.encode(value, "utf-8", "surrogateescape")  # type: ignore[arg-type]
     except (TypeError, UnicodeEncodeError):
-        raise UsageError(f"An argument is no text: of type {type(value).__name__}, or with a lone "
-                         "surrogate.")
+        raise UsageError(f"An argument is not text: it is a {type(value).__name__}, or holds a "
+                         "lone surrogate.")
 
 
 def as_text(data: bytes) -> str:
@@ -765,7 +762,7 @@ def bytes_field(name: str, data: bytes) -> dict[str, str]:
 
 
 def json_fields(fields: Mapping[str, Any]) -> Fields:
-    """``fields`` with those that are bytes as bytes_field() has them."""
+    """``fields``, with bytes as bytes_field() has them."""
     made: Fields = {}
     for name, value in fields.items():
         made.update(bytes_field(name, value) if isinstance(value, bytes) else {name: value})
@@ -795,13 +792,12 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
         data, value = data[:len(value)][::-1], value[::-1]
     at = data.find(value[:1], max(0, len(data) - len(value) + 1))
     tail = data[at:] if at >= 0 else b""
-    most, size, borders, text = len(tail), 0, [0], value[:len(tail)] + tail
     # By Knuth, Morris and Pratt, in linear time: the host may repeat the beginning of a secret.
-    for at in range(1, len(text)):
-        size = size if at != most else 0
-        while size and value[size] != text[at]:
+    size, borders, text = 0, [0], [*value[:len(tail)], -1, *tail]
+    for byte in text[1:]:
+        while size and text[size] != byte:
             size = borders[size - 1]
-        size += value[size] == text[at]
+        size += text[size] == byte
         borders.append(size)
     return size
 
