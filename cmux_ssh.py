@@ -91,7 +91,7 @@ PROGRAM = "cmux_ssh.py"
 
 
 # === 2. Limits ===
-# Owns: every number, each with its reason. Touches: nothing. Units: seconds and bytes, unless noted.
+# Owns: every number, each with its reason. Touches: nothing. Units are seconds and bytes.
 
 MIB = 1024 * 1024
 # sshd allows 10 sessions, but frees one only after it answers its close: with 10, a fast client is
@@ -363,7 +363,7 @@ class ExecResult(Value):
         return self.stdout.decode("utf-8", "replace")
 
     def check(self) -> ExecResult:
-        """Return this result if the exit code is 0, else raise CommandFailed with the end of stderr."""
+        """Return this if the exit code is 0, else raise CommandFailed with the end of stderr."""
         if self.exit_code:
             tail = self.stderr[-500:].decode("utf-8", "replace").strip()
             error = CommandFailed(f"The command in {self.workspace} ended with exit code "
@@ -673,7 +673,7 @@ def check_variable(name: str, secret: bool = False) -> str:
 
 
 def check_remote_path(text: str) -> str:
-    """Return ``text``, a directory that the host named, if it can be one, else raise RemoteFailed."""
+    """Return a directory that the host named, if it can be one, else raise RemoteFailed."""
     if not text.startswith("/") or len(text) > PATH_MAX or not text.isprintable():
         raise RemoteFailed(f"The host named a directory that cannot be one: {show(text)}.")
     return text
@@ -684,13 +684,14 @@ def number(text: str) -> int:
     return int(text) if re.match(r"[0-9]{1,15}\Z", text) else -1
 
 
-# C0, DEL, C1, bidirectional controls, zero-width and tag characters. Without ESC no sequence (OSC
-# 52, DCS, CSI, charset switch) can form, so no parser is needed.
+# C0, DEL, C1, bidirectional controls, zero-width characters, tags and variation selectors that may
+# hide words for a model. Without ESC no sequence (OSC 52, DCS, CSI, charset switch) can form, so no
+# parser is needed.
 @functools.cache
 def _harmless() -> dict[int, str]:
     odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
            *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000),
-           *range(0xE0000, 0xE0080)]
+           *range(0xE0000, 0xE01F0)]
     return {**{c: "^" + chr(c ^ 64) for c in (*range(32), 127) if c not in (9, 10)},
             **{c: f"\\x{c:02x}" for c in range(0x80, 0xA0)}, **{c: f"\\u{c:04x}" for c in odd}}
 
@@ -819,8 +820,8 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 # Shells read ahead, fish to the end: of a header with secrets (marked by a second `exit 0`) only
 # the first line is sent before the wrapper has printed READY.
 # Stdout and stderr each bring back:  NONCE+ pid  ...bytes...  NONCE- status stop
-# Before the first mark is login noise; NONCEx 96 says that the directory is missing; status 97,
-# that the header is cut off. The marks exclude accidents, not malice: a host can always lie.
+# Before the first mark is login noise; NONCEx 96: the directory is missing; status 97: the header
+# is cut off. The marks exclude accidents, not malice: a host can always lie.
 
 # BOOT is these two texts in one line in single quotes, without quote, backslash, newline, or !
 # before a non-blank: every shell reads that alike; Dropbear takes up to 9,000 bytes. Its functions
@@ -828,8 +829,8 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
 # run _cmux_run has below _cmux_root (a wrapper, a job's supervisor, or -); 0: it saw the end.
 
 STOP_TEXT = r"""
-# For each process: pid, parent, group, session, state. Never its name: one with a newline and
-# numbers would add foreign processes. Without a ps that knows sid (busybox): from /proc/PID/stat.
+# For each process: pid, parent, group, session, state. Never its name: a newline and numbers in it
+# would add foreign processes. Where ps does not know sid (busybox): from /proc/PID/stat.
 _table() {
   ps -A -o pid= -o ppid= -o pgid= -o sid= -o stat= && return;
   if [ -r /proc/self/stat ]; then
@@ -931,9 +932,9 @@ _stop_tree() {
 """
 BOOT_TEXT = r"""
 # The lifeline: where the command takes no stdin, a subshell reads the stdin of the session, whose
-# end (the client or its master was killed) ends the tree. Where stdin streams to the command, a
-# second session (GUARD) watches instead. Lines are only signs of life. USR2 reports the
-# stop to the parent of the command; USR1, by which daemons say that they are ready, does nothing.
+# end (the client or its master was killed) ends the tree; lines are only signs of life. Where stdin
+# streams to the command, a second session (GUARD) watches. USR2 reports the stop to the parent of
+# the command; USR1, by which daemons say that they are ready, does nothing.
 _watch() {
   exec 3<&0 </dev/null;
   ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
@@ -1008,14 +1009,13 @@ BOOT = "exec sh -c '%s'" % " ".join(
 READY = b"cmux 42\n"  # BOOT does not hold it: what only echoes that never prints it
 HELD = b"exit 0\n"
 
-# Parts that the operations share, then one script for each. Parameters are "$1"...; status 0 is
-# success, 3 a failure that stderr explains; stdout is the reply; the user is shown stderr,
-# neutralised.
+# What the operations share, then one script for each. Stdout is the reply; status 0 is success, 3 a
+# failure of which stderr says why.
 
 # A lock is a symbolic link that names its owner: process, when that began (its number is used
-# again), run. The link of a dead owner stays, and leads to that of its heir, LOCK.OWNER: who
-# removed it could remove what another had just made in its place. An heir's link counts only while
-# the first stays as it was: its owner removes that one first.
+# again), run. The link of a dead owner stays, and leads to that of its heir, LOCK.OWNER: a remover
+# could remove what another had just made in its place. The link of an heir counts only while the
+# first stays as it was: its owner removes that one first.
 LOCKED = r"""
 born() { # pid -> $born
   born= row=
@@ -1079,9 +1079,9 @@ find_workspace() { # name -> $work its directory, $record what is known of it
 }
 """
 
-# ON (root project turn name op), and more: `work`, with these more words, for one operation at a
-# time on a name, and none once a later one has begun. That one also removes what the last, whose
-# client was killed, left in the stage.
+# ON (root project turn name op) more...: `work more...`, one operation at a time on a name, and
+# none once a later one has begun. That one also removes what the last, whose client was killed,
+# left in the stage.
 ON = LOCKED + OPEN_ROOT + r"""
 one_at_a_time() { # lock function...: an earlier attempt may still run
   lock=$root/.cmux/stage/$1.by; shift
@@ -1114,7 +1114,7 @@ publish() { # directory: it becomes $place. mv moves it *into* one that exists b
 """
 
 # Every git of ours on the host runs without configuration, with one identity and date, and sha1
-# (git 3 has another default, by which a base would not be found again).
+# (by git 3's default a base would not be found again).
 GIT = r"""
 clean_environment() {
   for variable in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$variable"; done
@@ -1160,11 +1160,11 @@ write_mark() { # directory: of what the workspace was made, where git does not k
 }
 """
 
-# A base is a directory bases/<id>: whole.tar (the host makes it of a difference), and git/, a
-# repository of one commit, where it has git. Times are those of the host (tar's m): if the client's
-# clock is ahead, make would rebuild for ever. Unpacking takes half the time of copying a tree.
+# A base is a directory bases/<id>: whole.tar (sent, or made of a difference), and, where the host
+# has git, git/, a repository of one commit. Times are those of the host (tar's m): with a client's
+# clock ahead, make would rebuild for ever. Unpacking takes half the time of copying a tree.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
-# object, and copied in a twentieth. MALLOC_: else glibc gives a buffer back to the kernel for each
+# object, and copied in a twentieth. MALLOC_: else glibc returns a buffer to the kernel for each
 # file, a fifth of the time. No fsync (the tree itself has none).
 BASE = r"""
 unpack() { ( umask 022; tar -xmof "$@" ); }
@@ -1228,12 +1228,12 @@ unpack_base() { # -> $stage/tree, with a repository
   ( umask 022; make_repository ) || echo nogit
 }
 """
-# CREATE ON base source: a workspace of a cached or just uploaded base, with what git ignores in the
-#   directory `source`, if one is named. Replies: root PATH; init, if there is a hook; made, also
-#   again with the same op. 9: no git; 20: the name is taken; 21: the base is missing, and lines of
-#   those that a delta may stand on, newest first; 22: no such source.
+# CREATE ON base source: a workspace of a base that is there, with what git ignores in the directory
+#   `source`, if one is named. Replies: root PATH; init, if there is a hook; made, also again with
+#   the same op. 9: no git; 20: the name is taken; 21: the base is missing, and lines of those that
+#   a delta may stand on, newest first; 22: no such source.
 CREATE = ON + GIT + LIST + BASE + r"""
-take_ignored() { # source: what git ignores both there and in the new one, but through no link
+take_ignored() { # source: what git ignores in both, but through no link
   tree=$stage/tree
   [ -d "$1" ] || return 22
   clean_environment; rm -rf "$stage/part"
@@ -1267,8 +1267,8 @@ work() {
 # GZIP: prints gzip where that works.
 GZIP = "operation() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD ON parent gzip: the stream becomes stage/OP/base/whole.tar and at once stage/OP/tree; with
-#   a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
+# UPLOAD ON parent gzip: stdin becomes stage/OP/base/whole.tar and at once stage/OP/tree; with a
+#   parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
 #   its cksum. (tar may stop at the end of the archive: tee would die.)
 UPLOAD = ON + r"""
 work() {
@@ -1311,27 +1311,27 @@ job_state() { # lost: neither an exit nor a supervisor
 # snapshot makes one of the workspace in a git repository of its own, $shadow in the stage, whose
 # alternate is the agent's, which stays as it is. -> $base_commit, $head of the agent, $tree of now.
 # Where .git is missing, or its history rewritten or absurd (too many commits, foreign roots, nested
-# repositories), it uses the base's repository: $head is the base, $whole empty. Status 9: no git;
-# 24: a file is too large.
+# repositories), it uses that of the base: $head is the base, $whole empty. 9: no git; 24: a file is
+# too large.
 SNAPSHOT = GIT + r"""
 compared() { # root project name base-id its-tree ("": any) op commits bytes last-op ...
   project=$2 name=$3 base_id=$4 base_tree=$5 op=$6 commits_most=$7 file_most=$8 last_op=$9
 }
-shadow_git() {
+shadow() {
   safe_git --git-dir="$shadow" --work-tree="$work" -c core.bigFileThreshold=8m "$@"
 }
-repo_git() { safe_git --git-dir="$repo" "$@" 2>/dev/null; }
-commit_at() { repo_git rev-parse -q --verify "$1^{commit}"; }
+repo() { safe_git --git-dir="$repo" "$@" 2>/dev/null; }
+commit_at() { repo rev-parse -q --verify "$1^{commit}"; }
 base_in() { # repository -> $repo, $base_commit
   repo=$1; [ -d "$repo" ] && [ ! -L "$repo" ] && base_commit=$(commit_at refs/cmux/base) && {
     [ -z "$base_tree" ] ||
-    [ "$(repo_git rev-parse -q --verify "$base_commit^{tree}")" = "$base_tree" ]; }
+    [ "$(repo rev-parse -q --verify "$base_commit^{tree}")" = "$base_tree" ]; }
 }
 history_comes() { # -> $head
-  head=$(commit_at HEAD) && repo_git merge-base --is-ancestor "$base_commit" "$head" &&
-    [ "$(repo_git rev-list --count "$base_commit..$head")" -le "$commits_most" ] &&
-    [ -z "$(repo_git rev-list --max-parents=0 "$base_commit..$head")" ] &&
-    ! repo_git rev-list "$base_commit..$head" | repo_git diff-tree --stdin -r -m --raw |
+  head=$(commit_at HEAD) && repo merge-base --is-ancestor "$base_commit" "$head" &&
+    [ "$(repo rev-list --count "$base_commit..$head")" -le "$commits_most" ] &&
+    [ -z "$(repo rev-list --max-parents=0 "$base_commit..$head")" ] &&
+    ! repo rev-list "$base_commit..$head" | repo diff-tree --stdin -r -m --raw |
       grep -q '^:[0-7]* 160000'
 }
 make_shadow() {
@@ -1350,35 +1350,35 @@ exclude_nested() { # repositories in the workspace
 copy_index() { # of the agent, which knows what has not changed
   cp -p .git/sharedindex.* "$shadow/" 2>/dev/null # of core.splitIndex
   if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
-    shadow_git ls-files >/dev/null 2>&1; then return; fi
-  rm -f "$shadow/index"; shadow_git read-tree "$head" || return 3
+    shadow ls-files >/dev/null 2>&1; then return; fi
+  rm -f "$shadow/index"; shadow read-tree "$head" || return 3
   # What is ignored, but tracked:
   safe_git --git-dir=.git ls-files -c -i -s --exclude-standard 2>/dev/null |
     sed -n 's/^1[^6][^	]*	//p' |
-    shadow_git update-index --add --remove --stdin 2>/dev/null
+    shadow update-index --add --remove --stdin 2>/dev/null
   return 0
 }
 as_sent() { # a large file
-  blob=$(shadow_git rev-parse -q --verify "$base_commit:${1#./}") &&
-    [ "$(shadow_git hash-object --no-filters -- "$1")" = "$blob" ]
+  blob=$(shadow rev-parse -q --verify "$base_commit:${1#./}") &&
+    [ "$(shadow hash-object --no-filters -- "$1")" = "$blob" ]
 }
 refuse_large() {
   find . -name .git -prune -o -type f -size "+${file_most}c" -print | ( while IFS= read -r path; do
-    shadow_git check-ignore -q -- "$path" || as_sent "$path" ||
+    shadow check-ignore -q -- "$path" || as_sent "$path" ||
       { printf 'large %s\n' "$path"; exit 24; }
   done )
 }
 add_files() {
   # What was marked not to be looked at is looked at.
-  shadow_git -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1
-  shadow_git -c core.sparseCheckout=true add -A --ignore-errors . >"$stage/bad" 2>&1 || {
+  shadow -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1
+  shadow -c core.sparseCheckout=true add -A --ignore-errors . >"$stage/bad" 2>&1 || {
     # The rest comes.
     notes=$(sed -n "s/^error: [Ii]nvalid path '\(.*\)'/note \1: git on the host does not take it/p
       s/^error: unable to index file \(.*\)/note \1: git on the host cannot read it/p" "$stage/bad")
     [ "$notes" ] || { cat "$stage/bad" >&2; return 3; }
     printf '%s\n' "$notes"
   }
-  tree=$(shadow_git write-tree)
+  tree=$(shadow write-tree)
 }
 snapshot() {
   _has git && clean_environment || return 9
@@ -1393,27 +1393,27 @@ snapshot() {
   exclude_nested; copy_index && refuse_large && add_files
 }
 reflog_commits() { # that only reflogs (some may be gone) or HEADs of worktrees have
-  { repo_git log -g --format=%H --branches; repo_git log -g --format=%H HEAD
+  { repo log -g --format=%H --branches; repo log -g --format=%H HEAD
     cat "$repo/logs/HEAD" "$repo"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
-    repo_git log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
+    repo log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
-left_behind() { # what neither a pull of HEAD ($top) brings nor earlier ones brought.
-  # What was only fetched exists elsewhere, too; a stash has a list of its own.
+left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only fetched exists
+  # elsewhere, too; a stash has a list of its own.
   top=$(commit_at HEAD) brought=
   for commit in $base_commit $(pulls | cut -d' ' -f2); do
-    ! repo_git cat-file -e "$commit^{commit}" || brought="$brought $commit"
+    ! repo cat-file -e "$commit^{commit}" || brought="$brought $commit"
   done
-  repo_git for-each-ref --format='%(refname) %(contents:subject)' |
+  repo for-each-ref --format='%(refname) %(contents:subject)' |
     grep -Ev '^refs/(remotes/|cmux/|stash )' | while read -r ref subject; do
-      [ ! "$(repo_git rev-list -n 1 "$ref" --not $brought $top --glob=refs/cmux)" ] ||
+      [ ! "$(repo rev-list -n 1 "$ref" --not $brought $top --glob=refs/cmux)" ] ||
         printf '%s (%s)\n' "$ref" "$subject"
     done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
   reflog_commits | head -n 20
-  repo_git stash list --format='stash %gd (%s)' | head -n 20
+  repo stash list --format='stash %gd (%s)' | head -n 20
 }
 sum_refs() {
-  { repo_git for-each-ref; repo_git rev-parse HEAD; repo_git rev-parse -q --verify refs/stash; } |
+  { repo for-each-ref; repo rev-parse HEAD; repo rev-parse -q --verify refs/stash; } |
     cksum | tr ' ' -
 }
 """
@@ -1445,7 +1445,7 @@ list_sent() {
 sum_list() { cksum <"$stage/now" | tr ' ' -; }
 only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$stage/now"; }
-written_gits() { # since the workspace was made: without git nothing of them comes home
+written_gits() { # since the workspace was made: without git, a pull brings nothing of them
   cd "$work" && find . -name .git -prune -print | while IFS= read -r path; do
     [ -z "$(find "$path" -type f ! -name index -newer "$record/base" | head -n 1)" ] ||
       printf '%s\n' "${path%/.git}"
@@ -1490,8 +1490,8 @@ send_files() {
 """
 
 # PULL root project name base tree op commits bytes last-op counts: what the workspace changed; with
-#   `counts`, it is on record as brought home once the client names this op. 22: no workspace; 24: a
-#   file is too large. `note ...` lines, then one of these:
+#   `counts`, it is on record as pulled once the client names this op. 22: no workspace; 24: a file
+#   is too large. `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
 #     all              the same, where what was sent is not known any more: all files come
@@ -1518,20 +1518,20 @@ note_left() {
       -e 's/.*/note the &: check it out in the workspace and pull/'
 }
 commit_rest() { # -> $tip, $dirty
-  tip=$head dirty=0; [ "$(shadow_git rev-parse "$head^{tree}")" != "$tree" ] || return 0
+  tip=$head dirty=0; [ "$(shadow rev-parse "$head^{tree}")" != "$tree" ] || return 0
   dirty=1 GIT_AUTHOR_DATE="@$(date +%s) +0000"; GIT_COMMITTER_DATE=$GIT_AUTHOR_DATE
-  tip=$(shadow_git commit-tree "$tree" -p "$head" -m 'uncommitted work')
+  tip=$(shadow commit-tree "$tree" -p "$head" -m 'uncommitted work')
 }
 list_commits() { # each with its first parent
-  shadow_git rev-list --reverse --topo-order --parents "$base_commit..$tip" >"$stage/commits" &&
+  shadow rev-list --reverse --topo-order --parents "$base_commit..$tip" >"$stage/commits" &&
     cut -d' ' -f1,2 "$stage/commits" >"$stage/list"
 }
-changes() { shadow_git diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$stage/list"; }
+changes() { shadow diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$stage/list"; }
 send_commits() {
   echo "git $dirty $base_commit"
-  cut -d' ' -f1 "$stage/list" | shadow_git cat-file --batch && echo && changes -z && printf '\0' &&
+  cut -d' ' -f1 "$stage/list" | shadow cat-file --batch && echo && changes -z && printf '\0' &&
     changes | sed -n 's/^:[^ ]* [^ ]* [^ ]* \([^ ]*\) [AMT]	.*/\1/p' | sort -u |
-    shadow_git cat-file --batch && echo
+    shadow cat-file --batch && echo
 }
 pull_files() {
   written_gits | sed 's/^/note the commits of the git repository in /'
@@ -1547,9 +1547,9 @@ operation() {
 }
 """
 
-# CHANGED root project name base tree op commits bytes last-op [jobs]: what no pull brought home, a
-#   line each, at most 20 of a kind; and the jobs that run, given their directory's name. 22: no
-#   workspace.
+# CHANGED root project name base tree op commits bytes last-op [jobs]: work that has not been
+#   pulled, a line each, at most 20 of a kind; and jobs that run in the directory of this name. 22:
+#   no workspace.
 LOST = SNAPSHOT + RECORDS + r"""
 lost_work() {
   snapshot >"$stage/said"; snapped=$?
@@ -1558,13 +1558,13 @@ lost_work() {
   [ $snapped = 0 ] || return 0
   last=$(pulls | tail -n 1)
   case $last in *" $tree "*) ;; *)
-    [ "$tree" = "$(shadow_git rev-parse "$head^{tree}")" ] ||
-      shadow_git diff-index --cached --name-status "$head" | head -n 20;;
+    [ "$tree" = "$(shadow rev-parse "$head^{tree}")" ] ||
+      shadow diff-index --cached --name-status "$head" | head -n 20;;
   esac
   repo=$work/.git; [ -d "$repo" ] || return 0
   [ "$whole" ] || [ "$(sum_refs)" = "${last##* }" ] || echo "the git repository was replaced"
   left_behind
-  [ -z "$whole" ] || repo_git log --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux |
+  [ -z "$whole" ] || repo log --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux |
     head -n 20
 }
 lost_files() {
@@ -1593,7 +1593,7 @@ operation() {
 #   ones stay (build caches, a server that watches), and the difference to its own base is enough.
 #   Without, the directory is replaced. `keep` (1): a copy goes to the trash, and the directory is
 #   replaced, too, where its repository cannot be moved (else 5). Else it looks as CHANGED does, for
-#   an upload takes minutes. 21: upload first; 22: no workspace; 25: lines of what would be lost.
+#   an upload takes minutes. 21: upload first; 22: no workspace; 25: what would be lost.
 PUSH = ON + LOST + BASE + r"""
 reflog_commits() { :; } # what only a reflog has stays there
 work() {
@@ -1619,7 +1619,7 @@ look() { # -> what snapshot finds; $snapped its status
 }
 has_own() {
   repo=$work/.git
-  [ -d "$repo" ] && [ "$snapped" = 0 ] && repo_git cat-file -e "$base_commit^{commit}"
+  [ -d "$repo" ] && [ "$snapped" = 0 ] && repo cat-file -e "$base_commit^{commit}"
 }
 is_sent() { [ "$(cat "$stage/parent")" = "$base_id" ]; } # the difference to its own base
 find_new() {
@@ -1636,7 +1636,7 @@ keep_copy() {
     { rm -rf "$copy.new"; return 3; }
   echo "kept $copy"
 }
-delta_git() {
+delta() {
   GIT_INDEX_FILE=$stage/new.index git --git-dir="$shadow" --work-tree="$stage/delta" "$@"
 }
 make_commit() { # of the new base, in $shadow: of the old one and the difference, without unpacking
@@ -1645,10 +1645,10 @@ make_commit() { # of the new base, in $shadow: of the old one and the difference
   fi
   mkdir "$stage/delta" && cd "$stage/delta" || return
   if is_sent; then
-    unpack "$stage/changes.tar" && delta_git read-tree "$base_commit" &&
-      tr '\n' '\0' <.cmux-gone | delta_git update-index -z --force-remove --stdin && rm .cmux-gone
+    unpack "$stage/changes.tar" && delta read-tree "$base_commit" &&
+      tr '\n' '\0' <.cmux-gone | delta update-index -z --force-remove --stdin && rm .cmux-gone
   else unpack "$root/$base/whole.tar"
-  fi && add_all delta_git && tree=$(delta_git write-tree) && delta_git commit-tree "$tree" -m base
+  fi && add_all delta && tree=$(delta write-tree) && delta commit-tree "$tree" -m base
 }
 # Files, refs and index become the new base's; or all stays, with 1: there is no repository, or 5:
 # it cannot be moved (another one, or a lock).
@@ -1657,24 +1657,24 @@ switch_base() {
   others=$shadow/objects/info/alternates
   has_own && cp "$others" "$stage/alternates" || return 5
   new=$(make_commit) || return 4
-  branch=$(repo_git symbolic-ref -q HEAD) || detached=$(repo_git rev-parse -q --verify HEAD)
+  branch=$(repo symbolic-ref -q HEAD) || detached=$(repo rev-parse -q --verify HEAD)
   umask 022
-  cd "$work" && repo_git update-ref "refs/cmux/old/$base_commit" "$base_commit" || return 5
-  if shadow_git read-tree --reset -u "$new" && rm "$others" && take_commit; then
-    shadow_git update-index --no-split-index
+  cd "$work" && repo update-ref "refs/cmux/old/$base_commit" "$base_commit" || return 5
+  if shadow read-tree --reset -u "$new" && rm "$others" && take_commit; then
+    shadow update-index --no-split-index
     cp -p "$shadow/index" "$repo/index.cmux" && mv "$repo/index.cmux" "$repo/index"
     return
   fi
-  cp "$stage/alternates" "$others"; shadow_git read-tree --reset -u "$tree"
-  if [ "$branch" ]; then repo_git symbolic-ref HEAD "$branch"
-  else repo_git update-ref --no-deref HEAD "$detached"; fi
+  cp "$stage/alternates" "$others"; shadow read-tree --reset -u "$tree"
+  if [ "$branch" ]; then repo symbolic-ref HEAD "$branch"
+  else repo update-ref --no-deref HEAD "$detached"; fi
   return 5
 }
 take_commit() {
   cp -Rf "$shadow/objects/." "$repo/objects/" && # -f: objects are read-only
-  repo_git symbolic-ref HEAD refs/heads/main &&
+  repo symbolic-ref HEAD refs/heads/main &&
   printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" |
-    repo_git update-ref --no-deref --stdin
+    repo update-ref --no-deref --stdin
 }
 replace() { # status of switch_base. Without a copy, ignored files would be lost with the directory
   [ "$1" = 1 ] || [ "$keep" ] || return "$1"
@@ -1713,7 +1713,7 @@ work() {
 """
 
 # GC root: removes trash, what uploads left a day ago, jobs that ended a week ago, and bases that no
-#   workspace stands on and none was made of for two weeks. Replies the kilobytes freed.
+#   workspace stands on and that were not used for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
 cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
 kilobytes() { du -sk . | sed 's/[^0-9].*//'; }
@@ -1732,8 +1732,8 @@ operation() {
 }
 """
 
-# REMOVE ON its: ends the jobs that run, and renames all into the trash, which is emptied in the
-#   background. A missing directory is success; somebody else's stays.
+# REMOVE ON its: ends its jobs, and renames all into the trash, which is emptied in the background.
+#   A missing directory is success; that of another operation stays.
 REMOVE = ON + JOB_STATE + r"""
 work() {
   trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--}
@@ -1774,7 +1774,7 @@ operation() {
 }
 """
 
-# The tools' scripts. Paths are absolute; the statuses are one table for all of them:
+# The scripts of the tools. Paths are absolute; one table has all statuses:
 TOOL_STATUS = {
     3: "{said}.", 30: "There is no file {path}.", 31: "{path} is a directory.",
     32: "{path} is not a regular file.", 33: "{path} may not be read or written on the host.",
@@ -1784,8 +1784,8 @@ TOOL_STATUS = {
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
-# READ path most first count home: "0 all\n" and the whole file (one byte more than most: too
-#   large); or, of a larger file where lines were asked for, "size lines sum\n" and those.
+# READ path most first count home: "0 all\n" and the whole file, cut after most + 1 bytes; or, of a
+#   larger file where lines were asked for, "size lines sum\n" and those.
 READ = r"""
 operation() {
   path=$1 most=$2 first=$3 count=$4 home=$5 size=0
@@ -1804,10 +1804,10 @@ operation() {
 # WRITE path root op sum old home lock: stdin becomes the file, by a rename beside it, and only when
 # it has this sum (as cksum prints it: checksum and size); with old, only when the file still has
 # that sum. Makes parents, but not home, the workspace. Replies created or replaced.
-# The lock makes compare and rename one step. Its name is the cksum of the path; that of one without
-# links comes along: three processes less. The temporary file is this process's own: an attempt
-# whose connection was lost may still run. cp (for mode and owner) is tried again: GNU's gives up on
-# a file that another writer's rename replaces under it.
+# The lock makes compare and rename one step. Its name is the cksum of the path; the client sends
+# that of a path without links: three processes less. The temporary file is this process's own: an
+# attempt whose connection was lost may still run. cp (for mode and owner) is tried again: GNU's
+# gives up on a file that the rename of another writer replaces under it.
 WRITE = LOCKED + r"""
 operation() {
   file=$1 locks=$2/.cmux/locks sum=$4 old=$5 tries=0
@@ -1852,9 +1852,8 @@ swap() {
 }
 """
 
-# COPY_IN root op home path name force: stdin, a tar archive of OP and last of an empty file `end`,
-#   without which it was cut off, becomes path, or NAME in it where that is a directory (it says
-#   into), once it is whole.
+# COPY_IN root op home path name force: OP in stdin, a tar archive with an empty file `end` last
+#   (else it was cut off), becomes path, or name in it where that is a directory (replies into).
 COPY_IN = IN_STAGE + r"""
 operation() {
   root=$1 op=$2 place=$4
@@ -1874,7 +1873,7 @@ take_copy() {
 }
 """
 # COPY_OUT root op home path: a stream as PULL's, of what is in a directory (all), or of the file
-#   `it` that path is or leads to (file).
+#   that path is or leads to (file), as `it`.
 COPY_OUT = RECORDS + LISTED + r"""
 operation() {
   root=$1 op=$2 work=$4
@@ -1917,7 +1916,7 @@ find . -name .git -prune -o -type f -path "$2" -exec sh -c '
 """
 
 # START dir id command...: a job that outlives this session: out (both streams), pid of the
-# supervisor, exit. setsid -f, or a bash with job control: in a plain list SIGINT is ignored. It is
+# supervisor, exit. By setsid -f, or a bash with job control: a plain list ignores SIGINT. It is
 # trapped: ksh dies of what ended its subshell. _cmux_: secrets are in the environment.
 START = r"""
 operation() {
@@ -1943,7 +1942,7 @@ _start() {
 }
 """
 
-# JOBS dir [path]: a line each: id, bytes of output, state; with the workspace's path first how many
+# JOBS dir [workspace]: a line each: id, bytes of output, state; with the workspace first how many
 # files differ from its base (- without git). It writes nothing.
 JOBS = JOB_STATE + r"""
 read_git() { git --no-optional-locks -c core.fsmonitor=false "$@"; }
@@ -1977,8 +1976,8 @@ operation() {
   if [ "$most" -gt 0 ]; then tail -c "+$((offset+1))" "$job/out" | head -c "$most"; fi
 }
 """
-# STOP dir: end a job's tree; was its end seen, and its state. The number of a job that has ended
-# may be a stranger's.
+# STOP dir: ends the tree of a job; replies whether its end was seen, and its state. The number of a
+# job that has ended may be a stranger's.
 STOP = JOB_STATE + r"""
 operation() {
   [ -d "$1" ] || return 38
@@ -1992,9 +1991,9 @@ operation() {
 """
 
 
-# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), and so lies
-# on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who sees its name in the
-# process table, could make one.
+# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), and lies on
+# no disk. The FIFO is below .cmux, 0700: in /tmp a stranger who sees its name in the process table
+# could make one.
 HANDOVER = OPEN_ROOT + r"""
 operation() {
   open_root "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
@@ -2005,8 +2004,8 @@ operation() {
   cat >"$2/f"; rm -rf "$2"
 }
 """
-# What the shell on the terminal runs first. The path is in octal digits, which every login shell
-# reads alike. Not `. FIFO`: bash 3.2 (macOS) reads nothing of it.
+# What the shell on the terminal runs first, the path in octal digits: every login shell reads them
+# alike. Not `. FIFO`: bash 3.2 (macOS) reads nothing of it.
 TAKEOVER = """exec sh -c 'eval "$(cat "$(printf "%s")")"'"""
 # PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of one
 # file, probe.
@@ -2046,7 +2045,7 @@ def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
 
 @functools.cache
 def sent_text(script: str) -> str:
-    """A script without comments and indentation, a fifth of it."""
+    """A script without comments and indentation: a fifth less."""
     text = re.sub(r"(?m)(^|\s)# [^'\"\n]*$", "", script)
     return "\n".join(filter(None, map(str.strip, text.splitlines())))
 
