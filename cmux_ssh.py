@@ -1035,19 +1035,19 @@ held() { # does the last owner of $lock, $owner, live? Else $next is the link to
   done
   return 1
 }
-locked() { # lock pause function...: run it as the owner of the lock, or say who that is
-  lock=$1 pause=$2 dead= _cmux_tries=0; shift 2
+locked() { # lock function...: run it as the owner of the lock, or say who that is
+  lock=$1 dead= _cmux_tries=0; shift
   born $$; self=$$.$born.$_cmux_run
   until ln -s "$self" "$lock"; do
     if held; then :
     elif ln -s "$self" "$next"; then
       if [ "$next" = "$lock" ] || [ "$(readlink "$lock")" = "$first" ]; then break; fi
       rm -f "$next"
-    elif [ ! -h "$next" ]; then _cmux_tries=$((_cmux_tries+333)); fi # a link cannot be made here
-    [ $_cmux_tries -lt 3000 ] || {
+    elif [ ! -h "$next" ]; then _cmux_tries=$((_cmux_tries+500)); fi # no link can be made
+    [ $_cmux_tries -lt 5000 ] || {
       [ -z "$owner" ] || echo "process ${owner%%.*} of an earlier attempt still runs" >&2
       return 3; }
-    _pause "$pause"
+    _pause 0.05
   done
   "$@"; status=$?
   rm -f "$lock"; for row in $dead; do rm -f "$lock.$row"; done
@@ -1085,7 +1085,7 @@ find_workspace() { # name -> $work its directory, $record what is known of it
 ON = LOCKED + OPEN_ROOT + r"""
 one_at_a_time() { # lock function...: an earlier attempt may still run
   lock=$root/.cmux/stage/$1.by; shift
-  locked "$lock" 0.1 "$@"
+  locked "$lock" "$@"
 }
 afterwards() { :; } # without the lock
 operation() {
@@ -1314,7 +1314,7 @@ job_state() { # lost: neither an exit nor a supervisor
 # repositories), it uses that of the base: $head is the base, $whole empty. 9: no git; 24: a file is
 # too large.
 SNAPSHOT = GIT + r"""
-compared() { # root project name base-id its-tree ("": any) op commits bytes last-op ...
+compared() { # the words of PULL, CHANGED, PUSH. An empty base_tree is any
   project=$2 name=$3 base_id=$4 base_tree=$5 op=$6 commits_most=$7 file_most=$8 last_op=$9
 }
 shadow() {
@@ -1348,9 +1348,8 @@ exclude_nested() { # repositories in the workspace
   done
 }
 copy_index() { # of the agent, which knows what has not changed
-  cp -p .git/sharedindex.* "$shadow/" 2>/dev/null # of core.splitIndex
   if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
-    shadow ls-files >/dev/null 2>&1; then return; fi
+    shadow ls-files >/dev/null 2>&1; then return; fi # else it is damaged, or split
   rm -f "$shadow/index"; shadow read-tree "$head" || return 3
   # What is ignored, but tracked:
   safe_git --git-dir=.git ls-files -c -i -s --exclude-standard 2>/dev/null |
@@ -1489,9 +1488,8 @@ send_files() {
 }
 """
 
-# PULL root project name base tree op commits bytes last-op counts: what the workspace changed; with
-#   `counts`, it is on record as pulled once the client names this op. 22: no workspace; 24: a file
-#   is too large. `note ...` lines, then one of these:
+# PULL: what the workspace changed; with `counts`, it is on record as pulled once the client names
+#   this op. 22: no workspace; 24: a file is too large. `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
 #     all              the same, where what was sent is not known any more: all files come
@@ -1547,9 +1545,8 @@ operation() {
 }
 """
 
-# CHANGED root project name base tree op commits bytes last-op [jobs]: work that has not been
-#   pulled, a line each, at most 20 of a kind; and jobs that run in the directory of this name. 22:
-#   no workspace.
+# CHANGED: work that has not been pulled, a line each, at most 20 of a kind; and jobs that run in
+#   the directory of this name. 22: no workspace.
 LOST = SNAPSHOT + RECORDS + r"""
 lost_work() {
   snapshot >"$stage/said"; snapped=$?
@@ -1661,7 +1658,6 @@ switch_base() {
   umask 022
   cd "$work" && repo update-ref "refs/cmux/old/$base_commit" "$base_commit" || return 5
   if shadow read-tree --reset -u "$new" && rm "$others" && take_commit; then
-    shadow update-index --no-split-index
     cp -p "$shadow/index" "$repo/index.cmux" && mv "$repo/index.cmux" "$repo/index"
     return
   fi
@@ -1784,8 +1780,8 @@ TOOL_STATUS = {
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
-# READ path most first count home: "0 all\n" and the whole file, cut after most + 1 bytes; or, of a
-#   larger file where lines were asked for, "size lines sum\n" and those.
+# READ: "0 all\n" and the whole file, cut after most + 1 bytes; or, of a larger file where lines
+#   were asked for, "size lines sum\n" and those.
 READ = r"""
 operation() {
   path=$1 most=$2 first=$3 count=$4 home=$5 size=0
@@ -1801,16 +1797,16 @@ operation() {
 }
 """
 
-# WRITE path root op sum old home lock: stdin becomes the file, by a rename beside it, and only when
-# it has this sum (as cksum prints it: checksum and size); with old, only when the file still has
-# that sum. Makes parents, but not home, the workspace. Replies created or replaced.
+# WRITE: stdin becomes the file, by a rename beside it, and only when it has this sum (as cksum
+# prints it: checksum and size); with old, only when the file still has that sum. Makes parents, but
+# not home, the workspace. Replies created or replaced.
 # The lock makes compare and rename one step. Its name is the cksum of the path; the client sends
 # that of a path without links: three processes less. The temporary file is this process's own: an
 # attempt whose connection was lost may still run. cp (for mode and owner) is tried again: GNU's
 # gives up on a file that the rename of another writer replaces under it.
 WRITE = LOCKED + r"""
 operation() {
-  file=$1 locks=$2/.cmux/locks sum=$4 old=$5 tries=0
+  file=$1 locks=$2/.cmux/locks op=$3 sum=$4 old=$5 home=$6 lock=$7 tries=0
   while [ -L "$file" ]; do
     link=$(readlink "$file"; echo x); link=${link%?x}
     case $link in /*) file=$link;; *) file=${file%/*}/$link;; esac
@@ -1824,11 +1820,10 @@ operation() {
   folder=${file%/*} name=${file##*/}
   case $name in ""|.|..) return 31;; esac
   [ ${#name} -lt 256 ] || return 39
-  if [ ! -d "${folder:-/}" ]; then [ -d "$6" ] || return 37; mkdir -p "$folder" || return 3; fi
+  if [ ! -d "${folder:-/}" ]; then [ -d "$home" ] || return 37; mkdir -p "$folder" || return 3; fi
   [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
-  file=${PWD%/}/$name new=${PWD%/}/.cmux-$3-$$.tmp
-  if [ "$file" = "$1" ]; then lock=$7
-  else lock=$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
+  file=${PWD%/}/$name new=${PWD%/}/.cmux-$op-$$.tmp
+  [ "$file" = "$1" ] || lock=$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -)
   write_aside; result=$?
   rm -f "$new"
   return $result
@@ -1841,7 +1836,7 @@ write_aside() {
   cat >"$new" || return 3
   [ "$(cksum <"$new")" = "$sum" ] || return 35
   [ -d "$locks" ] || mkdir -p "$locks" || return 3
-  locked "$locks/$lock" 0.02 swap
+  locked "$locks/$lock" swap
 }
 swap() {
   how=created
@@ -1852,14 +1847,14 @@ swap() {
 }
 """
 
-# COPY_IN root op home path name force: OP in stdin, a tar archive with an empty file `end` last
-#   (else it was cut off), becomes path, or name in it where that is a directory (replies into).
+# COPY_IN: OP in stdin, a tar archive with an empty file `end` last (else it was cut off), becomes
+#   place, or name in it where that is a directory (replies into).
 COPY_IN = IN_STAGE + r"""
 operation() {
-  root=$1 op=$2 place=$4
-  [ -d "$3" ] || return 37
-  if [ -d "$place" ]; then place=$4/$5; echo into; fi
-  [ "$6" ] || { [ ! -e "$place" ] && [ ! -L "$place" ]; } || return 40
+  root=$1 op=$2 home=$3 place=$4 name=$5 force=$6
+  [ -d "$home" ] || return 37
+  if [ -d "$place" ]; then place=$place/$name; echo into; fi
+  [ "$force" ] || { [ ! -e "$place" ] && [ ! -L "$place" ]; } || return 40
   in_stage take_copy
 }
 take_copy() {
@@ -1872,12 +1867,12 @@ take_copy() {
   [ ! -e "$place/$op" ] || { rm -rf "$place/$op"; return 40; } # a directory made there meanwhile
 }
 """
-# COPY_OUT root op home path: a stream as PULL's, of what is in a directory (all), or of the file
-#   that path is or leads to (file), as `it`.
+# COPY_OUT: a stream as PULL's, of what is in a directory (all), or of the file that the path is or
+#   leads to (file), as `it`.
 COPY_OUT = RECORDS + LISTED + r"""
 operation() {
-  root=$1 op=$2 work=$4
-  [ -e "$work" ] || { [ -d "$3" ] || return 37; return 30; }
+  root=$1 op=$2 home=$3 work=$4
+  [ -e "$work" ] || { [ -d "$home" ] || return 37; return 30; }
   [ -r "$work" ] || return 33
   in_stage send_copy
 }
@@ -1957,11 +1952,11 @@ operation() {
   done
 }
 """
-# LOGS offset most tenths what dir...: waits so long for `more` output or the `end` of a job, the
-# first of several; then "bytes id state\n" and its output from offset.
+# LOGS: waits for `more` output or the `end` of a job, the first of several; then "bytes id state\n"
+# and its output from offset.
 LOGS = JOB_STATE + r"""
 operation() {
-  offset=$1 most=$2 tenths=$3 what=$4 _cmux_tries=0; shift 4
+  offset=$1 most=$2 tenths=$3 what=$4 _cmux_tries=0; shift 4 # directories of jobs
   for job; do [ -d "$job" ] || return 38; done
   while :; do
     for job; do
