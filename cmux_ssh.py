@@ -857,10 +857,11 @@ _environs() {
 # The tree: by CMUX_RUN (Linux), by parent, group and session. A process that left its session,
 # cleared its environment and lost its parent is not found. Never the group of the wrapper,
 # _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all that the table shows.
+# _cmux_found has words like p12 (process), g12 (group), s12 (session).
 _find_tree() {
-  _cmux_rows=$(_table); _cmux_found=" "; _cmux_groups=" "; _cmux_own=-; _cmux_seen=" ";
+  _cmux_rows=$(_table); _cmux_found=" "; _cmux_own=-; _cmux_seen=" ";
   for _cmux_file in $(_environs); do
-    _cmux_file=${_cmux_file#/proc/}; _cmux_found="$_cmux_found${_cmux_file%/environ} ";
+    _cmux_file=${_cmux_file#/proc/}; _add p${_cmux_file%/environ};
   done;
   set -- $_cmux_rows;
   while [ $# -gt 4 ]; do
@@ -872,30 +873,27 @@ _find_tree() {
 _add_kin() {
   _cmux_more=0; set -- $_cmux_rows; _cmux_alive=" "; _cmux_targets=;
   while [ $# -gt 4 ]; do
-    _cmux_kin=" $_cmux_root$_cmux_found$_cmux_groups"; _cmux_group=g$3;
+    _cmux_kin=" p$_cmux_root$_cmux_found"; _cmux_group=g$3;
     case $3 in "$_cmux_own") _cmux_kin=$_cmux_found; _cmux_group=;; esac;
     case $5 in Z*) _cmux_kin=;; esac;
-    case $_cmux_kin in *" $1 "*|*" $2 "*|*" g$3 "*|*" s$4 "*)
-      _cmux_alive="$_cmux_alive$1 "; [ "$_cmux_group" ] || _cmux_targets="$_cmux_targets $1";
-      case $_cmux_found in *" $1 "*) ;; *) _cmux_found="$_cmux_found$1 "; _cmux_more=1;; esac;
-      _add_group $_cmux_group; [ "$1" = "$4" ] && _add_group s$4;;
+    case $_cmux_kin in *" p$1 "*|*" p$2 "*|*" g$3 "*|*" s$4 "*)
+      _cmux_alive="$_cmux_alive$1 "; _add p$1; [ "$1" = "$4" ] && _add s$4;
+      if [ "$_cmux_group" ]; then _add $_cmux_group; else _cmux_targets="$_cmux_targets $1"; fi;;
     esac;
     shift 5;
   done;
 };
-_add_group() {
-  case $_cmux_groups in *" $1 "*) ;; *) _cmux_groups="$_cmux_groups$1 "; _cmux_more=1;; esac;
-};
+_add() { case $_cmux_found in *" $1 "*) ;; *) _cmux_found="$_cmux_found$1 "; _cmux_more=1;; esac; };
 # What the table hides (hidepid, and a process that is not dumpable): `children` of the wrapper
 # lists its child all the same, and a group without a row takes signals: whole groups get them.
 _add_hidden() {
   [ $_cmux_own = - ] || for _cmux_pid in $(cat /proc/$_cmux_root/task/$_cmux_root/children); do
     case $_cmux_seen in *" $_cmux_pid "*) ;; *)
       _cmux_tree="$_cmux_tree$_cmux_pid "; _cmux_targets="$_cmux_targets $_cmux_pid";
-      _cmux_groups="${_cmux_groups}g$_cmux_pid ";;
+      _add g$_cmux_pid;;
     esac;
   done;
-  for _cmux_group in $_cmux_groups; do case $_cmux_group in g?*)
+  for _cmux_group in $_cmux_found; do case $_cmux_group in g?*)
     _cmux_group=${_cmux_group#g}; _cmux_targets="$_cmux_targets -$_cmux_group";
     case "$_cmux_known " in *" $_cmux_group "*) ;;
     *) _cmux_known="$_cmux_known $_cmux_group";; esac;;
@@ -1083,16 +1081,13 @@ find_workspace() { # name -> $work its directory, $record what is known of it
 # none once a later one has begun. That one also removes what the last, whose client was killed,
 # left in the stage.
 ON = LOCKED + OPEN_ROOT + r"""
-one_at_a_time() { # lock function...: an earlier attempt may still run
-  lock=$root/.cmux/stage/$1.by; shift
-  locked "$lock" "$@"
-}
 afterwards() { :; } # without the lock
 operation() {
   open_root "$1" || return
   project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4 made=.cmux/made/$2
-  stage=$root/.cmux/stage/$op
-  mkdir -p "$made" && shift 5 && one_at_a_time "$project.$name" in_turn "$@" && afterwards
+  stages=$root/.cmux/stage stage=$stages/$op
+  # An earlier attempt may still run.
+  mkdir -p "$made" && shift 5 && locked "$stages/$project.$name.by" in_turn "$@" && afterwards
 }
 in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
@@ -1108,7 +1103,7 @@ publish() { # directory: it becomes $place. mv moves it *into* one that exists b
   rm -rf "$stage/$op" # of an attempt that was killed
   echo "$op" >"$made/$name.op" && mv "$1" "$stage/$op" &&
     mv "$stage/$op" "$place" || return 3
-  if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage"; return 20; fi
+  if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage" "$made/$name.op"; return 20; fi
   rm -rf "$stage"
 }
 """
@@ -1214,7 +1209,8 @@ find_base() { # 21: it, or what it stands on, must be sent
       done
       return 21
     fi
-    ( one_at_a_time "base.${base##*/}" keep_base ) || return 3 # another client may have the same
+    # Another client may have the same.
+    ( locked "$stages/base.${base##*/}.by" keep_base ) || return 3
   fi
   touch -c "$base"
 }

@@ -7394,7 +7394,7 @@ def test_one_attempt_at_a_time_whoever_died_or_has_its_number(tmp_path, sh):
 rm() { case $SLOW in ?*) sleep $SLOW;; esac; command rm "$@"; }
 inside() { mkdir "$root/inside" || echo two; [ -z "$STAY" ] || kill -KILL $$; sleep 0.05; rmdir "$root/inside"; }
 _cmux_run=$RUN; _cmux_newline='
-'; open_root "$ROOT" && one_at_a_time op inside 2>/dev/null || echo failed"""
+'; open_root "$ROOT" && locked "$root/.cmux/stage/op.by" inside 2>/dev/null || echo failed"""
     words = shlex.split(program(sh) + (" sh" if sh == "busybox" else ""))
     stage = tmp_path / ".cmux" / "stage"
 
