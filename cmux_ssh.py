@@ -1689,17 +1689,18 @@ work() {
   publish "$stage/tree"
 }
 """
-# RENAME ON from to its: another name for the directory that the operation `its` made, or its old
-#   one, also where it has that already. Replies the op of the last push. 20: the name is taken.
+# RENAME: another name for the directory that the operation `its` made, or its old one, also where
+#   it has that already. Replies the op of the last push. 20: the name is taken.
 RENAME = ON + r"""
 work() {
-  if taken "$project/$2"; then [ "$(owner "$2")" = "$3" ] || return 20
+  from=$1 to=$2 its=$3
+  if taken "$project/$to"; then [ "$(owner "$to")" = "$its" ] || return 20
   else
-    find_workspace "$1" || return
-    echo "$3" >"$made/$2.op" && mv "$work" "$project/$2" || return 3
+    find_workspace "$from" || return
+    echo "$its" >"$made/$to.op" && mv "$work" "$project/$to" || return 3
   fi
-  [ "$1" = "$2" ] || [ "$(owner "$1")" != "$3" ] || rm -f "$made/$1.op"
-  cat "$made/$3/push"
+  [ "$from" = "$to" ] || [ "$(owner "$from")" != "$its" ] || rm -f "$made/$from.op"
+  cat "$made/$its/push"
   return 0
 }
 """
@@ -1893,17 +1894,16 @@ find . -name .git -prune -o ! -type d -path "$1" -exec sh -c 'printf "%s\0" "$@"
   2>/dev/null | head -c "$2"
 """
 
-# GREP (as a command) pattern wider-pattern -i|-n bytes lines. GNU's prints on stderr, between two
-# lines of output, that a file is binary.
+# GREP (as a command). GNU's prints on stderr, between two lines of output, that a file is binary.
 GREP = r"""
-echo | grep -E $3 -e "$1" >/dev/null || [ $? -lt 2 ] || exit 34
-null=
+pattern=$1 wider=$2 option=$3 bytes=$4 lines=$5 null= # option: -i or -n
+echo | grep -E $option -e "$pattern" >/dev/null || [ $? -lt 2 ] || exit 34
 if echo x | grep --null -n x /dev/null - >/dev/null 2>&1; then null=--null; echo null
 else echo plain; fi
-find . -name .git -prune -o -type f -path "$2" -exec sh -c '
-  null=$1 option=$2 pattern=$3; shift 3
-  exec grep -nE $null $option -e "$pattern" /dev/null "$@" 2>&1' sh "$null" "$3" "$1" {} + \
-  2>/dev/null | head -n "$5" | head -c "$4"
+find . -name .git -prune -o -type f -path "$wider" -exec sh -c '
+  option=$1 pattern=$2; shift 2
+  exec grep -nE $option -e "$pattern" /dev/null "$@" 2>&1' sh "$option $null" "$pattern" {} + \
+  2>/dev/null | head -n "$lines" | head -c "$bytes"
 """
 
 # START dir id command...: a job that outlives this session: out (both streams), pid of the
