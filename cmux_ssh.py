@@ -1286,7 +1286,7 @@ afterwards() {
 """
 
 JOB_STATE = r"""
-output_size() { size=$(wc -c <"$1/out") || size=0; size=$((size)); }
+output_size() { size=$(wc -c <"$1/out"); size=$((size)); }
 running_jobs() { # directory of jobs
   for job in "$1"/*; do
     [ ! -d "$job" ] || [ "$(job_state "$job")" != running ] || echo "${job##*/}"
@@ -1551,14 +1551,14 @@ lost_work() {
   [ $snapped = 0 ] || return 0
   last=$(pulls | tail -n 1)
   case $last in *" $tree "*) ;; *)
-    [ "$tree" = "$(shadow rev-parse "$head^{tree}")" ] ||
-      shadow diff-index --cached --name-status "$head" | head -n 20;;
+    [ "$tree" = "$(shadow rev-parse "$head^{tree}")" ] || {
+      changed=$(shadow diff-index --cached --name-status "$head" | head -n 20)
+      printf '%s\n' "${changed:-some file}"; };;
   esac
   repo=$work/.git; [ -d "$repo" ] || return 0
   [ "$whole" ] || [ "$(sum_refs)" = "${last##* }" ] || echo "the git repository was replaced"
   left_behind
-  [ -z "$whole" ] || repo log --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux |
-    head -n 20
+  [ -z "$whole" ] || repo log -n 20 --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux
 }
 lost_files() {
   list_now || return 3

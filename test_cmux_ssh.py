@@ -4866,6 +4866,14 @@ def test_rm_refuses_commits_and_stashes(repo, harm, told):
     repo.ok("rm", "--force", "main")
 
 
+@each("fails, harm, told", [("diff-index", "echo x >README", "some file"), ("log -n", "git commit -q --allow-empty -m x", "look for changes in main")])
+def test_rm_refuses_where_git_fails_half_way_on_the_host(repo, fails, harm, told, site):
+    repo.new(host=site.inetd("poor", env=replaced(site, git=f'case " $* " in *" {fails} "*) exit 128;; esac')))
+    do(repo, AGENT + harm)
+    refused(repo.cli("rm", "main"), 1, told)
+    assert repo.path().exists()
+
+
 def test_pull_refuses_what_is_not_its_own(repo):
     repo.new()
     do(repo, "echo x >x")
