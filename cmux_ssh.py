@@ -1399,13 +1399,14 @@ left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only 
   for commit in $base_commit $(pulls | cut -d' ' -f2); do
     ! repo cat-file -e "$commit^{commit}" || brought="$brought $commit"
   done
-  repo for-each-ref --format='%(refname) %(contents:subject)' |
-    grep -Ev '^refs/(remotes/|cmux/|stash )' | while read -r ref subject; do
-      [ ! "$(repo rev-list -n 1 "$ref" --not $brought $top --glob=refs/cmux)" ] ||
-        printf '%s (%s)\n' "$ref" "$subject"
+  repo for-each-ref --format='%(refname)' | grep -Ev '^refs/(remotes/|cmux/|stash$)' |
+    while read -r ref; do
+      subject=$(repo log -n 1 --format='(%s)' "$ref" --not $brought $top --glob=refs/cmux) ||
+        subject='(damaged)'
+      [ ! "$subject" ] || printf '%s %s\n' "$ref" "$subject"
     done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
   reflog_commits | head -n 20
-  repo stash list --format='stash %gd (%s)' | head -n 20
+  repo stash list -n 20 --format='stash %gd (%s)'
 }
 sum_refs() {
   { repo for-each-ref; repo rev-parse HEAD; repo rev-parse -q --verify refs/stash; } |

@@ -4852,7 +4852,8 @@ def test_a_push_leaves_what_only_a_reflog_has_and_rm_still_knows_it(repo):
 @each("harm, told", [
     ("echo x >>README; git stash -q", ["stash"]), ("echo x >>README; git commit -qam lonely", ["lonely"]),
     ("echo W >w; git add w; git commit -qm sent; git update-ref refs/remotes/foo/bar HEAD; git reset -q --hard HEAD~1", ["sent"]),
-    ("echo precious >p; git add p; git commit -qm r; git tag t; git checkout -q --orphan fresh; git rm -q --cached p; rm p", ["branch main", "tag t"])])
+    ("echo precious >p; git add p; git commit -qm r; git tag t; git checkout -q --orphan fresh; git rm -q --cached p; rm p", ["branch main", "tag t"]),
+    ("git checkout -qb side; git commit -q --allow-empty -m s; git checkout -q main; printf '%040d\\n' 7 >.git/refs/heads/bad", ["branch side (s)", "branch bad (damaged)"])])
 @promise(7)
 @compat
 def test_rm_refuses_commits_and_stashes(repo, harm, told):
