@@ -45,8 +45,8 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 """
 
 # === 1. Header ===
-# Owns: the name, the version, what is public. Touches: nothing. An import that costs more than a
-# millisecond (json, argparse, shlex, hashlib, threading) stands where it is needed.
+# Owns: the name, the version, what is public. Touches: nothing. Imports that cost more than a
+# millisecond (json, argparse, shlex, hashlib, threading) stand where they are needed.
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     Fields = dict[str, Any]  # of a record, or of a JSON object
     Secrets = dict[str, dict[str, str]]  # name -> {"value": ...} or {"command": ...}
     Sink = Callable[[bytes], Any]
-    Target = tuple[int, int]  # a port of the host, a socket here: ssh reads and writes it itself
+    Target = tuple[int, int]  # a port of the host, a local socket that ssh itself reads and writes
 
 __version__ = "0.2.0"
-__all__ = [  # the promise: these names, their arguments and fields stay within a major version
+__all__ = [  # these names, their arguments and fields stay within a major version
     "Project", "Workspace", "Host", "Report", "Cancel", "pull", "diff", "call_tool", "TOOLS",
     "Verb", "main", "ExecResult", "Outcome", "FileContent", "Result", "CmuxError", "UsageError",
     "HostError", "ConnectionFailed", "ConnectionDropped", "HostKeyFailed", "AuthenticationFailed",
@@ -91,21 +91,19 @@ PROGRAM = "cmux_ssh.py"
 
 
 # === 2. Limits ===
-# Owns: every number, each with its reason. Touches: nothing. In seconds and bytes, if not noted.
+# Owns: every number, each with its reason. Touches: nothing. Units are seconds and bytes.
 
-# sshd allows 10 sessions, but frees one only after answering its close: at 10 a fast client is
-# refused 26 % of its opens, at 8 1 to 3 %.
 MIB = 1024 * 1024
+# sshd allows 10 sessions, but frees one only after it answers its close: with 10, a fast client is
+# refused 26 % of its opens; with 8, 1 to 3 %.
 SESSIONS_PER_MASTER = 8
 MASTERS_PER_HOST = 64  # 512 sessions; started as they are needed
-SLOT_SOON = 0.2  # after such a wait, longer than short commands, a master is started
-SPARED_MOST = 6  # masters, from which on none is started for sessions opened ahead
+SLOT_SOON = 0.2  # after this wait, longer than short commands, a master is started
+SPARED_MOST = 6  # masters; with so many none is started for sessions opened ahead
 HANDSHAKES_AT_ONCE = 8  # stock MaxStartups 10:30:100 drops at random from the 10th on
 CONTROL_PERSIST = 600  # an idle master ends itself
 CONNECT_TIMEOUT = 20  # for ssh, where the user's config has none
-# For one connection with authentication: ConnectTimeout does not cover a server that goes silent
-# after its banner.
-CONNECT_PATIENCE = 60
+CONNECT_PATIENCE = 60  # with authentication: ConnectTimeout ends with the server's banner
 CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder starts a machine)
 INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5  # a live master answers hello in under a millisecond
@@ -114,31 +112,30 @@ LOCK_PATIENCE = 1800  # for what another process works on: it may send gigabytes
 LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free
 SEEN_FOR = 86400  # what was seen of a host is believed for a day
 FOLDER_KEPT = 30 * 86400  # the directory of a host that nobody uses
-SHELL_PATIENCE = 2.5  # for the first output of our wrapper; then another session is asked
-FORK_FAILED = (1, 2, 254)  # how mksh, dash and busybox, bash end where they cannot make a process
-START_PATIENCE = 60  # from the header sent to the start mark: slow rc files are read here
+SHELL_PATIENCE = 2.5  # for the first output of our wrapper; then another session is tried
+FORK_FAILED = (1, 2, 254)  # status of mksh, dash and busybox, bash that cannot make a process
+START_PATIENCE = 60  # from the header sent to the start mark: slow rc files run meanwhile
 UNKNOWN_FOR = 10  # a secret's command that failed is not run again for masking
 STOP_PATIENCE = 10  # for the host to report that a tree has ended
-STOP_SILENCE = 5  # of the session that carries it; then another one is asked
+STOP_SILENCE = 5  # of the session that carries the stop; then another one is tried
 CALL_PATIENCE = 600  # for one script of ours: it may unpack a large tree, or hash gigabytes
 STALL_PATIENCE = 60  # a transfer that moves no byte for so long is dead
-# Between two signs of life over a session (ChannelTimeout), where it is silent, and where not.
-BEAT_MOST, BEAT_LEAST = 20, 1
+BEAT_MOST, BEAT_LEAST = 20, 1  # between signs of life in a silent session (ChannelTimeout), or not
 # OpenSSH 9.8 and later print the same for MaxStartups, which drops at random, and for a penalty of
 # 15 s or more. Being turned away adds none. Where they do not print it, four waits will do.
 DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)
 DROPPED_TRIES = 4
 # After 1, 2, ... failures to connect in a row. A refused key costs 5 s of penalty, enforced from
-# 15 s on: so spaced, it never gets that far.
+# 15 s on: these waits keep it below.
 DOWN_WAITS = (1, 2, 4, 7, 10)
 REFUSED_MOST = 2  # a master that refuses sessions rests for 6 ms, then ever longer
 SOCKET_PATH_MAX = 86  # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
 LOG_MAX = 64 * 1024  # of ssh's log that is read back
 CHUNK = 128 * 1024  # one read or write
-# An archive over this gets its own connection: a proxy was seen to cut a multiplexed 646 MB upload
-# at 815,458 bytes without an error.
+# A larger archive gets its own connection: a proxy was seen to cut a multiplexed 646 MB upload at
+# 815,458 bytes without an error.
 BULK_FROM = 256 * 1024
-GZIP_FROM = 0.003  # seconds of a round trip: a nearer host has a line faster than gzip
+GZIP_FROM = 0.003  # of a round trip: the line to a nearer host is faster than gzip
 GZIP_LEVEL = 4  # level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
 CAPTURE_MAX = 8 * MIB  # of stdout, and of stderr, kept in memory: head and tail
 REPLY_MAX = MIB  # of one of our own scripts
@@ -152,27 +149,27 @@ DIFF_MAX = 20000  # characters of the diff that an edit returns
 DIFF_WORK_MAX = 20000000  # lines times those that differ: difflib takes 2.9 s for 50 million
 EDIT_TRIES = 60  # of read, apply, compare-and-swap, when others edit the same file
 LOGS_MAX = MIB  # bytes of a job's output per call
-HISTORY_MAX = 2 * MIB  # bytes of a history; then it becomes the older of two files
-HISTORY_LINE = 1024  # bytes of one line: one write appends it whole
-JOBS_KEPT = 200  # that this machine remembers the commands of, per project
-FAULT_PATIENCE = 300  # logs -f and wait try on for so long without a connection
+HISTORY_MAX = 2 * MIB  # of a history; then it becomes the older of two files
+HISTORY_LINE = 1024  # one write appends a line whole
+JOBS_KEPT = 200  # whose commands this machine remembers, per project
+FAULT_PATIENCE = 300  # logs -f and wait try so long to connect again
 BATCH_LINE_MAX = 16 * MIB
-TOP_EVERY = 2  # seconds between two looks at the hosts
+TOP_EVERY = 2  # between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
 LIST_PATIENCE = 3  # the same, of `list`
 PLACING = 60  # until a workspace is on record, the host chosen for it counts so long
-MCP_SOFT = 45  # seconds; desktop clients give a call up at 60
+MCP_SOFT = 45  # desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
 MCP_AT_ONCE = 32  # calls that run and are not answered yet; others wait in a queue
 MCP_PENDING = 512  # calls that run or wait, each in its thread
-MCP_PENDING_BYTES = 64 * MIB  # and the sum of their lines
+MCP_PENDING_BYTES = 64 * MIB  # the sum of their lines
 MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
-MCP_LOG_MAX = 2 * MIB  # bytes of output kept of each of them, which hosts may flood
-MCP_PROGRESS = 2  # seconds between notifications of progress
+MCP_LOG_MAX = 2 * MIB  # of output kept of each of them, which hosts may flood
+MCP_PROGRESS = 2  # between notifications of progress
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
 KEEPER_PAUSE = 0.001  # after an operation: what its caller does with the result comes first
-WARM_IDLE = 20  # without use, they are closed: others may need the slots
+WARM_IDLE = 20  # unused for so long, they are closed: others may need the slots
 SECRET_MAX = 120 * 1024  # Linux limits one environment string to 128 KiB
 ARGUMENT_MAX = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN
 ARGV_WORK_MAX = 500 * MIB  # words times bytes: a POSIX shell appends in quadratic time
@@ -183,23 +180,22 @@ PATH_MAX = 1024  # of a path named by the host
 DEPTH_MAX = 64  # components of a pulled path: git write-tree crashes at 60,000
 PULL_FILE_MAX = 256 * MIB  # one pulled file; git hosts refuse 100 MB
 PULL_TOTAL_MAX = 2 * 1024 ** 3  # all that one pull may send: a disk's worth is an attack
-PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of memory here
+PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of local memory
 PULL_COMMITS_MAX = 1000  # more than an agent makes; beyond it one commit holds the result
 PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes of its own
 PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
 WIRE_LINE_MAX = 8 * 1024  # of a line in a result's stream: a path is the longest
 STREAMED_FROM = 8 * MIB  # git handles larger blobs without holding them in memory
-PLACES_KEPT = 200  # hosts and roots that gc visits, though no workspace is there any more
-SENT_KEPT = 200  # trees that went to a host: a delta stands on no other
+PLACES_KEPT = 200  # hosts and roots that gc visits although no workspace is left there
+SENT_KEPT = 200  # trees that a host was sent: a delta stands on no other
 POINTER_MAX = 1024  # bytes of an LFS pointer, says its specification
 
 
 # === 3. Errors ===
-# Owns: the whole family. Touches: nothing. An error is a sentence that says what happened, and
-# a hint that says what to do next. Any other exception is a bug, and keeps its traceback.
+# Owns: the whole family. Touches: nothing. Any other exception is a bug, and keeps its traceback.
 
 class CmuxError(Exception):
-    """Base of all expected failures: ``str(e)`` is the sentence, ``e.hint`` what to do next.
+    """Base of all expected failures: ``str(e)`` says what happened, ``e.hint`` what to do next.
 
     ``exit_code`` is what the command line ends with (``exec`` turns 1 and 2 into 125).
     """
@@ -226,13 +222,13 @@ class HostError(CmuxError):
         self.host = host
 
 class ConnectionFailed(HostError):
-    """No connection could be made; nothing ran there."""
+    """No connection could be made; nothing has run."""
 
 class ConnectionDropped(ConnectionFailed):
     """The server dropped the handshake (MaxStartups, penalties); trying again may work."""
 
 class TurnedAway(ConnectionDropped):
-    """The server refuses this address for now, and says so."""
+    """The server says that it refuses this address for now."""
 
 class HostKeyFailed(ConnectionFailed):
     """The host's key is unknown or has changed; nothing was sent."""
@@ -244,14 +240,14 @@ class RemoteShellFailed(ConnectionFailed):
     """The session ended before our script began: sh failed, or another shell runs."""
 
 class ConnectionLost(HostError):
-    """The connection ended in the middle. ``begun`` tells whether the command had started."""
+    """The connection ended in the middle. ``begun``: whether the command had started."""
 
     def __init__(self, message: str, hint: str = "", host: str = "", begun: bool = True) -> None:
         super().__init__(message, hint, host)
         self.begun = begun
 
 class HostSilent(ConnectionLost):
-    """The operation was sent, and no shell has begun it; a slow one still may."""
+    """No shell has begun the operation that was sent; a slow one still may."""
 
 class HostFull(ConnectionLost):
     """The host could not start a process: this account has too many."""
@@ -260,13 +256,13 @@ class SessionRefused(HostError):
     """A master or its server refused one more session; nothing has started."""
 
 class NoMultiplexing(HostError):
-    """This ssh, or this server, has no masters: one connection for each session."""
+    """This ssh or this server takes one session a connection."""
 
 class MasterGone(HostError):
-    """A control socket that refused, hung or hung up before the session was open."""
+    """A control socket refused, hung or hung up before the session was open."""
 
 class CommandFailed(CmuxError):
-    """A command's exit code is not 0, finds ExecResult.check(). Carries the ``result``."""
+    """ExecResult.check() found an exit code other than 0. Carries the ``result``."""
     result: Any = None
 
 class RemoteFailed(CmuxError):
@@ -276,7 +272,7 @@ class PortRefused(RemoteFailed):
     """The host did not take a connection to one of its ports."""
 
 class WorkspaceMissing(CmuxError):
-    """No such workspace, here or on the host."""
+    """No such workspace, locally or on the host."""
 
 class WorkspaceExists(CmuxError):
     """The name is taken."""
@@ -289,8 +285,8 @@ class UploadFailed(CmuxError):
     """The archive did not arrive whole; no workspace was made of it."""
 
 class ResultRefused(CmuxError):
-    """What came back from the host is not a result that may come in; nothing was imported."""
-    default_hint = "Nothing was imported. Look at it there: %s exec -- git status" % PROGRAM
+    """What the host sent is not a result that may come in; nothing was imported."""
+    default_hint = f"Nothing was imported. Look at it on the host: {PROGRAM} exec -- git status"
 
 class GitFailed(CmuxError):
     """The local repository cannot be used as asked."""
@@ -299,22 +295,22 @@ class StateFailed(CmuxError):
     """The local state is damaged, foreign or not writable."""
 
 class Cancelled(CmuxError):
-    """The caller's Cancel was set. run() and exec() of a command say that in their result."""
+    """The caller's Cancel was set. (run() and exec() report that in their result.)"""
     exit_code = 130
 
 class PipeClosed(CmuxError):
-    """Whoever read our output has gone away."""
+    """The reader of our output has gone away."""
 
 class OutputFailed(PipeClosed):
-    """Our output cannot be written, for a reason such as a full disk."""
+    """Our output cannot be written: the disk may be full."""
 
 
-# How this process was called, once the command line knows: the program, its -C and its -w.
+# How this process was called: the program, its -C and its -w.
 CALLED = {"program": PROGRAM, "project": "", "workspace": ""}
 
 
 def as_called(hint: str) -> str:
-    """A hint whose commands (`cmux_ssh.py VERB ...`, or of git) can be pasted as they are."""
+    """The hint with its commands (`cmux_ssh.py VERB ...`, or of git) as they can be pasted."""
     program, project, workspace = CALLED.values()
 
     def ours(match: Any) -> str:
@@ -349,8 +345,8 @@ class Value(types.SimpleNamespace):
 class ExecResult(Value):
     """What a command did. ``exit_code`` is its own, 128+N for a death by signal N, 124 when
     ``timed_out``; ``stdout`` and ``stderr`` are bytes (head and tail when ``truncated``);
-    ``duration`` is in seconds; ``stopped`` is None, or ``confirmed``, ``requested``, ``unknown``:
-    how certain it is that the process tree on the host has ended."""
+    ``duration`` is in seconds; ``stopped`` is None, or says how certain it is that the process tree
+    on the host has ended: ``confirmed``, ``requested``, ``unknown``."""
     workspace: str
     host: str
     exit_code: int
@@ -363,11 +359,11 @@ class ExecResult(Value):
 
     @property
     def text(self) -> str:
-        """stdout as text; what is no UTF-8 is replaced."""
+        """stdout as text; bytes that are not UTF-8 are replaced."""
         return self.stdout.decode("utf-8", "replace")
 
     def check(self) -> ExecResult:
-        """This result, if the exit code is 0; else raises CommandFailed with the end of stderr."""
+        """Return this if the exit code is 0, else raise CommandFailed with the end of stderr."""
         if self.exit_code:
             tail = self.stderr[-500:].decode("utf-8", "replace").strip()
             error = CommandFailed(f"The command in {self.workspace} ended with exit code "
@@ -385,8 +381,8 @@ def drop(*fds: int) -> None:
 
 @functools.cache
 def fork_aware() -> Any:
-    """The things whose ``_forked()`` is called in each child that is forked (multiprocessing):
-    its copies of our descriptors would keep locks and sessions that this process gives up."""
+    """The things whose ``_forked()`` runs in each child that is forked (multiprocessing): its
+    copies of our descriptors would keep locks and sessions that this process gives up."""
     import weakref
     things: Any = weakref.WeakSet()
 
@@ -420,9 +416,9 @@ NEVER = Deadline(None)
 
 
 class Cancel:
-    """Set from any thread, or a signal handler, to end the operations that were given it: the
-    process tree on the host is ended first. run() then returns an Outcome of reason ``cancel``,
-    exec() exit code 130; all else raises Cancelled. It stays set."""
+    """Any thread or signal handler sets it to end the operations that were given it: the process
+    tree on the host ends first. run() then returns an Outcome of reason ``cancel``, exec() exit
+    code 130; all else raises Cancelled. It stays set."""
 
     def __init__(self) -> None:
         self._read = self._write = -1  # a pipe, made when somebody polls
@@ -436,7 +432,7 @@ class Cancel:
         self.close()
 
     def set(self) -> None:
-        """End what was given this, now and later. Returns at once."""
+        """End the operations, now and later. Returns at once."""
         self.is_set = True
         with self._guard:
             if self._write >= 0:
@@ -447,7 +443,7 @@ class Cancel:
                     other.set()
 
     def join(self, other: Cancel | None) -> Cancel:
-        """``other``, which from now on is set with this one; without it, this one."""
+        """Return ``other``, which from now on is set with this one; without it, this one."""
         if other is None:
             return self
         import weakref
@@ -459,7 +455,7 @@ class Cancel:
         return other
 
     def fileno(self) -> int:
-        """Readable once it is set, for select and poll."""
+        """For select and poll: readable once it is set."""
         with self._guard:
             if self._read < 0:
                 self._read, self._write = os.pipe()
@@ -475,7 +471,7 @@ class Cancel:
             raise Cancelled("Cancelled.")
 
     def close(self) -> None:
-        """Free its two descriptors, when nothing uses it any more."""
+        """Free its two descriptors; nothing may use it any more."""
         with self._guard:
             drop(self._read, self._write)
             self._read = self._write = -1
@@ -484,7 +480,7 @@ class Cancel:
 
 
 def poll_once(seconds: float | None, *wanted: Any) -> dict[int, int]:
-    """The events, by descriptor, of ``wanted`` within ``seconds`` (None: no limit). Each of these
+    """Wait ``seconds`` (None: without end) for events; return them by descriptor. Each ``wanted``
     is to be readable, or a pair with other events, or None, which is left out."""
     poller = select.poll()
     for thing in wanted:
@@ -505,9 +501,9 @@ def nap(seconds: float, deadline: Deadline, cancel: Cancel | None) -> bool:
 class Waiters:
     """The threads of this process that wait for what other processes may free, too.
 
-    What this process frees wakes one of them. For what others free one at a time looks, ever more
-    rarely; the rest sleep without an end: a hundred cost no more than one. Who gets nothing sleeps
-    again; who is served, or gives up, wakes another, who may be the one to look.
+    What this process frees wakes one of them. For what others free, one thread at a time looks,
+    ever more rarely; the rest only sleep: a hundred cost no more than one. A thread that gets
+    nothing sleeps again; one that is served, or gives up, wakes another, who may have to look.
     """
 
     _watched = False  # one of them looks from time to time
@@ -529,7 +525,8 @@ class Waiters:
         self.wake()
 
     def sleep(self, deadline: Deadline, cancel: Cancel | None, most: float = 3600) -> bool:
-        """Until a look is worth it, ``most`` seconds; False at the deadline. Raises Cancelled."""
+        """Sleep until a look is worth it, at most ``most`` seconds; False at the deadline. Raises
+        Cancelled."""
         if cancel:
             cancel.check()
         if deadline.over():
@@ -551,7 +548,7 @@ class Waiters:
 
 
 class Capture:
-    """The first and the last half of ``limit`` bytes; more than ``most`` is an error."""
+    """Keeps the first and the last half of ``limit`` bytes; more than ``most`` are an error."""
 
     def __init__(self, limit: int = CAPTURE_MAX, most: int = 1 << 62) -> None:
         self.half, self.most = max(1, limit // 2), most
@@ -583,7 +580,7 @@ class Capture:
 # === 5. Checking and quoting ===
 # Owns: what a host, a name, a path may be; how remote bytes become harmless. Touches: nothing.
 
-# What OpenSSH 10 refuses is refused before any ssh starts: older ones hand metacharacters in names
+# What OpenSSH 10 refuses is refused before any ssh starts: older ones pass metacharacters in names
 # to a shell by %h and %r (CVE-2023-51385, CVE-2025-61984), and a leading dash is an option
 # (CVE-2017-1000117). A user may hold an @.
 _USER = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z")
@@ -594,8 +591,8 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 def check_host(text: object) -> str:
-    """Return ``text`` if ``ssh HOST`` takes it, wherever it comes from, else raise UsageError: a
-    name, user@host, alias, IPv6 address, ssh://[user@]host[:port]."""
+    """Return ``text`` if ``ssh HOST`` takes it: a name, user@host, alias, IPv6 address,
+    ssh://[user@]host[:port]. Else raise UsageError."""
     hint = "Give what you would type after ssh: a name, user@name, or an alias of your ssh config."
     if not isinstance(text, str) or not text:
         raise UsageError("No host was given.", hint)
@@ -612,7 +609,7 @@ def check_host(text: object) -> str:
 
 
 def pool_of(host: str | Sequence[str]) -> list[str]:
-    """The hosts of a pool, checked: of one host, of several, or of none."""
+    """The hosts of a pool (one, several or none), checked."""
     hosts = host if isinstance(host, (list, tuple)) else [host] if host else []
     return list(dict.fromkeys(map(check_host, hosts)))
 
@@ -629,15 +626,15 @@ def check_workspace(name: object) -> str:
 
 
 def safe_workspace(branch: str) -> str:
-    """A workspace's name, made of a branch's."""
+    """A workspace's name, made of the name of a branch."""
     name = re.sub(r"[^A-Za-z0-9._-]+|\.\.+", "-", branch).strip("-.")[:NAME_MAX].rstrip("-.")
     return name if _WORKSPACE.match(name) and not name.endswith(".lock") else "workspace"
 
 
 def is_slip(name: str, other: str) -> bool:
-    """Whether ``name`` may be ``other``, mistyped: two letters at most, one in a word of four. Not
-    where they differ in a number or a single letter (try-1 and try-2, a and b), nor in short words
-    (fix-ui and fix-db): such names are a series."""
+    """Whether ``name`` may be ``other``, mistyped by two letters at most, one in a word of four.
+    Names that differ in a number, a single letter or a short word (try-1 and try-2, a and b, fix-ui
+    and fix-db) are a series."""
     words, others = (set(re.findall(r"\d+|[^\W\d_]+", text.lower())) for text in (name, other))
     apart = words ^ others
     series = any(word.isdigit() or len(word) == 1 for word in apart)
@@ -646,7 +643,7 @@ def is_slip(name: str, other: str) -> bool:
 
 
 def within(one: str, other: str, letters: int) -> bool:
-    """Whether ``letters`` at most are missing, added, replaced, or exchanged with the next one."""
+    """Whether at most ``letters`` are missing, added, replaced, or exchanged with the next one."""
     at = len(os.path.commonprefix([one, other]))
     one, other = one[at:], other[at:]
     ways = [(1, 0), (0, 1), (1, 1)] + [(2, 2)] * (one[:2] == other[1::-1])
@@ -654,8 +651,8 @@ def within(one: str, other: str, letters: int) -> bool:
         within(one[left:], other[right:], letters - 1) for left, right in ways)
 
 
-# A secret is project input: it may name any variable but those with which the shells that carry
-# it would read it as an instruction. --env is the user's own word, and may also set PATH.
+# A secret is project input: it may have any name but those by which the shells that carry it would
+# read it as an instruction. --env is the user's own word, and may also set PATH.
 _READONLY = set("IFS OPTIND PPID UID EUID SHELLOPTS BASHOPTS BASH_VERSINFO CMUX_RUN TMOUT "
                 "GROUPS DIRSTACK FUNCNAME PIPESTATUS RANDOM SRANDOM SECONDS LINENO BASHPID HISTCMD"
                 .split())
@@ -676,38 +673,39 @@ def check_variable(name: str, secret: bool = False) -> str:
 
 
 def check_remote_path(text: str) -> str:
-    """Return an absolute path that the host named; RemoteFailed if it cannot be one."""
+    """Return a directory that the host named, if it can be one, else raise RemoteFailed."""
     if not text.startswith("/") or len(text) > PATH_MAX or not text.isprintable():
         raise RemoteFailed(f"The host named a directory that cannot be one: {show(text)}.")
     return text
 
 
 def number(text: str) -> int:
-    """A count that the host named, else -1. (int() takes more, and is slow with long ones.)"""
+    """A count that the host sent, or -1. (int() takes more, and is slow with long ones.)"""
     return int(text) if re.match(r"[0-9]{1,15}\Z", text) else -1
 
 
-# C0, DEL, C1, bidirectional controls, zero-width and tag characters. Without ESC no sequence (OSC
-# 52, DCS, CSI, charset switch) can form, so no parser is needed.
+# C0, DEL, C1, bidirectional controls, zero-width characters, tags and variation selectors that may
+# hide words for a model. Without ESC no sequence (OSC 52, DCS, CSI, charset switch) can form, so no
+# parser is needed.
 @functools.cache
 def _harmless() -> dict[int, str]:
     odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
            *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000),
-           *range(0xE0000, 0xE0080)]
+           *range(0xE0000, 0xE01F0)]
     return {**{c: "^" + chr(c ^ 64) for c in (*range(32), 127) if c not in (9, 10)},
             **{c: f"\\x{c:02x}" for c in range(0x80, 0xA0)}, **{c: f"\\u{c:04x}" for c in odd}}
 
 
 def neutralise(data: bytes | str) -> str:
-    """What the host printed, as text that no terminal obeys. Newline and tab stay."""
+    """Text of the host that no terminal obeys. Newline and tab stay."""
     text = data.decode("utf-8", "replace") if isinstance(data, bytes) else data
     return text.replace("\r\n", "\n").translate(_harmless())
 
 
 class TerminalText:
-    """neutralise() for what a command prints, piece by piece, in which carriage return and colours
-    (SGR) pass. A character or a colour may be cut between two pieces. A colour ends with its piece,
-    so that it never hides what others print, and begins again with the next."""
+    """neutralise() for the output of a command, piece by piece; carriage return and colours (SGR)
+    pass. A character or a colour may be cut between two pieces. A colour ends with its piece, so
+    that it never hides what others print, and begins again with the next."""
 
     def __init__(self) -> None:
         import codecs
@@ -728,13 +726,13 @@ class TerminalText:
 
 
 def show(text: bytes | str, limit: int = 100) -> str:
-    """A name for a sentence of ours: one line, neutralised, bounded, quoted."""
+    """A name in one of our sentences: one line, neutralised, bounded, quoted."""
     line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
     return f"'{line if len(line) <= limit else line[:limit - 5] + '[...]'}'"
 
 
 def quote(word: str) -> str:
-    """``word`` as one word of a shell line, to be shown."""
+    """``word`` as one word of a shell line."""
     if word and re.match(r"[A-Za-z0-9_@%+=:,./-]+\Z", word):
         return word
     return "'" + word.replace("'", "'\"'\"'") + "'"
@@ -747,8 +745,8 @@ def encoded(value: object) -> bytes:
     try:
         return str.encode(value, "utf-8", "surrogateescape")  # type: ignore[arg-type]
     except (TypeError, UnicodeEncodeError):
-        raise UsageError(f"An argument is no text: of type {type(value).__name__}, or with a lone "
-                         "surrogate.")
+        raise UsageError(f"An argument is not text: it is a {type(value).__name__}, or holds a "
+                         "lone surrogate.")
 
 
 def as_text(data: bytes) -> str:
@@ -765,7 +763,7 @@ def bytes_field(name: str, data: bytes) -> dict[str, str]:
 
 
 def json_fields(fields: Mapping[str, Any]) -> Fields:
-    """``fields`` with those that are bytes as bytes_field() has them."""
+    """``fields``, with bytes as bytes_field() has them."""
     made: Fields = {}
     for name, value in fields.items():
         made.update(bytes_field(name, value) if isinstance(value, bytes) else {name: value})
@@ -795,45 +793,44 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
         data, value = data[:len(value)][::-1], value[::-1]
     at = data.find(value[:1], max(0, len(data) - len(value) + 1))
     tail = data[at:] if at >= 0 else b""
-    most, size, borders, text = len(tail), 0, [0], value[:len(tail)] + tail
     # By Knuth, Morris and Pratt, in linear time: the host may repeat the beginning of a secret.
-    for at in range(1, len(text)):
-        size = size if at != most else 0
-        while size and value[size] != text[at]:
+    size, borders, text = 0, [0], [*value[:len(tail)], -1, *tail]
+    for byte in text[1:]:
+        while size and text[size] != byte:
             size = borders[size - 1]
-        size += value[size] == text[at]
+        size += text[size] == byte
         borders.append(size)
     return size
 
 
 # === 6. Remote scripts ===
 # Owns: every byte of sh that runs on a host, and its framing. Touches: nothing; it is text.
-# Needed there: POSIX sh and its standard utilities. Used where found: setsid, bash, git, /proc.
+# A host needs POSIX sh and its standard utilities. Used where found: setsid, bash, git, /proc.
 #
-# The wire, all of it. One fixed command starts every session:  exec sh -c '<BOOT>'
+# The wire. One fixed command starts every session:  exec sh -c '<BOOT>'
 # It reads a header from its stdin, records of a name, a number of lines, and those lines:
-#   exit 0     the first line. Our wrapper ignores it; a shell that reads our stdin instead (a
+#   exit 0     the first line. The wrapper ignores it; a shell that reads our stdin instead (a
 #              ForceCommand, `exec zsh` in a start-up file) ends before it obeys a value
 #   NAME n     an environment variable of the command (the only way of secrets)
-#   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether stdin is
-#              watched), flag (how to run a shell line: -c, -lc), line, path (its PATH)
+#   _cmux_X n  a setting of the wrapper: nonce, run (its id), directory, life (whether to watch
+#              stdin), flag (how to run a shell line: -c, -lc), line, path (PATH of the command)
 #   @    n     one more positional parameter
 #   :    n     text to eval now (functions of the operations)
 #   .    n     the end: text to eval as the operation
 # Shells read ahead, fish to the end: of a header with secrets (marked by a second `exit 0`) only
-# the first line is sent before our wrapper has printed READY.
-# What comes back, on stdout and on stderr each:  NONCE+ pid  ...bytes...  NONCE- status stop
-# Before the first mark is login noise; NONCEx 96 says that the directory is missing; status 97,
-# that the header is cut off. The marks exclude accidents, not malice: a host can always lie.
+# the first line is sent before the wrapper has printed READY.
+# Stdout and stderr each bring back:  NONCE+ pid  ...bytes...  NONCE- status stop
+# Before the first mark is login noise; NONCEx 96: the directory is missing; status 97: the header
+# is cut off. The marks exclude accidents, not malice: a host can always lie.
 
 # BOOT is these two texts in one line in single quotes, without quote, backslash, newline, or !
-# before a non-blank: every shell reads that alike; Dropbear takes up to 9,000 bytes. Variables
-# begin with _cmux_: a secret may have any other name. _stop_tree ends what run _cmux_run has below
-# _cmux_root (a wrapper, a job's supervisor, or -); its status is 0 where the end was seen.
+# before a non-blank: every shell reads that alike; Dropbear takes up to 9,000 bytes. Its functions
+# begin with _, its variables with _cmux_: a secret may have any other name. _stop_tree ends what
+# run _cmux_run has below _cmux_root (a wrapper, a job's supervisor, or -); 0: it saw the end.
 
 STOP_TEXT = r"""
-# For each process: pid, parent, group, session, state. Never its name: one with a newline and
-# numbers would add foreign processes. Without a ps that knows sid (busybox): from /proc/PID/stat.
+# For each process: pid, parent, group, session, state. Never its name: a newline and numbers in it
+# would add foreign processes. Where ps does not know sid (busybox): from /proc/PID/stat.
 _table() {
   ps -A -o pid= -o ppid= -o pgid= -o sid= -o stat= && return;
   if [ -r /proc/self/stat ]; then
@@ -859,11 +856,12 @@ _environs() {
 };
 # The tree: by CMUX_RUN (Linux), by parent, group and session. A process that left its session,
 # cleared its environment and lost its parent is not found. Never the group of the wrapper,
-# _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all there are.
+# _cmux_own. -> _cmux_tree, _cmux_targets of kill, _cmux_seen: all that the table shows.
+# _cmux_found has words like p12 (process), g12 (group), s12 (session).
 _find_tree() {
-  _cmux_rows=$(_table); _cmux_found=" "; _cmux_groups=" "; _cmux_own=-; _cmux_seen=" ";
+  _cmux_rows=$(_table); _cmux_found=" "; _cmux_own=-; _cmux_seen=" ";
   for _cmux_file in $(_environs); do
-    _cmux_file=${_cmux_file#/proc/}; _cmux_found="$_cmux_found${_cmux_file%/environ} ";
+    _cmux_file=${_cmux_file#/proc/}; _add p${_cmux_file%/environ};
   done;
   set -- $_cmux_rows;
   while [ $# -gt 4 ]; do
@@ -875,30 +873,27 @@ _find_tree() {
 _add_kin() {
   _cmux_more=0; set -- $_cmux_rows; _cmux_alive=" "; _cmux_targets=;
   while [ $# -gt 4 ]; do
-    _cmux_kin=" $_cmux_root$_cmux_found$_cmux_groups"; _cmux_group=g$3;
+    _cmux_kin=" p$_cmux_root$_cmux_found"; _cmux_group=g$3;
     case $3 in "$_cmux_own") _cmux_kin=$_cmux_found; _cmux_group=;; esac;
     case $5 in Z*) _cmux_kin=;; esac;
-    case $_cmux_kin in *" $1 "*|*" $2 "*|*" g$3 "*|*" s$4 "*)
-      _cmux_alive="$_cmux_alive$1 "; [ "$_cmux_group" ] || _cmux_targets="$_cmux_targets $1";
-      case $_cmux_found in *" $1 "*) ;; *) _cmux_found="$_cmux_found$1 "; _cmux_more=1;; esac;
-      _add_group $_cmux_group; [ "$1" = "$4" ] && _add_group s$4;;
+    case $_cmux_kin in *" p$1 "*|*" p$2 "*|*" g$3 "*|*" s$4 "*)
+      _cmux_alive="$_cmux_alive$1 "; _add p$1; [ "$1" = "$4" ] && _add s$4;
+      if [ "$_cmux_group" ]; then _add $_cmux_group; else _cmux_targets="$_cmux_targets $1"; fi;;
     esac;
     shift 5;
   done;
 };
-_add_group() {
-  case $_cmux_groups in *" $1 "*) ;; *) _cmux_groups="$_cmux_groups$1 "; _cmux_more=1;; esac;
-};
-# What hides from the table (hidepid, and a process that is not dumpable): the wrapper lists its
-# child in `children` all the same, and a group without a row takes signals: whole groups get them.
+_add() { case $_cmux_found in *" $1 "*) ;; *) _cmux_found="$_cmux_found$1 "; _cmux_more=1;; esac; };
+# What the table hides (hidepid, and a process that is not dumpable): `children` of the wrapper
+# lists its child all the same, and a group without a row takes signals: whole groups get them.
 _add_hidden() {
   [ $_cmux_own = - ] || for _cmux_pid in $(cat /proc/$_cmux_root/task/$_cmux_root/children); do
     case $_cmux_seen in *" $_cmux_pid "*) ;; *)
       _cmux_tree="$_cmux_tree$_cmux_pid "; _cmux_targets="$_cmux_targets $_cmux_pid";
-      _cmux_groups="${_cmux_groups}g$_cmux_pid ";;
+      _add g$_cmux_pid;;
     esac;
   done;
-  for _cmux_group in $_cmux_groups; do case $_cmux_group in g?*)
+  for _cmux_group in $_cmux_found; do case $_cmux_group in g?*)
     _cmux_group=${_cmux_group#g}; _cmux_targets="$_cmux_targets -$_cmux_group";
     case "$_cmux_known " in *" $_cmux_group "*) ;;
     *) _cmux_known="$_cmux_known $_cmux_group";; esac;;
@@ -917,7 +912,7 @@ _pause() {
   sleep $1 || { sleep 1; _cmux_tries=$((_cmux_tries+9)); };
   _cmux_tries=$((_cmux_tries+1));
 };
-# TERM, after two seconds KILL, after four it gives up. Where process 1 cannot be seen, others may
+# TERM; after two seconds KILL; after four it gives up. Where process 1 cannot be seen, others may
 # be hidden, too, and no end is confirmed.
 _stop_tree() {
   trap "" TERM INT HUP PIPE; _cmux_tries=0;
@@ -935,9 +930,9 @@ _stop_tree() {
 """
 BOOT_TEXT = r"""
 # The lifeline: where the command takes no stdin, a subshell reads the stdin of the session, whose
-# end (the client or its master was killed) ends the tree. Where stdin streams to the command, a
-# second session (GUARD) watches instead. Lines are only signs of life. USR2 reports the
-# stop to the parent of the command; USR1, by which daemons say that they are ready, does nothing.
+# end (the client or its master was killed) ends the tree; lines are only signs of life. Where stdin
+# streams to the command, a second session (GUARD) watches. USR2 reports the stop to the parent of
+# the command; USR1, by which daemons say that they are ready, does nothing.
 _watch() {
   exec 3<&0 </dev/null;
   ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
@@ -952,11 +947,10 @@ _command() {
   case $_cmux_life in life) _watch;; esac;
   _words _execute "$@";
   [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128));
-  case $_cmux_watcher in
-  ?*) _cmux_self=$$;
-    if [ "$_cmux_stopped" ]; then wait $_cmux_watcher; _cmux_watcher=$?;
-    else kill -KILL $_cmux_watcher; _cmux_watcher=; fi;;
-  *) [ -z "$_cmux_stopped" ] || _cmux_watcher=0;;
+  case $_cmux_stopped$_cmux_watcher in
+  stop) _cmux_end=0;;
+  stop?*) wait $_cmux_watcher; _cmux_end=$?;;
+  ?*) kill -KILL $_cmux_watcher;;
   esac;
 };
 _execute() {
@@ -1003,8 +997,8 @@ _mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
 # Where the client is gone, a command may die of SIGPIPE before the watcher sees that: then the end
 # mark cannot be written, and the wrapper ends the rest of the tree.
 trap "" PIPE;
-_mark "- $_cmux_status $_cmux_watcher" ||
-  case $_cmux_self in ?*) _cmux_root=$_cmux_self; _stop_tree;; esac;
+_mark "- $_cmux_status $_cmux_end" ||
+  case $_cmux_watcher in ?*) _cmux_root=$$; _stop_tree;; esac;
 """
 
 
@@ -1013,135 +1007,129 @@ BOOT = "exec sh -c '%s'" % " ".join(
 READY = b"cmux 42\n"  # BOOT does not hold it: what only echoes that never prints it
 HELD = b"exit 0\n"
 
-# What our own operations share, then one script each. Parameters are "$1"...; status 0 is success,
-# stdout is the reply; stderr is shown to the user, neutralised.
+# What the operations share, then one script for each. Stdout is the reply; status 0 is success, 3 a
+# failure of which stderr says why.
 
 # A lock is a symbolic link that names its owner: process, when that began (its number is used
-# again), run. The link of a dead owner stays, and leads to that of its heir, LOCK.OWNER: who
-# removed it could remove what another had just made in its place. An heir's link counts only while
-# the first stays as it was: its owner removes that one first.
+# again), run. The link of a dead owner stays, and leads to that of its heir, LOCK.OWNER: a remover
+# could remove what another had just made in its place. The link of an heir counts only while the
+# first stays as it was: its owner removes that one first.
 LOCKED = r"""
-_born() { # pid -> $born
-  born=; row=;
+born() { # pid -> $born
+  born= row=
   if [ -r /proc/self/stat ]; then
-    IFS= read -r row <"/proc/$1/stat"; IFS= read -r born </proc/sys/kernel/random/boot_id;
-    set -- $row; case $3 in Z) born=;; *) born=$born-${22};; esac;
-  else set -- $(ps -o lstart= -p "$1"); born=$1$2$3$4$5; fi;
+    IFS= read -r row <"/proc/$1/stat"; IFS= read -r born </proc/sys/kernel/random/boot_id
+    set -- $row; case $3 in Z) born=;; *) born=$born-${22};; esac
+  else set -- $(ps -o lstart= -p "$1"); born=$1$2$3$4$5; fi
 }
-_held() { # lock: does the last owner, $owner, live? Else $next is the link to make
-  next=$1; dead=;
+held() { # does the last owner of $lock, $owner, live? Else $next is the link to make
+  next=$lock dead=
   while owner=$(readlink "$next"); do
     if kill -0 "${owner%%.*}"; then
-      _born "${owner%%.*}"; case $owner in "${owner%%.*}.$born."*) return 0;; esac;
-    fi;
-    dead="$dead $owner"; next=$1.$owner;
-  done;
-  return 1;
+      born "${owner%%.*}"; case $owner in "${owner%%.*}.$born."*) return 0;; esac
+    fi
+    [ "$dead" ] || first=$owner
+    dead="$dead $owner" next=$lock.$owner
+  done
+  return 1
 }
-_lock() { # lock pause tries: own it, or say who does
-  _born $$; self=$$.$born.$_cmux_run; _cmux_tries=0; dead=;
-  until ln -s "$self" "$1"; do
-    if _held "$1"; then :;
+locked() { # lock function...: run it as the owner of the lock, or say who that is
+  lock=$1 dead= _cmux_tries=0; shift
+  born $$; self=$$.$born.$_cmux_run
+  until ln -s "$self" "$lock"; do
+    if held; then :
     elif ln -s "$self" "$next"; then
-      set -- "$@" $dead;
-      [ "$next" = "$1" ] || [ "$(readlink "$1")" = "$4" ] && return;
-      rm -f "$next"; set -- "$1" "$2" "$3";
-    elif [ -h "$next" ]; then :;
-    else _cmux_tries=$((_cmux_tries+$3/9)); fi;
-    [ $_cmux_tries -lt "$3" ] || {
+      if [ "$next" = "$lock" ] || [ "$(readlink "$lock")" = "$first" ]; then break; fi
+      rm -f "$next"
+    elif [ ! -h "$next" ]; then _cmux_tries=$((_cmux_tries+500)); fi # no link can be made
+    [ $_cmux_tries -lt 5000 ] || {
       [ -z "$owner" ] || echo "process ${owner%%.*} of an earlier attempt still runs" >&2
-      return 3; };
-    _pause "$2";
-  done;
-}
-_unlock() {
-  rm -f "$1"; for row in $dead; do rm -f "$1.$row"; done;
-}
-_locked() { # lock pause tries function...
-  own_lock=$1; _lock "$1" "$2" "$3" || return 3;
-  shift 3; "$@"; status=$?; _unlock "$own_lock"; return $status;
+      return 3; }
+    _pause 0.05
+  done
+  "$@"; status=$?
+  rm -f "$lock"; for row in $dead; do rm -f "$lock.$row"; done
+  return $status
 }
 """
 
-OPEN_ROOT = LOCKED + r"""
-_croot() { # $1 root as given, may be empty or begin with ~ -> cd there, $root
-  umask 077; unset CDPATH
-  case $1 in
-  '') root=$HOME/cmux;; '~' | '~/'*) root=$HOME${1#'~'};; /*) root=$1;; *) root=$HOME/$1;;
-  esac
+# What is known of a workspace lies in made/PROJECT/OP/, by the operation that made it;
+# made/PROJECT/NAME.op says which has the name: renaming moves nothing.
+OPEN_ROOT = r"""
+open_root() { # root as given, may be empty or begin with ~ -> cd there, $root
+  umask 077; unset CDPATH; fresh=
+  case $1 in '~' | '~/'*) root=$HOME${1#'~'};; /*) root=$1;; *) root=$HOME/${1:-cmux};; esac
   [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
   case $root in *"$_cmux_newline"*) echo "a newline is in the path of its root" >&2; return 3;; esac
   mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made .cmux/locks && chmod 700 .cmux || return 3
 }
-_one_at_a_time() { # lock function...: an earlier attempt may still run
-  lock=$root/.cmux/stage/$1.by; shift
-  _locked "$lock" 0.1 3000 "$@"
-}
-# ON (root project turn name op), and more: _work, with these more words, for one operation at a
-# time on a name, and none once a later one has begun. That one also removes what the last, whose
-# client was killed, left in the stage.
-_after() { :; } # outside of the lock
-_cop() {
-  _croot "$1" || return
-  project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4 made=.cmux/made/$2
-  stage=$root/.cmux/stage/$op known=$made/$op
-  mkdir -p "$made" && shift 5 && _one_at_a_time "$project.$name" _in_turn "$@" && _after
-}
-_in_turn() {
-  turns=.cmux/locks/turn-$project.$name last=0 left=
-  [ ! -f "$turns" ] || read -r last left <"$turns"
-  [ "${last:-0}" -le "$turn" ] || return 3
-  case $left in "$op" | '') ;; *) _free ".cmux/stage/$left";; esac
-  echo "$turn $op" >"$turns" && _work "$@"
-}
-_free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
-_discard() { ( trap '' HUP; cd / && exec rm -rf "$1" ) </dev/null >/dev/null 2>&1 4>&- & }
-_taken() { [ -e "$1" ] || [ -L "$1" ]; }
-_cw() { # project name -> $w its directory, $m what is known of it
-  w=$root/$1/$2 m=; read -r m <"$root/.cmux/made/$1/$2.op"; m=$root/.cmux/made/$1/$m
-  [ -d "$m" ] || { # as an older version left it
-    mkdir -p "$m.new"; for v in base mark pull push; do mv "${m%/*}/$2.$v" "$m.new/$v"; done
-    mv "$m.new" "$m"
+free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
+find_workspace() { # name -> $work its directory, $record what is known of it
+  work=$root/$project/$1 made=$root/.cmux/made/$project record=
+  read -r record <"$made/$1.op"; record=$made/$record
+  [ -d "$record" ] || { # as an older version left it
+    mkdir -p "$record.new"
+    for part in base mark pull push; do mv "$made/$1.$part" "$record.new/$part"; done
+    mv "$record.new" "$record"
   } 2>/dev/null
-  [ -d "$w" ] && [ ! -L "$w" ] && [ ! -L "$root/$1" ]
+  [ -d "$work" ] && [ ! -L "$work" ] && [ ! -L "$root/$project" ] || return 22
 }
-# What is known of a workspace lies in made/PROJECT/OP/, by the operation that made it;
-# made/PROJECT/NAME.op says which has the name: renaming moves nothing.
-_owner() { cat "$made/$1.op"; }
-_put() { # directory: it becomes $place. mv moves it *into* one that exists by now: that is undone
+"""
+
+# ON (root project turn name op) more...: `work more...`, one operation at a time on a name, and
+# none once a later one has begun. That one also removes what the last, whose client was killed,
+# left in the stage.
+ON = LOCKED + OPEN_ROOT + r"""
+afterwards() { :; } # without the lock
+operation() {
+  open_root "$1" || return
+  project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4 made=.cmux/made/$2
+  stages=$root/.cmux/stage stage=$stages/$op
+  # An earlier attempt may still run.
+  mkdir -p "$made" && shift 5 && locked "$stages/$project.$name.by" in_turn "$@" && afterwards
+}
+in_turn() {
+  turns=.cmux/locks/turn-$project.$name last=0 left=
+  read -r last left <"$turns"
+  [ "${last:-0}" -le "$turn" ] || return 3
+  case $left in "$op" | '') ;; *) free ".cmux/stage/$left";; esac
+  echo "$turn $op" >"$turns" && work "$@"
+}
+discard() { ( trap '' HUP; cd / && exec rm -rf "$1" ) </dev/null >/dev/null 2>&1 4>&- & }
+taken() { [ -e "$1" ] || [ -L "$1" ]; }
+owner() { cat "$made/$1.op"; }
+publish() { # directory: it becomes $place. mv moves it *into* one that exists by now: undo that
   rm -rf "$stage/$op" # of an attempt that was killed
   echo "$op" >"$made/$name.op" && mv "$1" "$stage/$op" &&
     mv "$stage/$op" "$place" || return 3
-  if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage"; return 20; fi
+  if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage" "$made/$name.op"; return 20; fi
   rm -rf "$stage"
 }
 """
 
 # Every git of ours on the host runs without configuration, with one identity and date, and sha1
-# (git 3 has another default, by which a base would not be found again).
-GIT_THERE = r"""
-_cenv() {
-  for v in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$v"; done
-  export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null LC_ALL=C
-  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_ATTR_NOSYSTEM=1 GIT_OPTIONAL_LOCKS=0
-  export GIT_NO_REPLACE_OBJECTS=1 GIT_DEFAULT_HASH=sha1
-  for v in GIT_AUTHOR GIT_COMMITTER; do
-    export "${v}_NAME=cmux" "${v}_EMAIL=cmux@localhost" "${v}_DATE=946684800 +0000"
+# (by git 3's default a base would not be found again).
+GIT = r"""
+clean_environment() {
+  for variable in $(env | sed -n 's/^\(GIT_[A-Z_0-9]*\)=.*/\1/p'); do unset "$variable"; done
+  export HOME=/nonexistent XDG_CONFIG_HOME=/nonexistent GIT_CONFIG_NOSYSTEM=1 GIT_ATTR_NOSYSTEM=1
+  export GIT_OPTIONAL_LOCKS=0 GIT_NO_REPLACE_OBJECTS=1 GIT_DEFAULT_HASH=sha1 LC_ALL=C
+  for variable in GIT_AUTHOR GIT_COMMITTER; do
+    export "${variable}_NAME=cmux" "${variable}_EMAIL=cmux@localhost"
+    export "${variable}_DATE=946684800 +0000"
   done
   raw='* -text -eol -ident -filter -working-tree-encoding'
 }
-_cmark() { # op file directory: when it was made and, without git, of what
-  if _has git; then echo "$1" >"$2"; return; fi
-  : >"$2.now" && { echo "$1"; echo listed; ( cd "$3" && _clist ); } >"$2.new" &&
-  touch -r "$2.now" "$2.new" && mv "$2.new" "$2" && rm -f "$2.now"
-}
-_clist() { # each file or link: x (executable), f, l (link) or u (unreadable); checksum and size of
-  # the content; path. Two slashes and an n in it stand for a newline: find prints no two slashes.
+safe_git() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@"; }
+"""
+LIST = r"""
+list_files() { # each file or link: x (executable), f, l (link) or u (unreadable); checksum and size
+  # of the content; path. Two slashes and an n in it stand for a newline: find prints no two slashes
   export LC_ALL=C
-  _sums() { find . -name .git -prune -o -type f "$@" ! -path "*$_cmux_newline*" -exec cksum {} +; }
-  { _sums -perm -100 | sed 's/^/x /'
-    _sums ! -perm -100 | sed 's/^/f /'
+  sums() { find . -name .git -prune -o -type f "$@" ! -path "*$_cmux_newline*" -exec cksum {} +; }
+  { sums -perm -100 | sed 's/^/x /'
+    sums ! -perm -100 | sed 's/^/f /'
     find . -name .git -prune -o \( -type f -o -type l \) -exec sh -c '
       newline=$1; shift
       for path; do
@@ -1161,36 +1149,40 @@ _clist() { # each file or link: x (executable), f, l (link) or u (unreadable); c
       done' sh "$_cmux_newline" {} +
   } | sort
 }
+write_mark() { # directory: of what the workspace was made, where git does not know that
+  { echo "$op"; _has git || { echo listed; ( cd "$1" && list_files ); }; } >"$record/mark.new" &&
+    mv "$record/mark.new" "$record/mark"
+}
 """
 
-# A base is a directory bases/<id>: whole.tar (the host makes it of a difference), and git/, a
-# repository of one commit, where it has git. Times are those of the host (tar's m): if the client's
-# clock is ahead, make would rebuild for ever. Unpacking takes half the time of copying a tree.
+# A base is a directory bases/<id>: whole.tar (sent, or made of a difference), and, where the host
+# has git, git/, a repository of one commit. Times are those of the host (tar's m): with a client's
+# clock ahead, make would rebuild for ever. Unpacking takes half the time of copying a tree.
 # Files "big" from one byte on go into one pack as they are: a third of the time of a file for each
-# object, and copied in a twentieth. MALLOC_: else glibc gives a buffer back to the kernel for each
+# object, and copied in a twentieth. MALLOC_: else glibc returns a buffer to the kernel for each
 # file, a fifth of the time. No fsync (the tree itself has none).
 BASE = r"""
-_unpack() { ( umask 022; tar -xmof "$@" ); }
-_add() { # git...: all files, as one pack
+unpack() { ( umask 022; tar -xmof "$@" ); }
+add_all() { # git...: all files, as one pack
   MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 "$@" -c core.compression=0 \
     -c core.bigFileThreshold=1 -c core.fsync=none add -f --ignore-removal .
 }
-_make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
+make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
   _has git || return 0
-  cd "$stage/tree" && rm -rf .git && _cenv || return
+  cd "$stage/tree" && rm -rf .git && clean_environment || return
   find . -type f -exec touch -r "$root/$base/whole.tar" {} + # as in the index of the first
   kept=$root/$base/git
   if [ -d "$kept" ]; then cp -R "$kept" .git && git update-index -q --refresh; return; fi
   git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
   mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
   printf '[core]\nautocrlf = false\ntrustctime = false\ncheckStat = minimal\n' >>.git/config &&
-  _add git && tree=$(git write-tree) && commit=$(git commit-tree "$tree" -m base) &&
+  add_all git && tree=$(git write-tree) && commit=$(git commit-tree "$tree" -m base) &&
   printf 'update %s %s\n' HEAD "$commit" refs/cmux/base "$commit" | git update-ref --stdin ||
     { rm -rf .git; return 1; }
   cp -R .git "$kept.$op" && mv "$kept.$op" "$kept"
   rm -rf "$kept.$op" "$kept/git.$op"
 }
-_remove_gone() { # what .cmux-gone names, and the directories that are empty then
+remove_gone() { # what .cmux-gone names, and the directories that are empty then
   set --
   while IFS= read -r path; do
     set -- "$@" "./$path"
@@ -1200,16 +1192,16 @@ _remove_gone() { # what .cmux-gone names, and the directories that are empty the
   find . -depth -type d -exec rmdir {} + 2>/dev/null
   return 0
 }
-_grow_base() { # of the difference to another base -> $stage/base, $stage/tree
+grow_base() { # of the difference to another base -> $stage/base, $stage/tree
   rm -rf "$stage/tree" "$stage/new" && mkdir -p "$stage/base" "$stage/new" && cd "$stage/new" &&
-  _unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
-  _unpack ../changes.tar .cmux-gone && _remove_gone && _unpack ../changes.tar &&
+  unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
+  unpack ../changes.tar .cmux-gone && remove_gone && unpack ../changes.tar &&
   rm -f .cmux-gone && tar -cf ../base/whole.tar . && mv "$stage/new" "$stage/tree"
 }
-_keep_base() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$stage/base" "$base"; }; }
-_find_base() { # 21: it, or what it stands on, must be sent
+keep_base() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$stage/base" "$base"; }; }
+find_base() { # 21: it, or what it stands on, must be sent
   if [ ! -f "$base/whole.tar" ]; then
-    [ ! -f "$stage/changes.tar" ] || ( _grow_base ) ||
+    [ ! -f "$stage/changes.tar" ] || ( grow_base ) ||
       { rm -rf "$stage/changes.tar" "$stage/base"; return 21; }
     if [ ! -f "$stage/base/whole.tar" ]; then
       ls -t .cmux/bases | head -n 8 | while IFS= read -r other; do
@@ -1217,75 +1209,76 @@ _find_base() { # 21: it, or what it stands on, must be sent
       done
       return 21
     fi
-    ( _one_at_a_time "base.${base##*/}" _keep_base ) || return 3 # another client may have the same
+    # Another client may have the same.
+    ( locked "$stages/base.${base##*/}.by" keep_base ) || return 3
   fi
   touch -c "$base"
 }
-_unpack_base() { # -> $stage/tree, with a repository
-  _find_base || return
+unpack_base() { # -> $stage/tree, with a repository
+  find_base || return
   if [ ! -d "$stage/tree" ]; then
     rm -rf "$stage/new"; mkdir -p "$stage/new" || return 3
-    ( cd "$stage/new" && _unpack "$root/$base/whole.tar" ) && mv "$stage/new" "$stage/tree" ||
+    ( cd "$stage/new" && unpack "$root/$base/whole.tar" ) && mv "$stage/new" "$stage/tree" ||
       { rm -rf "$stage"; return 4; }
   fi
-  ( umask 022; _make_repository ) || echo nogit
+  ( umask 022; make_repository ) || echo nogit
 }
 """
-# CREATE ON base source: a workspace of a cached or just uploaded base, with what git ignores in the
-#   directory `source`, if one is named. Replies: root PATH; init, if there is a hook; made, also
-#   again with the same op. 9: no git; 20: the name is taken; 21: the base is missing, and lines of
-#   those that a delta may stand on, newest first; 22: no such source.
-CREATE = OPEN_ROOT + GIT_THERE + BASE + r"""
-_take_ignored() { # source: what git ignores both there and in the new one, but through no link
-  tree=$stage/tree git='git --git-dir=.git -c core.fsmonitor=false -c core.quotePath=false'
+# CREATE ON base source: a workspace of a base that is there, with what git ignores in the directory
+#   `source`, if one is named. Replies: root PATH; init, if there is a hook; made, also again with
+#   the same op. 9: no git; 20: the name is taken; 21: the base is missing, and lines of those that
+#   a delta may stand on, newest first; 22: no such source.
+CREATE = ON + GIT + LIST + BASE + r"""
+take_ignored() { # source: what git ignores in both, but through no link
+  tree=$stage/tree
   [ -d "$1" ] || return 22
-  _cenv; rm -rf "$stage/part"
-  ( cd "$1" && $git ls-files -oi --exclude-standard --directory ) >"$stage/ignored" || return 9
+  clean_environment; rm -rf "$stage/part"
+  ( cd "$1" && local_git ls-files -oi --exclude-standard --directory ) >"$stage/ignored" || return 9
   while IFS= read -r path; do
     place=$tree/${path%/}; folder=${place%/*}
-    ! _taken "$place" && mkdir -p "$folder" && [ "$(cd -P "$folder" && pwd)" = "$folder" ] &&
+    ! taken "$place" && mkdir -p "$folder" && [ "$(cd -P "$folder" && pwd)" = "$folder" ] &&
       printf '%s\n' "$path"
-  done <"$stage/ignored" | ( cd "$tree" && $git check-ignore --stdin ) |
+  done <"$stage/ignored" | ( cd "$tree" && local_git check-ignore --stdin ) |
     while IFS= read -r path; do
       path=${path%/}
-      _taken "$1/$path" || continue
+      taken "$1/$path" || continue
       cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$tree/$path" || exit 3
     done
 }
-_work() {
-  base=.cmux/bases/$1
+local_git() { safe_git --git-dir=.git -c core.quotePath=false "$@"; }
+work() {
+  base=.cmux/bases/$1 record=$made/$op
   printf 'root %s\n' "$root"
-  if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
-  _unpack_base && { [ ! "$2" ] || ( _take_ignored "$2" ); } || return
+  if taken "$place"; then [ "$(owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
+  unpack_base && { [ ! "$2" ] || ( take_ignored "$2" ); } || return
   ( cd "$stage/tree/.git" && ! git var GIT_AUTHOR_IDENT && # or no commit could be made
     git config user.name agent && git config user.email agent@localhost ) >/dev/null 2>&1
   # test -x is false under noexec
   case $(ls -lLd "$stage/tree/.cmux/init" 2>/dev/null) in -??[xs]*) echo init;; esac
-  mkdir -p "$project" "$known" && echo "$1" >"$known/base" &&
-    _cmark "$op" "$known/mark" "$stage/tree" || return 3
-  _put "$stage/tree" && echo made
+  mkdir -p "$project" "$record" && echo "$1" >"$record/base" && write_mark "$stage/tree" || return 3
+  publish "$stage/tree" && echo made
 }
 """
 
 # GZIP: prints gzip where that works.
-GZIP = "_cop() { echo gzip | gzip | gzip -dc; }"
+GZIP = "operation() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD ON parent gzip: the stream becomes stage/OP/base/whole.tar and at once stage/OP/tree; with
-#   a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
+# UPLOAD ON parent gzip: stdin becomes stage/OP/base/whole.tar and at once stage/OP/tree; with a
+#   parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
 #   its cksum. (tar may stop at the end of the archive: tee would die.)
-UPLOAD = OPEN_ROOT + r"""
-_work() {
-  parent=$1 unpack='gzip -dc'
-  [ "$2" ] || unpack=cat
+UPLOAD = ON + r"""
+work() {
+  parent=$1 decompress='gzip -dc'
+  [ "$2" ] || decompress=cat
   mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$stage/tree"; }
 }
-_after() {
+afterwards() {
   if [ "$parent" ]; then
     archive=$stage/changes.tar
-    echo "$parent" >"$stage/parent" && $unpack >"$archive"
+    echo "$parent" >"$stage/parent" && $decompress >"$archive"
   else
     archive=$stage/base/whole.tar
-    : >"$archive" && $unpack | tee "$archive" |
+    : >"$archive" && $decompress | tee "$archive" |
       ( umask 022; cd "$stage/tree" && tar -xmof -; status=$?; cat >/dev/null; exit $status )
   fi || { rm -rf "$stage"; return 4; }
   cksum <"$archive"
@@ -1293,172 +1286,186 @@ _after() {
 """
 
 JOB_STATE = r"""
-_csize() { size=$(wc -c <"$1/out") || size=0; size=$((size)); }
-_crunning() { # the jobs in this directory that run
+output_size() { size=$(wc -c <"$1/out"); size=$((size)); }
+running_jobs() { # directory of jobs
   for job in "$1"/*; do
-    [ ! -d "$job" ] || [ "$(_cstate "$job")" != running ] || echo "${job##*/}"
+    [ ! -d "$job" ] || [ "$(job_state "$job")" != running ] || echo "${job##*/}"
   done
 }
-_calive() { # directory pid: not a stranger that has the number now
+lives() { # job pid: not a stranger that has the number now
   kill -0 "$2" 2>/dev/null || return 1
   [ ! -r "/proc/$2/environ" ] || tr '\0' '\n' <"/proc/$2/environ" | grep -qxF "CMUX_JOB=${1##*/}"
 }
-_cstate() { # of a job; lost: neither an exit nor a supervisor
-  if [ ! -f "$1/exit" ] && _calive "$1" "$(cat "$1/pid")"; then echo running
+job_state() { # lost: neither an exit nor a supervisor
+  if [ ! -f "$1/exit" ] && lives "$1" "$(cat "$1/pid")"; then echo running
   elif [ ! -f "$1/exit" ]; then echo lost
   elif [ -f "$1/stopped" ]; then echo "stopped $(cat "$1/exit")"
   else echo "exited $(cat "$1/exit")"; fi
 }
 """
 
-# _csnap makes a snapshot of the workspace in a git repository of its own ($g, in the stage), whose
-# alternate is the agent's, which stays as it is. -> $b base, $h the agent's HEAD, $t the tree of
-# now. Where .git is missing, or its history rewritten or absurd (too many commits, foreign roots,
-# nested repositories), it uses the base's repository: $h is the base, $whole empty. Status 9: no
-# git; 24: a file is too large.
-SNAPSHOT = OPEN_ROOT + GIT_THERE + r"""
-_cgit() { git -c core.fsmonitor=false -c core.hooksPath=/dev/null "$@"; }
-_cg() { # git in the snapshot's repository
-  _cgit --git-dir="$g" --work-tree="$w" -c core.bigFileThreshold=8m "$@"
+# snapshot makes one of the workspace in a git repository of its own, $shadow in the stage, whose
+# alternate is the agent's, which stays as it is. -> $base_commit, $head of the agent, $tree of now.
+# Where .git is missing, or its history rewritten or absurd (too many commits, foreign roots, nested
+# repositories), it uses that of the base: $head is the base, $whole empty. 9: no git; 24: a file is
+# too large.
+SNAPSHOT = GIT + r"""
+compared() { # the words of PULL, CHANGED, PUSH. An empty base_tree is any
+  project=$2 name=$3 base_id=$4 base_tree=$5 op=$6 commits_most=$7 file_most=$8 last_op=$9
 }
-_co() { _cgit --git-dir="$o" "$@" 2>/dev/null; } # git in the repository $o
-commit_at() { _co rev-parse -q --verify "$1^{commit}"; }
-base_in() { # repository tree ("": any) -> $o, $b
-  o=$1; [ -d "$o" ] && [ ! -L "$o" ] && b=$(commit_at refs/cmux/base) &&
-    { [ -z "$2" ] || [ "$(_co rev-parse -q --verify "$b^{tree}")" = "$2" ]; }
+shadow() {
+  safe_git --git-dir="$shadow" --work-tree="$work" -c core.bigFileThreshold=8m "$@"
 }
-history_comes() { # commits: -> $h
-  h=$(commit_at HEAD) && _co merge-base --is-ancestor "$b" "$h" &&
-    [ "$(_co rev-list --count "$b..$h")" -le "$1" ] &&
-    [ -z "$(_co rev-list --max-parents=0 "$b..$h")" ] &&
-    ! _co rev-list "$b..$h" | _co diff-tree --stdin -r -m --raw | grep -q '^:[0-7]* 160000'
+repo() { safe_git --git-dir="$repo" "$@" 2>/dev/null; }
+commit_at() { repo rev-parse -q --verify "$1^{commit}"; }
+base_in() { # repository -> $repo, $base_commit
+  repo=$1; [ -d "$repo" ] && [ ! -L "$repo" ] && base_commit=$(commit_at refs/cmux/base) && {
+    [ -z "$base_tree" ] ||
+    [ "$(repo rev-parse -q --verify "$base_commit^{tree}")" = "$base_tree" ]; }
 }
-snap_repository() {
-  git init -q --bare --template= "$g" && mkdir -p "$g/info" &&
-    echo "$o/objects" >"$g/objects/info/alternates" && echo "$raw" >"$g/info/attributes" &&
-    _cg symbolic-ref HEAD refs/heads/w && _cg update-ref refs/cmux/base "$b" &&
-    _cg update-ref refs/heads/w "$h"
+history_comes() { # -> $head
+  head=$(commit_at HEAD) && repo merge-base --is-ancestor "$base_commit" "$head" &&
+    [ "$(repo rev-list --count "$base_commit..$head")" -le "$commits_most" ] &&
+    [ -z "$(repo rev-list --max-parents=0 "$base_commit..$head")" ] &&
+    ! repo rev-list "$base_commit..$head" | repo diff-tree --stdin -r -m --raw |
+      grep -q '^:[0-7]* 160000'
 }
-snap_excludes() { # repositories in the workspace
-  [ ! -f .git/info/exclude ] || cp .git/info/exclude "$g/info/exclude"
+make_shadow() {
+  git init -q --bare --template= "$shadow" && mkdir -p "$shadow/info" &&
+    echo "$repo/objects" >"$shadow/objects/info/alternates" &&
+    echo "$raw" >"$shadow/info/attributes"
+}
+exclude_nested() { # repositories in the workspace
+  [ ! -f .git/info/exclude ] || cp .git/info/exclude "$shadow/info/exclude"
   find . -name .git -prune -print | while IFS= read -r path; do
     path=${path%/.git}; [ "$path" != . ] || continue
     printf 'note nested repository %s\n' "$path"
-    printf '%s/\n' "${path#.}" | sed 's/[][\\*?!# ]/\\&/g' >>"$g/info/exclude"
+    printf '%s/\n' "${path#.}" | sed 's/[][\\*?!# ]/\\&/g' >>"$shadow/info/exclude"
   done
 }
-snap_index() { # the agent's, which knows what has not changed
-  cp -p .git/sharedindex.* "$g/" 2>/dev/null # of core.splitIndex
-  if [ "$whole" ] && cp -p .git/index "$g/index" 2>/dev/null && _cg ls-files >/dev/null 2>&1
-  then return; fi
-  rm -f "$g/index"; _cg read-tree "$h" || return 3
-  if cp .git/index "$s/theirs" 2>/dev/null; then # what is ignored, but tracked
-    ( export GIT_INDEX_FILE="$s/theirs"; _cg ls-files -c -i -s --exclude-standard 2>/dev/null ) |
-      sed -n 's/^1[^6][^	]*	//p' | _cg update-index --add --remove --stdin 2>/dev/null
-  fi
+copy_index() { # of the agent, which knows what has not changed
+  if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
+    shadow ls-files >/dev/null 2>&1; then return; fi # else it is damaged, or split
+  rm -f "$shadow/index"; shadow read-tree "$head" || return 3
+  # What is ignored, but tracked:
+  safe_git --git-dir=.git ls-files -c -i -s --exclude-standard 2>/dev/null |
+    sed -n 's/^1[^6][^	]*	//p' |
+    shadow update-index --add --remove --stdin 2>/dev/null
   return 0
 }
 as_sent() { # a large file
-  size=$(_cg cat-file -s "$b:${1#./}") && [ "$(find "$1" -prune -size "${size}c")" ] &&
-    [ "$(_cg hash-object --no-filters -- "$1")" = "$(_cg rev-parse "$b:${1#./}")" ]
+  blob=$(shadow rev-parse -q --verify "$base_commit:${1#./}") &&
+    [ "$(shadow hash-object --no-filters -- "$1")" = "$blob" ]
 }
-snap_large() { # bytes
-  find . -name .git -prune -o -type f -size "+${1}c" -print | ( while IFS= read -r path; do
-    _cg check-ignore -q -- "$path" || as_sent "$path" || { printf 'large %s\n' "$path"; exit 24; }
+refuse_large() {
+  find . -name .git -prune -o -type f -size "+${file_most}c" -print | ( while IFS= read -r path; do
+    shadow check-ignore -q -- "$path" || as_sent "$path" ||
+      { printf 'large %s\n' "$path"; exit 24; }
   done )
 }
-snap_files() {
+add_files() {
   # What was marked not to be looked at is looked at.
-  _cg -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1
-  _cg -c core.sparseCheckout=true add -A --ignore-errors . >"$s/bad" 2>&1 || { # the rest comes
-    notes=$(sed -n "s/^error: [Ii]nvalid path '\(.*\)'/note \1: git there does not take it/p
-      s/^error: unable to index file \(.*\)/note \1: git there cannot read it/p" "$s/bad")
-    [ "$notes" ] || { cat "$s/bad" >&2; return 3; }
+  shadow -c core.sparseCheckout=true update-index -q --really-refresh >/dev/null 2>&1
+  shadow -c core.sparseCheckout=true add -A --ignore-errors . >"$stage/bad" 2>&1 || {
+    # The rest comes.
+    notes=$(sed -n "s/^error: [Ii]nvalid path '\(.*\)'/note \1: git on the host does not take it/p
+      s/^error: unable to index file \(.*\)/note \1: git on the host cannot read it/p" "$stage/bad")
+    [ "$notes" ] || { cat "$stage/bad" >&2; return 3; }
     printf '%s\n' "$notes"
   }
-  t=$(_cg write-tree)
+  tree=$(shadow write-tree)
 }
-_csnap() { # base-id its-tree commits bytes
-  _has git && _cenv || return 9
-  g=$s/git whole=1
-  base_in "$w/.git" "$2" && history_comes "$3" || {
+snapshot() {
+  _has git && clean_environment || return 9
+  shadow=$stage/git whole=1
+  base_in "$work/.git" && history_comes || {
     whole= # a base that came as a delta has no repository of its own
-    base_in "$root/.cmux/bases/$1/git" "$2" || { [ "$2" ] && base_in "$w/.git" "$2"; } || return 9
-    h=$b
+    base_in "$root/.cmux/bases/$base_id/git" ||
+      { [ "$base_tree" ] && base_in "$work/.git"; } || return 9
+    head=$base_commit
   }
-  snap_repository && cd "$w" || return 3
-  snap_excludes; snap_index && snap_large "$4" && snap_files
+  make_shadow && cd "$work" || return 3
+  exclude_nested; copy_index && refuse_large && add_files
 }
-_creflog() { # commits that only reflogs (some may be gone) or HEADs of worktrees have
-  { _co log -g --format=%H --branches; _co log -g --format=%H HEAD
-    cat "$o/logs/HEAD" "$o"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
-    _co log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
+reflog_commits() { # that only reflogs (some may be gone) or HEADs of worktrees have
+  { repo log -g --format=%H --branches; repo log -g --format=%H HEAD
+    cat "$repo/logs/HEAD" "$repo"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
+    repo log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
-left_behind() { # last-op: what neither a pull of HEAD ($top) brings nor earlier ones brought.
-  # What was only fetched exists elsewhere, too; a stash has a list of its own.
+left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only fetched exists
+  # elsewhere, too; a stash has a list of its own.
   top=$(commit_at HEAD) brought=
-  for head in $b $(pulls "$1" | cut -d' ' -f2); do
-    ! _co cat-file -e "$head^{commit}" || brought="$brought $head"
+  for commit in $base_commit $(pulls | cut -d' ' -f2); do
+    ! repo cat-file -e "$commit^{commit}" || brought="$brought $commit"
   done
-  _co for-each-ref --format='%(refname) %(contents:subject)' |
-    grep -Ev '^refs/(remotes/|cmux/|stash )' | while read -r ref subject; do
-      [ ! "$(_co rev-list -n 1 "$ref" --not $brought $top --glob=refs/cmux)" ] ||
-        printf '%s (%s)\n' "$ref" "$subject"
+  repo for-each-ref --format='%(refname)' | grep -Ev '^refs/(remotes/|cmux/|stash$)' |
+    while read -r ref; do
+      subject=$(repo log -n 1 --format='(%s)' "$ref" --not $brought $top --glob=refs/cmux) ||
+        subject='(damaged)'
+      [ ! "$subject" ] || printf '%s %s\n' "$ref" "$subject"
     done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
-  _creflog | head -n 20
-  _co stash list --format='stash %gd (%s)' | head -n 20
-}
-written_gits() { # since the workspace was made: without git nothing of them comes home
-  cd "$w" && find . -name .git -prune -print | while IFS= read -r path; do
-    [ -z "$(find "$path" -type f ! -name index -newer "$m/mark" | head -n 1)" ] ||
-      printf '%s\n' "${path%/.git}"
-  done
+  reflog_commits | head -n 20
+  repo stash list -n 20 --format='stash %gd (%s)'
 }
 sum_refs() {
-  { _co for-each-ref; _co rev-parse HEAD; _co rev-parse -q --verify refs/stash; } |
+  { repo for-each-ref; repo rev-parse HEAD; repo rev-parse -q --verify refs/stash; } |
     cksum | tr ' ' -
 }
 """
 
-# $m/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing), refs.
-# The client names the last one that it finished: later lines do not count.
-RECORDS = r"""
-in_stage() { # op function...; it is cleared, too, where the client is gone
-  trap '_clear; exit 1' PIPE HUP TERM
-  s=$root/.cmux/stage/$1.$$; mkdir -p "$s" || return 3
-  shift; "$@"; status=$?
-  _clear; return $status
+IN_STAGE = r"""
+in_stage() { # function...; the stage is cleared, too, where the client is gone
+  trap 'clear_stage; exit 1' PIPE HUP TERM
+  stage=$root/.cmux/stage/$op.$$; mkdir -p "$stage" || return 3
+  "$@"; status=$?
+  clear_stage; return $status
 }
-_clear() { cd "$root"; rm -rf "$s"; }
-pulls() { # last-op: the lines that count
-  ! grep -q "^$1 " "$m/pull" 2>/dev/null || sed "/^$1 /q" "$m/pull"
+clear_stage() { cd "$root"; rm -rf "$stage"; }
+"""
+
+# $record/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing),
+# refs. The client names the last one that it finished: later lines do not count.
+RECORDS = LIST + IN_STAGE + r"""
+pulls() { # the lines that count
+  ! grep -q "^$last_op " "$record/pull" 2>/dev/null || sed "/^$last_op /q" "$record/pull"
 }
-record_pull() { # op last-op head tree refs
-  { pulls "$2" | tail -n 19; echo "$1 $3 $4 $5"; } >"$m/pull.new" && mv "$m/pull.new" "$m/pull"
+record_pull() { # head tree refs
+  { pulls | tail -n 19; echo "$op $1 $2 $3"; } >"$record/pull.new" &&
+    mv "$record/pull.new" "$record/pull"
 }
-list_now() { cd "$w" && _clist >"$s/now"; }
-list_sent() { [ "$(sed -n 2p "$m/mark")" = listed ] && tail -n +3 "$m/mark" >"$s/was"; }
-sum_list() { cksum <"$s/now" | tr ' ' -; }
+list_now() { cd "$work" && list_files >"$stage/now"; }
+list_sent() {
+  [ "$(sed -n 2p "$record/mark")" = listed ] && tail -n +3 "$record/mark" >"$stage/was"
+}
+sum_list() { cksum <"$stage/now" | tr ' ' -; }
 only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
-unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$s/now"; }
+unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$stage/now"; }
+written_gits() { # since the workspace was made: without git, a pull brings nothing of them
+  cd "$work" && find . -name .git -prune -print | while IFS= read -r path; do
+    [ -z "$(find "$path" -type f ! -name index -newer "$record/base" | head -n 1)" ] ||
+      printf '%s\n' "${path%/.git}"
+  done
+}
 """
 
 LISTED = r"""
-only() { sort "$1" "$2" "$2" >"$s/both" && uniq -u "$s/both"; } # the lines of the first alone
-compare_lists() { # -> $s/new: numbered lines; $s/gone: paths
-  only "$s/now" "$s/was" >"$s/changed" && sed '/^u/d;=' "$s/changed" | sed 'N;s/\n/ /' >"$s/new" &&
-    only_paths <"$s/was" >"$s/before" && only_paths <"$s/now" >"$s/after" &&
-    only "$s/before" "$s/after" >"$s/gone"
+only() { sort "$1" "$2" "$2" >"$stage/both" && uniq -u "$stage/both"; } # lines of the first alone
+compare_lists() { # -> $stage/new: numbered lines; $stage/gone: paths
+  cd "$stage" && only now was >changed && sed '/^u/d;=' changed | sed 'N;s/\n/ /' >new &&
+    only_paths <was >before && only_paths <now >after && only before after >gone
 }
-send_list() { compare_lists || return 3; echo "$1"; echo; send_changes; send_files; }
+send_list() { # kind
+  ( compare_lists ) || return 3
+  echo "$1"; echo; send_changes; send_files
+}
 send_changes() {
   { echo 1
     sed 'i\
-:0 000000 0 0 D' "$s/gone"
+:0 000000 0 0 D' "$stage/gone"
     sed 's/^\([0-9]*\) x/\1 100755/;s/^\([0-9]*\) f/\1 100644/;s/^\([0-9]*\) l/\1 120000/
 s/^\([0-9]*\) \([0-9]*\) [^ ]* [^ ]* \.\//:0 \2 0 \1 M\
-/' "$s/new"; echo; } | tr '\n' '\0'
+/' "$stage/new"; echo; } | tr '\n' '\0'
 }
 send_files() {
   while IFS= read -r row; do
@@ -1473,14 +1480,13 @@ send_files() {
     *) head -c "$size" "$path";;
     esac
     echo
-  done <"$s/new"
+  done <"$stage/new"
   echo
 }
 """
 
-# PULL root project name base tree op commits bytes last-op record: what the workspace changed; with
-#   `record`, it counts as brought home once the client names this op. 22: no workspace; 24: a file
-#   is too large. `note ...` lines, then one of these:
+# PULL: what the workspace changed; with `counts`, it is on record as pulled once the client names
+#   this op. 22: no workspace; 24: a file is too large. `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
 #     all              the same, where what was sent is not known any more: all files come
@@ -1489,87 +1495,90 @@ send_files() {
 #     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
 #                first parent; without git, of a commit 1
 #     contents   as `git cat-file --batch` prints them, each once
-PULL = SNAPSHOT + RECORDS + LISTED + r"""
+PULL = OPEN_ROOT + SNAPSHOT + RECORDS + LISTED + r"""
 pull() {
-  _csnap "$4" "$5" "$7" "$8"; status=$?
-  case $status in 0) ;; 9) pull_files "$@"; return;; *) return $status;; esac
-  o=$w/.git
-  [ -z "${10}" ] || record_pull "$6" "$9" "$h" "$t" "$(sum_refs)" || return 3
-  note_left "$9"; commit_rest && list_commits && send_commits
+  snapshot; status=$?
+  case $status in 0) ;; 9) pull_files; return;; *) return $status;; esac
+  repo=$work/.git
+  [ -z "$counts" ] || record_pull "$head" "$tree" "$(sum_refs)" || return 3
+  note_left; commit_rest && list_commits && send_commits
 }
-note_left() { # last-op
-  case $whole,$(commit_at HEAD) in 1,* | ,"$b" | ,) ;; *)
+note_left() {
+  case $whole,$(commit_at HEAD) in 1,* | ,"$base_commit" | ,) ;; *)
     printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
     echo 'repository; the files come as one commit';;
   esac
-  left_behind "$1" |
-    sed -e 's/^stash.*/note the &: git stash pop there and pull/' -e t \
-      -e 's/.*/note the &: check it out there and pull/'
+  left_behind |
+    sed -e 's/^stash.*/note the &: git stash pop in the workspace and pull/' -e t \
+      -e 's/.*/note the &: check it out in the workspace and pull/'
 }
 commit_rest() { # -> $tip, $dirty
-  tip=$h dirty=0; [ "$(_cg rev-parse "$h^{tree}")" != "$t" ] || return 0
+  tip=$head dirty=0; [ "$(shadow rev-parse "$head^{tree}")" != "$tree" ] || return 0
   dirty=1 GIT_AUTHOR_DATE="@$(date +%s) +0000"; GIT_COMMITTER_DATE=$GIT_AUTHOR_DATE
-  tip=$(_cg commit-tree "$t" -p "$h" -m 'uncommitted work')
+  tip=$(shadow commit-tree "$tree" -p "$head" -m 'uncommitted work')
 }
 list_commits() { # each with its first parent
-  _cg rev-list --reverse --topo-order --parents "$b..$tip" >"$s/commits" &&
-    cut -d' ' -f1,2 "$s/commits" >"$s/list"
+  shadow rev-list --reverse --topo-order --parents "$base_commit..$tip" >"$stage/commits" &&
+    cut -d' ' -f1,2 "$stage/commits" >"$stage/list"
 }
-changes() { _cg diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$s/list"; }
+changes() { shadow diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$stage/list"; }
 send_commits() {
-  echo "git $dirty $b"
-  cut -d' ' -f1 "$s/list" | _cg cat-file --batch && echo && changes -z && printf '\0' &&
+  echo "git $dirty $base_commit"
+  cut -d' ' -f1 "$stage/list" | shadow cat-file --batch && echo && changes -z && printf '\0' &&
     changes | sed -n 's/^:[^ ]* [^ ]* [^ ]* \([^ ]*\) [AMT]	.*/\1/p' | sort -u |
-    _cg cat-file --batch && echo
+    shadow cat-file --batch && echo
 }
 pull_files() {
   written_gits | sed 's/^/note the commits of the git repository in /'
   list_now || return 3
   unreadable | sed 's/^/note /'
-  [ -z "${10}" ] || record_pull "$6" "$9" - "$(sum_list)" - || return 3
-  kind=files; list_sent || { kind=all; : >"$s/was"; }
+  [ -z "$counts" ] || record_pull - "$(sum_list)" - || return 3
+  kind=files; list_sent || { kind=all; : >"$stage/was"; }
   send_list "$kind"
 }
-_cop() { _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" pull "$@"; }
+operation() {
+  compared "$@"; counts=${10}
+  open_root "$1" && find_workspace "$name" && in_stage pull
+}
 """
 
-# CHANGED root project name base tree op commits bytes last-op [jobs]: what no pull brought home, a
-#   line each, at most 20 of a kind; and the jobs that run, given their directory's name. 22: no
-#   workspace.
+# CHANGED: work that has not been pulled, a line each, at most 20 of a kind; and jobs that run in
+#   the directory of this name. 22: no workspace.
 LOST = SNAPSHOT + RECORDS + r"""
-_clost() {
-  _csnap "$4" "$5" "$7" "$8" >"$s/said"; snap=$?
-  case $snap in 0 | 24) ;; 9) lost_files "$9"; return;; *) return $snap;; esac
-  sed 's/^note //' "$s/said"
-  [ $snap = 0 ] || return 0
-  last=$(pulls "$9" | tail -n 1)
-  case $last in *" $t "*) ;; *)
-    [ "$t" = "$(_cg rev-parse "$h^{tree}")" ] ||
-      _cg diff-index --cached --name-status "$h" | head -n 20;;
+lost_work() {
+  snapshot >"$stage/said"; snapped=$?
+  case $snapped in 0 | 24) ;; 9) lost_files; return;; *) return $snapped;; esac
+  sed 's/^note //' "$stage/said"
+  [ $snapped = 0 ] || return 0
+  last=$(pulls | tail -n 1)
+  case $last in *" $tree "*) ;; *)
+    [ "$tree" = "$(shadow rev-parse "$head^{tree}")" ] || {
+      changed=$(shadow diff-index --cached --name-status "$head" | head -n 20)
+      printf '%s\n' "${changed:-some file}"; };;
   esac
-  o=$w/.git; [ -d "$o" ] || return 0
+  repo=$work/.git; [ -d "$repo" ] || return 0
   [ "$whole" ] || [ "$(sum_refs)" = "${last##* }" ] || echo "the git repository was replaced"
-  left_behind "$9"
-  [ -z "$whole" ] || _co log --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux |
-    head -n 20
+  left_behind
+  [ -z "$whole" ] || repo log -n 20 --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux
 }
-lost_files() { # last-op
+lost_files() {
   list_now || return 3
   unreadable | head -n 20
-  case $(pulls "$1" | tail -n 1) in *" $(sum_list) -") ;; *)
+  case $(pulls | tail -n 1) in *" $(sum_list) -") ;; *)
     if ! list_sent; then echo "what it was made of is not known any more"
-    elif ! cmp -s "$s/was" "$s/now"; then
-      changed=$(sort "$s/was" "$s/now" | uniq -u | only_paths | sort -u | head -n 20)
+    elif ! cmp -s "$stage/was" "$stage/now"; then
+      changed=$(sort "$stage/was" "$stage/now" | uniq -u | only_paths | sort -u | head -n 20)
       printf '%s\n' "${changed:-some file}" | sed 's/^/changed .\//'
     fi;;
   esac
   written_gits | sed 's/^/a git repository in /'
 }
 """
-CHANGED = LOST + JOB_STATE + r"""
-_cop() {
-  _croot "$1" && { _cw "$2" "$3" || return 22; } && in_stage "$6" _clost "$@" || return
-  _crunning "$root/.cmux/jobs/$2/${10:--}" | sed 's/^/a job that runs: /'
+CHANGED = OPEN_ROOT + LOST + JOB_STATE + r"""
+operation() {
+  compared "$@"
+  open_root "$1" && find_workspace "$name" && in_stage lost_work || return
+  running_jobs "$root/.cmux/jobs/$project/${10:--}" | sed 's/^/a job that runs: /'
 }
 """
 
@@ -1578,159 +1587,162 @@ _cop() {
 #   ones stay (build caches, a server that watches), and the difference to its own base is enough.
 #   Without, the directory is replaced. `keep` (1): a copy goes to the trash, and the directory is
 #   replaced, too, where its repository cannot be moved (else 5). Else it looks as CHANGED does, for
-#   an upload takes minutes. 21: upload first; 22: no workspace; 25: lines of what would be lost.
-PUSH = LOST + BASE + r"""
-_creflog() { :; } # what only a reflog has stays there
-_work() {
-  _cw "$2" "$3" || return 22
-  s=$stage; mkdir -p "$s" || return 3
-  ( _push_steps "$@" ); status=$?
-  [ $status = 21 ] || rm -rf "$s"; return $status
+#   an upload takes minutes. 21: upload first; 22: no workspace; 25: what would be lost.
+PUSH = ON + LOST + BASE + r"""
+reflog_commits() { :; } # what only a reflog has stays there
+work() {
+  compared "$@"; newbase=${10} keep=${11} base=.cmux/bases/${10}
+  find_workspace "$name" && mkdir -p "$stage" || return
+  ( push_steps ); status=$?
+  [ $status = 21 ] || rm -rf "$stage"; return $status
 }
-_push_steps() {
-  oldbase=$4 newbase=${10} keep=${11} base=.cmux/bases/${10}
-  [ "$(cat "$m/push")" != "$op" ] || { echo pushed; return 0; }
-  rm -rf "$s/git" "$s/delta" "$s"/new.index*
-  _look "$@" && cd "$root" && _find_new && _keep_copy || return
-  : >"$s/begun" # if this attempt is killed, the next finds its half changed files
-  ( _switch ) || _replace $? || return
-  echo "$newbase" >"$m/base" && _cmark "$op" "$m/mark" "$w" &&
-    echo "$op" >"$m/push" && echo pushed
+push_steps() {
+  [ "$(cat "$record/push")" != "$op" ] || { echo pushed; return 0; }
+  rm -rf "$stage/git" "$stage/delta" "$stage"/new.index*
+  look && cd "$root" && find_new && keep_copy || return
+  : >"$stage/begun" # if this attempt is killed, the next finds its half changed files
+  ( switch_base ) || replace $? || return
+  echo "$newbase" >"$record/base" && write_mark "$work" &&
+    echo "$op" >"$record/push" && echo pushed
 }
-_look() { # -> what _csnap finds; $snap its status
-  _clost "$@" >"$s/lost"; status=$?
-  if [ "$keep" ] || [ -f "$s/begun" ]; then return 0; fi
+look() { # -> what snapshot finds; $snapped its status
+  lost_work >"$stage/lost"; status=$?
+  if [ "$keep" ] || [ -f "$stage/begun" ]; then return 0; fi
   [ $status = 0 ] || return $status
-  [ ! -s "$s/lost" ] || { cat "$s/lost"; return 25; }
+  [ ! -s "$stage/lost" ] || { cat "$stage/lost"; return 25; }
 }
-_has_own() { o=$w/.git; [ -d "$o" ] && [ "$snap" = 0 ] && _co cat-file -e "$b^{commit}"; }
-_is_sent() { [ "$(cat "$s/parent")" = "$oldbase" ]; } # the difference to its own base
-_find_new() {
-  if _has_own; then
-    ! _is_sent || return 0
-    [ -f "$base/whole.tar" ] || [ -f "$s/changes.tar" ] || echo "base $oldbase"
+has_own() {
+  repo=$work/.git
+  [ -d "$repo" ] && [ "$snapped" = 0 ] && repo cat-file -e "$base_commit^{commit}"
+}
+is_sent() { [ "$(cat "$stage/parent")" = "$base_id" ]; } # the difference to its own base
+find_new() {
+  if has_own; then
+    ! is_sent || return 0
+    [ -f "$base/whole.tar" ] || [ -f "$stage/changes.tar" ] || echo "base $base_id"
   fi
-  _find_base
+  find_base
 }
-_keep_copy() {
+keep_copy() {
   [ "$keep" ] || return 0
   copy=$root/.cmux/trash/kept-$project-$name-$op
-  [ -e "$copy" ] || { cp -RpP "$w" "$copy.new" && mv "$copy.new" "$copy"; } ||
+  [ -e "$copy" ] || { cp -RpP "$work" "$copy.new" && mv "$copy.new" "$copy"; } ||
     { rm -rf "$copy.new"; return 3; }
   echo "kept $copy"
 }
-_new_git() {
-  GIT_INDEX_FILE=$s/new.index git --git-dir="$g" --work-tree="$s/delta" "$@"
+delta() {
+  GIT_INDEX_FILE=$stage/new.index git --git-dir="$shadow" --work-tree="$stage/delta" "$@"
 }
-_make_commit() { # of the new base, in $g: of the old one and the difference, without unpacking it
-  if ! _is_sent && git --git-dir="$root/$base/git" rev-parse -q --verify refs/cmux/base; then
-    cp -R "$root/$base/git/objects/." "$g/objects/"; return
+make_commit() { # of the new base, in $shadow: of the old one and the difference, without unpacking
+  if ! is_sent && git --git-dir="$root/$base/git" rev-parse -q --verify refs/cmux/base; then
+    cp -R "$root/$base/git/objects/." "$shadow/objects/"; return
   fi
-  mkdir "$s/delta" && cd "$s/delta" || return
-  if _is_sent; then
-    _unpack "$s/changes.tar" && _new_git read-tree "$b" &&
-      tr '\n' '\0' <.cmux-gone | _new_git update-index -z --force-remove --stdin && rm .cmux-gone
-  else _unpack "$root/$base/whole.tar"
-  fi && _add _new_git && tree=$(_new_git write-tree) && _new_git commit-tree "$tree" -m base
+  mkdir "$stage/delta" && cd "$stage/delta" || return
+  if is_sent; then
+    unpack "$stage/changes.tar" && delta read-tree "$base_commit" &&
+      tr '\n' '\0' <.cmux-gone | delta update-index -z --force-remove --stdin && rm .cmux-gone
+  else unpack "$root/$base/whole.tar"
+  fi && add_all delta && tree=$(delta write-tree) && delta commit-tree "$tree" -m base
 }
 # Files, refs and index become the new base's; or all stays, with 1: there is no repository, or 5:
 # it cannot be moved (another one, or a lock).
-_switch() {
-  [ -d "$w/.git" ] && [ "$snap" = 0 ] || return 1
-  others=$g/objects/info/alternates
-  _has_own && cp "$others" "$s/alternates" || return 5
-  new=$(_make_commit) || return 4
-  branch=$(_co symbolic-ref -q HEAD) || detached=$(_co rev-parse -q --verify HEAD)
+switch_base() {
+  [ -d "$work/.git" ] && [ "$snapped" = 0 ] || return 1
+  others=$shadow/objects/info/alternates
+  has_own && cp "$others" "$stage/alternates" || return 5
+  new=$(make_commit) || return 4
+  branch=$(repo symbolic-ref -q HEAD) || detached=$(repo rev-parse -q --verify HEAD)
   umask 022
-  cd "$w" && _co update-ref "refs/cmux/old/$b" "$b" || return 5
-  if _cg read-tree --reset -u "$new" && rm "$others" && _take_commit; then
-    _cg update-index --no-split-index
-    cp -p "$g/index" "$o/index.cmux" && mv "$o/index.cmux" "$o/index"
+  cd "$work" && repo update-ref "refs/cmux/old/$base_commit" "$base_commit" || return 5
+  if shadow read-tree --reset -u "$new" && rm "$others" && take_commit; then
+    cp -p "$shadow/index" "$repo/index.cmux" && mv "$repo/index.cmux" "$repo/index"
     return
   fi
-  cp "$s/alternates" "$others"; _cg read-tree --reset -u "$t"
-  if [ "$branch" ]; then _co symbolic-ref HEAD "$branch"
-  else _co update-ref --no-deref HEAD "$detached"; fi
+  cp "$stage/alternates" "$others"; shadow read-tree --reset -u "$tree"
+  if [ "$branch" ]; then repo symbolic-ref HEAD "$branch"
+  else repo update-ref --no-deref HEAD "$detached"; fi
   return 5
 }
-_take_commit() {
-  cp -Rf "$g/objects/." "$o/objects/" && # -f: objects are read-only
-  _co symbolic-ref HEAD refs/heads/main &&
+take_commit() {
+  cp -Rf "$shadow/objects/." "$repo/objects/" && # -f: objects are read-only
+  repo symbolic-ref HEAD refs/heads/main &&
   printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" |
-    _co update-ref --no-deref --stdin
+    repo update-ref --no-deref --stdin
 }
-_replace() { # status of _switch. Without a copy, ignored files would be lost with the directory
+replace() { # status of switch_base. Without a copy, ignored files would be lost with the directory
   [ "$1" = 1 ] || [ "$keep" ] || return "$1"
-  cd "$root" && _unpack_base || return
+  cd "$root" && unpack_base || return
   gone=$root/.cmux/trash/$op
-  mkdir -p "$gone" && mv "$w" "$gone/" && mv "$s/tree" "$w" || return 3
-  _discard "$gone"
+  mkdir -p "$gone" && mv "$work" "$gone/" && mv "$stage/tree" "$work" || return 3
+  discard "$gone"
 }
 """
 
 # FORK ON source: a copy under another name. 20: the name is taken.
-FORK = OPEN_ROOT + r"""
-_work() {
-  if _taken "$place"; then [ "$(_owner "$name")" = "$op" ] || return 20; return 0; fi
-  _cw "$project" "$1" || return 22
-  rm -rf "$stage" "$known"
-  mkdir -p "$stage" && cp -RpP "$w" "$stage/tree" && cp -RpP "$m" "$known" ||
-    { _free "$stage"; rm -rf "$known"; return 3; }
-  _put "$stage/tree"
+FORK = ON + r"""
+work() {
+  if taken "$place"; then [ "$(owner "$name")" = "$op" ] || return 20; return 0; fi
+  find_workspace "$1" || return
+  copy=$made/$op
+  rm -rf "$stage" "$copy"
+  mkdir -p "$stage" && cp -RpP "$work" "$stage/tree" && cp -RpP "$record" "$copy" ||
+    { free "$stage"; rm -rf "$copy"; return 3; }
+  publish "$stage/tree"
 }
 """
-# RENAME ON from to its: another name for the directory that the operation `its` made, or its old
-#   one, also where it has that already. Replies the op of the last push. 20: the name is taken.
-RENAME = OPEN_ROOT + r"""
-_work() {
-  if _taken "$project/$2"; then [ "$(_owner "$2")" = "$3" ] || return 20
+# RENAME: another name for the directory that the operation `its` made, or its old one, also where
+#   it has that already. Replies the op of the last push. 20: the name is taken.
+RENAME = ON + r"""
+work() {
+  from=$1 to=$2 its=$3
+  if taken "$project/$to"; then [ "$(owner "$to")" = "$its" ] || return 20
   else
-    _cw "$project" "$1" || return 22
-    echo "$3" >"$made/$2.op" && mv "$w" "$project/$2" || return 3
+    find_workspace "$from" || return
+    echo "$its" >"$made/$to.op" && mv "$work" "$project/$to" || return 3
   fi
-  [ "$1" = "$2" ] || [ "$(_owner "$1")" != "$3" ] || rm -f "$made/$1.op"
-  cat "$made/$3/push"
+  [ "$from" = "$to" ] || [ "$(owner "$from")" != "$its" ] || rm -f "$made/$from.op"
+  cat "$made/$its/push"
   return 0
 }
 """
 
 # GC root: removes trash, what uploads left a day ago, jobs that ended a week ago, and bases that no
-#   workspace stands on and none was made of for two weeks. Replies the kilobytes freed.
+#   workspace stands on and that were not used for two weeks. Replies the kilobytes freed.
 GC = OPEN_ROOT + r"""
-_cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
-_size() { du -sk . | sed 's/[^0-9].*//'; }
-_cop() {
-  _croot "$1" && cd "$root/.cmux" || return
-  before=$(_size)
-  for path in trash/* trash/.[!.]*; do _free "$path"; done
-  for path in stage/* locks/*; do ! _cold 0 "$path" || _free "$path"; done
+cold() { [ "$(find "$2" -prune -mtime "+$1" -print)" ]; } # days path: it is older
+kilobytes() { du -sk . | sed 's/[^0-9].*//'; }
+operation() {
+  open_root "$1" && cd "$root/.cmux" || return
+  before=$(kilobytes)
+  for path in trash/* trash/.[!.]*; do free "$path"; done
+  for path in stage/* locks/*; do ! cold 0 "$path" || free "$path"; done
   cat made/*/*/base made/*/*.base >used.$$
   for path in bases/*; do
-    grep -qxF "${path#bases/}" used.$$ || ! _cold 14 "$path" || rm -rf "$path"
+    grep -qxF "${path#bases/}" used.$$ || ! cold 14 "$path" || rm -rf "$path"
   done
   rm -f used.$$
-  for path in jobs/*/*/*/exit; do ! _cold 7 "$path" || rm -rf "${path%/exit}"; done
-  echo $((before-$(_size)))
+  for path in jobs/*/*/*/exit; do ! cold 7 "$path" || rm -rf "${path%/exit}"; done
+  echo $((before-$(kilobytes)))
 }
 """
 
-# REMOVE ON its: ends the jobs that run, and renames all into the trash, which is emptied in the
-#   background. A missing directory is success; somebody else's stays.
-REMOVE = OPEN_ROOT + JOB_STATE + r"""
-_work() {
-  trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--} known=$made/${1:--}
+# REMOVE ON its: ends its jobs, and renames all into the trash, which is emptied in the background.
+#   A missing directory is success; that of another operation stays.
+REMOVE = ON + JOB_STATE + r"""
+work() {
+  trash=.cmux/trash/$op jobs=.cmux/jobs/$project/${1:--}
   mkdir -p "$trash" || return 3
   if [ -L "$project" ]; then return 3; fi
-  for job in $(_crunning "$jobs"); do
+  for job in $(running_jobs "$jobs"); do
     ( _cmux_root=$(cat "$jobs/$job/pid") _cmux_run=$job; _stop_tree )
   done
   [ ! -d "$jobs" ] || mv "$jobs" "$trash/jobs" || return 3
-  if [ "$(_owner "$name")" = "$1" ]; then
-    ! _taken "$place" || mv "$place" "$trash/" || return 3
+  if [ "$(owner "$name")" = "$1" ]; then
+    ! taken "$place" || mv "$place" "$trash/" || return 3
     rm -f "$made/$name.op"
   fi
-  rm -rf "$known"
-  _discard "$root/$trash"
+  rm -rf "$made/${1:--}"
+  discard "$root/$trash"
 }
 """
 
@@ -1738,7 +1750,7 @@ _work() {
 # NONCE` writes a mark to the wrapper's stdout (Linux); "." ends GUARD alone, end of file the tree,
 # which the wrapper reports. Replies confirmed, or left (it may still run).
 GUARD = r"""
-_cop() {
+operation() {
   _cmux_root=-
   while IFS=" " read -r word nonce; do
     case $word in
@@ -1756,43 +1768,43 @@ _cop() {
 }
 """
 
-# The tools' scripts. Paths are absolute; the statuses are one table for all of them:
+# The scripts of the tools. Paths are absolute; one table has all statuses:
 TOOL_STATUS = {
     3: "{said}.", 30: "There is no file {path}.", 31: "{path} is a directory.",
-    32: "{path} is not a regular file.", 33: "{path} may not be read or written there.",
+    32: "{path} is not a regular file.", 33: "{path} may not be read or written on the host.",
     34: "The host does not take the pattern: {said}.",
     35: "The content for {path} did not arrive whole.", 36: "{path} changed meanwhile.",
     40: "{path} exists already in the workspace.",
     38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
-# READ path max first count home: "0 all\n" and the whole file (one byte more than max: too large);
-#   or, of a file larger than max where lines were asked for, "size lines sum\n" and those.
+# READ: "0 all\n" and the whole file, cut after most + 1 bytes; or, of a larger file where lines
+#   were asked for, "size lines sum\n" and those.
 READ = r"""
-_cop() {
-  [ -e "$1" ] || { [ -d "$5" ] || return 37; return 30; }
-  [ ! -d "$1" ] || return 31
-  [ -f "$1" ] || return 32
-  [ -r "$1" ] || return 33
-  size=0
-  if [ "$4" != 0 ]; then size=$(wc -c <"$1") || return 33; size=$((size)); fi
-  if [ $size -le "$2" ]; then echo "0 all"; head -c "$(($2+1))" "$1"; return; fi
-  sum=$( (sha256sum <"$1" || shasum -a 256 <"$1") 2>/dev/null) || sum=
+operation() {
+  path=$1 most=$2 first=$3 count=$4 home=$5 size=0
+  [ -e "$path" ] || { [ -d "$home" ] || return 37; return 30; }
+  [ ! -d "$path" ] || return 31
+  [ -f "$path" ] || return 32
+  [ -r "$path" ] || return 33
+  if [ "$count" != 0 ]; then size=$(wc -c <"$path") || return 33; size=$((size)); fi
+  if [ $size -le "$most" ]; then echo "0 all"; head -c "$((most+1))" "$path"; return; fi
+  sum=$( (sha256sum <"$path" || shasum -a 256 <"$path") 2>/dev/null) || sum=
   echo "$size lines ${sum%% *}"
-  tail -n "+$3" "$1" | head -n "$4" | head -c "$(($2+1))"
+  tail -n "+$first" "$path" | head -n "$count" | head -c "$((most+1))"
 }
 """
 
-# WRITE path root op sum old home lock: stdin becomes the file, by a rename beside it, and only when
-# it has this sum (as cksum prints it: checksum and size); with old, only when the file still has
-# that sum. Makes parents, but not home, the workspace. Replies created or replaced.
-# The lock makes compare and rename one step. Its name is the cksum of the path; that of one without
-# links comes along: three processes less. The temporary file is this process's own: an attempt
-# whose connection was lost may still run. cp (for mode and owner) is tried again: GNU's gives up on
-# a file that another writer's rename replaces under it.
+# WRITE: stdin becomes the file, by a rename beside it, and only when it has this sum (as cksum
+# prints it: checksum and size); with old, only when the file still has that sum. Makes parents, but
+# not home, the workspace. Replies created or replaced.
+# The lock makes compare and rename one step. Its name is the cksum of the path; the client sends
+# that of a path without links: three processes less. The temporary file is this process's own: an
+# attempt whose connection was lost may still run. cp (for mode and owner) is tried again: GNU's
+# gives up on a file that the rename of another writer replaces under it.
 WRITE = LOCKED + r"""
-_cop() {
-  file=$1 tries=0
+operation() {
+  file=$1 locks=$2/.cmux/locks op=$3 sum=$4 old=$5 home=$6 lock=$7 tries=0
   while [ -L "$file" ]; do
     link=$(readlink "$file"; echo x); link=${link%?x}
     case $link in /*) file=$link;; *) file=${file%/*}/$link;; esac
@@ -1806,70 +1818,69 @@ _cop() {
   folder=${file%/*} name=${file##*/}
   case $name in ""|.|..) return 31;; esac
   [ ${#name} -lt 256 ] || return 39
-  if [ ! -d "${folder:-/}" ]; then [ -d "$6" ] || return 37; mkdir -p "$folder" || return 3; fi
+  if [ ! -d "${folder:-/}" ]; then [ -d "$home" ] || return 37; mkdir -p "$folder" || return 3; fi
   [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
-  file=${PWD%/}/$name new=${PWD%/}/.cmux-$3-$$.tmp lock=$2/.cmux/locks
-  _write_aside "$@"; result=$?
+  file=${PWD%/}/$name new=${PWD%/}/.cmux-$op-$$.tmp
+  [ "$file" = "$1" ] || lock=$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -)
+  write_aside; result=$?
   rm -f "$new"
   return $result
 }
-_write_aside() {
+write_aside() {
   tries=0
   while [ -e "$file" ] && ! said=$(cp -p "$file" "$new" 2>&1); do
     tries=$((tries+1)); [ $tries -lt 9 ] || { echo "$said" >&2; return 3; }
   done
   cat >"$new" || return 3
-  [ "$(cksum <"$new")" = "$4" ] || return 35
-  [ -d "$lock" ] || mkdir -p "$lock" || return 3
-  if [ "$file" = "$1" ]; then lock=$lock/$7
-  else lock=$lock/$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -); fi
-  _locked "$lock" 0.02 1000 _swap "$5"
+  [ "$(cksum <"$new")" = "$sum" ] || return 35
+  [ -d "$locks" ] || mkdir -p "$locks" || return 3
+  locked "$locks/$lock" swap
 }
-_swap() {
+swap() {
   how=created
   if [ -e "$file" ]; then how=replaced; fi
-  [ ! "$1" ] || [ "$(cksum <"$file")" = "$1" ] || return 36
+  [ ! "$old" ] || [ "$(cksum <"$file")" = "$old" ] || return 36
   mv -f "$new" "$file" || return 3
   echo $how
 }
 """
 
-# COPY_IN root op home path name force: stdin, a tar archive of OP and last of an empty file `end`,
-#   without which it was cut off, becomes path, or NAME in it where that is a directory (it says
-#   into), once it is whole.
-COPY_IN = RECORDS + r"""
-_cop() {
-  root=$1 place=$4
-  [ -d "$3" ] || return 37
-  if [ -d "$place" ]; then place=$4/$5; echo into; fi
-  [ "$6" ] || { [ ! -e "$place" ] && [ ! -L "$place" ]; } || return 40
-  in_stage "$2" _take_copy "$2"
+# COPY_IN: OP in stdin, a tar archive with an empty file `end` last (else it was cut off), becomes
+#   place, or name in it where that is a directory (replies into).
+COPY_IN = IN_STAGE + r"""
+operation() {
+  root=$1 op=$2 home=$3 place=$4 name=$5 force=$6
+  [ -d "$home" ] || return 37
+  if [ -d "$place" ]; then place=$place/$name; echo into; fi
+  [ "$force" ] || { [ ! -e "$place" ] && [ ! -L "$place" ]; } || return 40
+  in_stage take_copy
 }
-_take_copy() {
+take_copy() {
   umask 022
-  mkdir -p "${place%/*}" && cd "$s" && tar -xmof - && cat >/dev/null || return 3
+  mkdir -p "${place%/*}" && cd "$stage" && tar -xmof - && cat >/dev/null || return 3
   [ -f end ] || return 35
   trap '' PIPE HUP TERM # what is replaced is in the stage
-  { [ -f "$place" ] && [ -f "$1" ]; } || mv "$place" old 2>/dev/null
-  mv -f "$1" "$place" || { mv old "$place"; return 3; }
-  [ ! -e "$place/$1" ] || { rm -rf "$place/$1"; return 40; } # a directory made there meanwhile
+  { [ -f "$place" ] && [ -f "$op" ]; } || mv "$place" old 2>/dev/null
+  mv -f "$op" "$place" || { mv old "$place"; return 3; }
+  [ ! -e "$place/$op" ] || { rm -rf "$place/$op"; return 40; } # a directory made there meanwhile
 }
 """
-# COPY_OUT root op home path: a stream as PULL's, of what is in a directory (all), or of the file
-#   `it` that path is or leads to (file).
-COPY_OUT = GIT_THERE + RECORDS + LISTED + r"""
-_cop() {
-  [ -e "$4" ] || { [ -d "$3" ] || return 37; return 30; }
-  [ -r "$4" ] || return 33
-  root=$1; in_stage "$2" _send_copy "$4"
+# COPY_OUT: a stream as PULL's, of what is in a directory (all), or of the file that the path is or
+#   leads to (file), as `it`.
+COPY_OUT = RECORDS + LISTED + r"""
+operation() {
+  root=$1 op=$2 home=$3 work=$4
+  [ -e "$work" ] || { [ -d "$home" ] || return 37; return 30; }
+  [ -r "$work" ] || return 33
+  in_stage send_copy
 }
-_send_copy() {
-  w=$1 kind=all; : >"$s/was"
-  if [ -f "$1" ]; then
-    kind=file; cd "$s" && ln -s "$1" it || return 3
+send_copy() {
+  kind=all; : >"$stage/was"
+  if [ -f "$work" ]; then
+    kind=file; cd "$stage" && ln -s "$work" it || return 3
     case $(ls -lLd it) in -??[xs]*) row=x;; *) row=f;; esac
     echo "$row $(cksum <it) ./it" >now
-  elif [ -d "$1" ]; then
+  elif [ -d "$work" ]; then
     list_now || return 3
     { find . -name .git -prune -print -o ! -type f ! -type l ! -type d -print
       unreadable; } | sed 's/^/note /'
@@ -1884,27 +1895,25 @@ find . -name .git -prune -o ! -type d -path "$1" -exec sh -c 'printf "%s\0" "$@"
   2>/dev/null | head -c "$2"
 """
 
-# GREP (as a command) pattern wider-pattern -i|-n bytes lines. GNU's prints on stderr, between two
-# lines of output, that a file is binary.
+# GREP (as a command). GNU's prints on stderr, between two lines of output, that a file is binary.
 GREP = r"""
-echo | grep -E $3 -e "$1" >/dev/null || [ $? -lt 2 ] || exit 34
-null=
+pattern=$1 wider=$2 option=$3 bytes=$4 lines=$5 null= # option: -i or -n
+echo | grep -E $option -e "$pattern" >/dev/null || [ $? -lt 2 ] || exit 34
 if echo x | grep --null -n x /dev/null - >/dev/null 2>&1; then null=--null; echo null
 else echo plain; fi
-find . -name .git -prune -o -type f -path "$2" -exec sh -c '
-  null=$1 option=$2 pattern=$3; shift 3
-  exec grep -nE $null $option -e "$pattern" /dev/null "$@" 2>&1' sh "$null" "$3" "$1" {} + \
-  2>/dev/null | head -n "$5" | head -c "$4"
+find . -name .git -prune -o -type f -path "$wider" -exec sh -c '
+  option=$1 pattern=$2; shift 2
+  exec grep -nE $option -e "$pattern" /dev/null "$@" 2>&1' sh "$option $null" "$pattern" {} + \
+  2>/dev/null | head -n "$lines" | head -c "$bytes"
 """
 
 # START dir id command...: a job that outlives this session: out (both streams), pid of the
-# supervisor, exit. setsid -f, or a bash with job control: in a plain list SIGINT is ignored. It is
+# supervisor, exit. By setsid -f, or a bash with job control: a plain list ignores SIGINT. It is
 # trapped: ksh dies of what ended its subshell. _cmux_: secrets are in the environment.
 START = r"""
-_cop() {
-  _cmux_umask=$(umask); umask 077; _cmux_folder=$1 _cmux_job=$2; shift 2
-  mkdir -p "$_cmux_folder" || return 3
-  umask "$_cmux_umask"
+operation() {
+  _cmux_folder=$1 _cmux_job=$2; shift 2
+  ( umask 077; mkdir -p "$_cmux_folder" ) || return 3
   _words _start "$@"
   _cmux_tries=0
   while [ ! -s "$_cmux_folder/pid" ] && [ $_cmux_tries -lt 900 ]; do _pause 0.02; done
@@ -1925,30 +1934,30 @@ _start() {
 }
 """
 
-# JOBS dir [path]: a line each: id, bytes of output, state; with the workspace's path first how many
+# JOBS dir [workspace]: a line each: id, bytes of output, state; with the workspace first how many
 # files differ from its base (- without git). It writes nothing.
 JOBS = JOB_STATE + r"""
-_cgit() { git --no-optional-locks -c core.fsmonitor=false "$@"; }
-_cop() {
+read_git() { git --no-optional-locks -c core.fsmonitor=false "$@"; }
+operation() {
   if [ $# -gt 1 ]; then
-    echo "changed $( (cd "$2" && base=$(_cgit rev-parse -q --verify refs/cmux/base) &&
-      { _cgit diff --no-renames --name-only "$base"; _cgit ls-files -o --exclude-standard; } |
+    echo "changed $( (cd "$2" && base=$(read_git rev-parse -q --verify refs/cmux/base) &&
+      { read_git diff --no-renames --name-only "$base"; read_git ls-files -o --exclude-standard; } |
       wc -l) || echo -)"
   fi
   for job in "$1"/*; do
-    [ ! -d "$job" ] || { _csize "$job"; echo "${job##*/} $size $(_cstate "$job")"; }
+    [ ! -d "$job" ] || { output_size "$job"; echo "${job##*/} $size $(job_state "$job")"; }
   done
 }
 """
-# LOGS offset max tenths what dir...: waits so long for `more` output or the `end` of a job, the
-# first of several; then "bytes id state\n" and its output from offset.
+# LOGS: waits for `more` output or the `end` of a job, the first of several; then "bytes id state\n"
+# and its output from offset.
 LOGS = JOB_STATE + r"""
-_cop() {
-  offset=$1 most=$2 tenths=$3 what=$4 _cmux_tries=0; shift 4
+operation() {
+  offset=$1 most=$2 tenths=$3 what=$4 _cmux_tries=0; shift 4 # directories of jobs
   for job; do [ -d "$job" ] || return 38; done
   while :; do
     for job; do
-      state=$(_cstate "$job"); _csize "$job" # in this order: what has ended has its last size
+      state=$(job_state "$job"); output_size "$job" # in this order: what ended has its last size
       [ "$state" = running ] || break 2
       [ "$what" != more ] || [ "$size" -le "$offset" ] || break 2
     done
@@ -1959,27 +1968,27 @@ _cop() {
   if [ "$most" -gt 0 ]; then tail -c "+$((offset+1))" "$job/out" | head -c "$most"; fi
 }
 """
-# STOP dir: end a job's tree; was its end seen, and its state. The number of a job that has ended
-# may be a stranger's.
+# STOP dir: ends the tree of a job; replies whether its end was seen, and its state. The number of a
+# job that has ended may be a stranger's.
 STOP = JOB_STATE + r"""
-_cop() {
+operation() {
   [ -d "$1" ] || return 38
   _cmux_root=$(cat "$1/pid") _cmux_run=${1##*/} _cmux_tries=0
-  if [ ! -f "$1/exit" ] && _calive "$1" "$_cmux_root"; then true >"$1/stopped"
+  if [ ! -f "$1/exit" ] && lives "$1" "$_cmux_root"; then true >"$1/stopped"
   else _cmux_root=-; fi
   if ( _stop_tree ); then echo confirmed; else echo requested; fi
-  while [ "$(_cstate "$1")" = running ] && [ $_cmux_tries -lt 20 ]; do _pause 0.1; done
-  _cstate "$1"
+  while [ "$(job_state "$1")" = running ] && [ $_cmux_tries -lt 20 ]; do _pause 0.1; done
+  job_state "$1"
 }
 """
 
 
-# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), and so lies
-# on no disk. The FIFO stands below .cmux, 0700: in /tmp a stranger, who sees its name in the
-# process table, could make one.
+# HANDOVER root op: stdin goes to whoever opens the FIFO first (a shell on a terminal), and lies on
+# no disk. The FIFO is below .cmux, 0700: in /tmp a stranger who sees its name in the process table
+# could make one.
 HANDOVER = OPEN_ROOT + r"""
-_cop() {
-  _croot "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
+operation() {
+  open_root "$1" && cd .cmux/stage && mkdir "$2" && mkfifo "$2/f" || return 3
   echo ready
   ( seconds=0
     while [ $seconds -lt 60 ] && kill -0 $$; do sleep 1; seconds=$((seconds+1)); done
@@ -1987,15 +1996,15 @@ _cop() {
   cat >"$2/f"; rm -rf "$2"
 }
 """
-# What the shell on the terminal runs first. The path is in octal digits, which every login shell
-# reads alike. Not `. FIFO`: bash 3.2 (macOS) reads nothing of it.
+# What the shell on the terminal runs first, the path in octal digits: every login shell reads them
+# alike. Not `. FIFO`: bash 3.2 (macOS) reads nothing of it.
 TAKEOVER = """exec sh -c 'eval "$(cat "$(printf "%s")")"'"""
 # PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of one
 # file, probe.
 PROBE = OPEN_ROOT + r"""
-_cop() {
+operation() {
   echo "system $(uname -sm)"; echo "shell ${SHELL:-unknown}"
-  _croot "$1" || { echo "readonly $1"; return 0; }
+  open_root "$1" || { echo "readonly $1"; return 0; }
   echo "root $root"
   stage=.cmux/stage/$2; mkdir -p "$stage" || { echo "readonly $root"; return 0; }
   if _has tar; then
@@ -2028,14 +2037,14 @@ def shell_header(nonce: str, run_id: str, operation: bytes) -> bytes:
 
 @functools.cache
 def sent_text(script: str) -> str:
-    """A script without comments and indentation, a fifth of it."""
+    """A script without comments and indentation: a fifth less."""
     text = re.sub(r"(?m)(^|\s)# [^'\"\n]*$", "", script)
     return "\n".join(filter(None, map(str.strip, text.splitlines())))
 
 
 def script_records(script: str, *arguments: str) -> bytes:
     return record(":", sent_text(script)) + b"".join(record("@", a) for a in arguments) + record(
-        ".", '_cop "$@" 2>&4; _cmux_status=$?')
+        ".", 'operation "$@" 2>&4; _cmux_status=$?')
 
 
 def check_command(command: object) -> tuple[str, Sequence[str]]:
@@ -5861,7 +5870,7 @@ class ProjectBase:
         try:
             there.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
             if many and there.masters.single():
-                there.call("_cop() { :; }", cancel=cancel)
+                there.call("operation() { :; }", cancel=cancel)
         except ConnectionFailed as error:
             if not many:
                 raise
@@ -9359,7 +9368,7 @@ def examine_speed(host: Host) -> Iterator[Finding]:
     times = []
     for _ in range(5):
         began = time.monotonic()
-        host.call("_cop() { :; }")
+        host.call("operation() { :; }")
         times.append(time.monotonic() - began)
     yield finding("ok", "latency",
                   f"{sorted(times)[2] * 1000:.0f} ms for one operation (median of 5)")
