@@ -4649,12 +4649,11 @@ class CommandRun:
 # === 11. Git ===
 # Owns: every git process on this machine. The only room that names git. Promises: no hook,
 # fsmonitor, textconv or remote helper of any repository runs, a filter only for --dirty, a pager
-# only for a diff on a terminal; the user's work tree, index, refs and config are read, never
-# written.
+# only for a diff on a terminal; the user's work tree, index and config are read, never written.
 
-# In the user's own repository only commands that read run; what reads its work tree does so with
-# the user's configuration, into an index and objects of ours. All else runs in a shadow: a new
-# bare repository without config that borrows the real objects.
+# The user's repository is only read, but for Repository.publish(). Commands that read its work tree
+# have the user's configuration, and write to an index and objects of a shadow. All else runs in a
+# shadow: a new bare repository without config that borrows the real objects.
 def git_settings(*values: str) -> tuple[str, ...]:
     return tuple(word for value in values for word in ("-c", value))
 
@@ -4667,28 +4666,28 @@ GIT_SAFE = GIT_ALWAYS + git_settings(
     "core.attributesFile=/dev/null", "commit.gpgSign=false", "tar.umask=0022",
     f"core.bigFileThreshold={STREAMED_FROM}", "pack.threads=1", "core.packedGitWindowSize=16m",
     "core.packedGitLimit=64m")
-# For the user's own git, where it reads the work tree for us.
+# For commands that read the work tree.
 USER_SAFE = GIT_ALWAYS + git_settings("core.splitIndex=false", "core.untrackedCache=false",
                                   "core.safecrlf=false")
 ALTERNATES = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
 # protocol.allow=never does not stop a repository's own protocol.ext.allow=always; this does.
 GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0",
              "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
-# Bytes are the repository's own, so that a pull without a change is an empty diff. export-ignore
-# is for releases: an agent needs the tests, too.
+# Files are sent byte for byte, so that a pull without a change is an empty diff. export-ignore is
+# for releases: an agent needs the tests, too.
 SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
                      "-working-tree-encoding\n")
 
 
 def git_environment(**extra: str) -> dict[str, str]:
-    """Our environment without any GIT_ variable, plus what keeps git to itself."""
+    """The environment without its GIT_ variables, plus those that isolate git."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return dict(env, GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", LC_ALL="C", **GIT_ALONE,
                 **extra)
 
 
 def user_environment() -> dict[str, str]:
-    """Our environment without its GIT_ variables, except those that configure git."""
+    """The environment without its GIT_ variables, except those that configure git."""
     return {name: value for name, value in os.environ.items()
             if not name.startswith("GIT_") or name.startswith(("GIT_CONFIG", "GIT_PAGER"))}
 
@@ -4708,7 +4707,7 @@ class Repository:
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
             raise GitFailed("The current directory has been removed.",
-                            "Change into one that is there.")
+                            "Change into one that exists.")
         if not os.path.isdir(self.directory):
             raise GitFailed(f"{show(directory)} is not a directory.")
         lines = self._line("rev-parse", "--absolute-git-dir", "--git-common-dir").split("\n")
@@ -4754,13 +4753,12 @@ class Repository:
         return self._ask("symbolic-ref", "-q", "--short", "HEAD").strip()
 
     def config(self, key: str, *how: str) -> str:
-        """A value of the user's git configuration, any scope: no clone brings a .git/config along,
-        and what looks like a repository among a clone's files was refused above."""
+        """A value of the user's git configuration, any scope. None comes with a clone: __init__()
+        refuses a repository among a clone's files."""
         return self._ask("config", *how, key)[:-1]
 
     def diff_settings(self) -> tuple[str, bool]:
-        """What the user's git shows a diff with on a terminal: the pager ("": none), and whether
-        in colour."""
+        """The pager for a diff on a terminal ("": none), and whether the diff is in colour."""
         own, switch = self.config("pager.diff"), self.config("pager.diff", "--bool")
         words = git_settings("core.pager=" + own) if own and not switch else ()
         pager = self._ask(*words, "var", "GIT_PAGER").strip()
@@ -4778,7 +4776,7 @@ class Repository:
         return commit, self._line("rev-parse", "--verify", "-q", commit + "^{tree}")
 
     def behind(self, base: str) -> int | None:
-        """How many commits of HEAD a commit lacks; None where one of the two is missing."""
+        """The number of commits of HEAD that ``base`` lacks; None where one of both is missing."""
         with contextlib.suppress(GitFailed):
             return int(self._line("rev-list", "--count", base + "..HEAD", "--"))
         return None
@@ -4798,8 +4796,8 @@ class Repository:
         return ""
 
     def _own_state(self) -> str:
-        """The state directory relative to the work tree, if it lies in it (a home may be a
-        repository)."""
+        """The state directory relative to the work tree, or "" where it is outside (a home may be
+        a repository)."""
         own = os.path.relpath(os.path.realpath(state_home()), self.top or "/")
         return own if self.top and own.split("/")[0] != ".." else ""
 
@@ -4813,8 +4811,8 @@ class Repository:
                              "CMUX_SSH_HOME to another directory.")
 
     def _as_user(self, shadow: Shadow, filters: bool = False) -> Shadow:
-        """A shadow whose git reads the work tree with the user's configuration; index and new
-        objects are the shadow's own. No hook, no fsmonitor and, unless wanted, no filter runs."""
+        """A shadow whose git reads the work tree with the user's configuration, but has its own
+        index and objects. No hook, no fsmonitor and, without ``filters``, no filter runs."""
         import copy
         shadow.borrow_index(self)
         own = copy.copy(shadow)
@@ -4834,7 +4832,8 @@ class Repository:
         return {name.rpartition(".")[0] for name in out.split("\0")[:-1]}
 
     def _without_hooks(self, env: dict[str, str]) -> dict[str, str]:
-        """git 2.54 runs hooks that the configuration names; core.hooksPath does not stop those."""
+        """The environment, with the hooks switched off that the configuration names: git 2.54 runs
+        them whatever core.hooksPath is."""
         given, names = env.get("GIT_CONFIG_COUNT", ""), self._configured("hook", env)
         first = int(given) if given.isdigit() else 0
         for at, name in enumerate(names, first):
@@ -4843,7 +4842,7 @@ class Repository:
         return dict(env, GIT_CONFIG_COUNT=str(first + len(names)))
 
     def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
-        """How many tracked files are not as HEAD has them, whose LFS pointers are these."""
+        """The number of tracked files that differ from HEAD, which has these LFS pointers."""
         count = 0
         with contextlib.suppress(GitFailed):
             for path in self._as_user(shadow).differing("HEAD") if self.top else ():
@@ -4852,8 +4851,8 @@ class Repository:
         return count
 
     def snapshot(self, allow: Sequence[str] = ()) -> str:
-        """A commit of the work tree as `git add -A` takes it, with the user's filters, kept as
-        refs/cmux/sent/ID; index and branches stay as they are. Refuses what looks like secrets."""
+        """A commit of the work tree as `git add -A` reads it, with the user's filters, kept as
+        refs/cmux/sent/ID. Index and branches do not change. Refuses what looks like a secret."""
         commit, tree = self.resolve("HEAD")
         if not self.top:
             raise UsageError("There is no work tree to send: this repository is bare.",
@@ -4868,26 +4867,26 @@ class Repository:
             if secret:
                 del secret[20:]
                 words = " ".join("--allow " + quote(path) for path in secret)
-                raise UsageError("Nothing was sent: what looks like a secret is among it: "
+                raise UsageError("Nothing was sent: these files look like secrets: "
                                  f"{', '.join(map(show, secret))}.",
-                                 f"Let .gitignore cover it, or send it all the same: {words}")
+                                 f"Let .gitignore cover them, or send them all the same: {words}")
             made = shadow.commit(new, "uncommitted work\n", commit)
             self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
             return made
 
     def _add_all(self, shadow: Shadow) -> None:
-        """Bring the index of a shadow to what `git add -A` would make of the user's."""
+        """Make the index of a shadow what `git add -A` would make of the user's."""
         user = self._as_user(shadow, filters=True)
-        # add would run `git status` in every submodule, with its config and its filters.
+        # add would run `git status` in every submodule, with that one's config and filters.
         links = shadow.index_links()
         own = self._own_state()
         if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
-            own = ""  # add fails where an excluded path is ignored already
+            own = ""  # add fails where an excluded path is also ignored
         apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
         try:
             list(user.records("add", "-A", "--", ".", *apart, talks=True))
             nested = shadow.index_links() - links
-        except GitFailed:  # by a repository without a commit
+        except GitFailed:  # a nested repository has no commit
             others = user.records("ls-files", "-o", "--exclude-standard", "-z")
             nested = {path for path in others if path.endswith(b"/")}
             if not nested:
@@ -4904,16 +4903,14 @@ class Repository:
         return [row.split("\n") for row in text.split("\n\n") if row]
 
     def hooks_inside(self) -> list[str]:
-        """The hooks directory relative to the work tree, if a core.hooksPath lies in it, or in
-        another work tree of this repository: as it is named, and where the links in that lead."""
+        """The hooks directory, relative to each work tree of this repository that it lies in: as
+        core.hooksPath names it, and with its links resolved."""
         named = self._ask("rev-parse", "--git-path", "hooks")[:-1]
         path = os.path.join(os.path.realpath(self.directory), named)
         raw = self.config("core.hooksPath")
-        tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees()
-                if "bare" not in row}
-        tops.discard(self.common_dir)  # which git lists for a submodule
-        if self.top:
-            tops.add(self.top)
+        tops = {self.top, *(os.path.realpath(row[0][len("worktree "):])
+                            for row in self._worktrees() if "bare" not in row)}
+        tops -= {"", self.common_dir}  # which git lists for a submodule
         found = {os.path.relpath(near, top) for top in tops
                  for near in (os.path.normpath(path), os.path.realpath(path))}
         if raw and raw[0] not in "/~":
@@ -4921,34 +4918,31 @@ class Repository:
         return [path for path in found if path.split("/")[0] not in ("..", ".git")]
 
     def check_branch(self, branch: str) -> str:
-        """The full name of a branch that can be written: valid, and checked out nowhere."""
+        """The ref of a branch. Raises UsageError where that is no branch name, GitFailed where a
+        work tree has it checked out."""
         ref = "refs/heads/" + branch
         status = run([self.program, "check-ref-format", ref], git_environment())[0]
         if status or branch.startswith("-") or branch == "HEAD" or not branch.isprintable():
             raise UsageError(f"{show(branch)} is not a branch name.")
         if any("branch " + ref in row for row in self._worktrees()):
             raise GitFailed(
-                f"The branch {show(branch)} is checked out; nothing of a host's is written there.",
+                f"The branch {show(branch)} is checked out: a pull would change your work tree.",
                 "Choose another with --branch, or check out another one.")
         return ref
 
     def publish(self, pack: str, ref: str, new: str, old: str) -> None:
-        """Take a pack that was checked in quarantine, then set ``ref`` if it still is ``old``."""
+        """Store a pack that was checked in quarantine, then move ``ref`` from ``old``."""
         command = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         why = index_pack(command, git_environment(), pack)
         if why:
             raise GitFailed(f"git did not take the result: {why}.", "Is the disk full?")
         if ref.startswith("refs/heads/"):
-            self.check_branch(ref[11:])  # once more: bringing it took minutes
+            self.check_branch(ref[11:])  # again: the pull took minutes
         command += ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)]
         status, _, err = run(command, self._without_hooks(git_environment()))
         if status:
             raise GitFailed(f"The branch {show(ref[11:])} could not be set: "
                             f"{show(err.strip(), 300)}.", "Choose another with --branch.")
-
-    def object_directory(self) -> str:
-        out = self._line("rev-parse", "--git-path", "objects")
-        return os.path.realpath(os.path.join(self.directory, out))
 
 
 def read_errors(stream: IO[bytes]) -> bytes:
@@ -4957,7 +4951,7 @@ def read_errors(stream: IO[bytes]) -> bytes:
 
 
 def index_pack(command: list[str], env: Mapping[str, str], pack: str) -> str:
-    """Have git check a pack, strictly, and keep it; "", or why it refuses."""
+    """Store a pack that passes git's strict checks; "", or why git refuses it."""
     words = ["index-pack", "--stdin", "--strict", "--fsck-objects",
              f"--max-input-size={2 * PULL_TOTAL_MAX}"]
     with open(pack, "rb") as stream, spool(b"") as errors:
@@ -4966,7 +4960,7 @@ def index_pack(command: list[str], env: Mapping[str, str], pack: str) -> str:
 
 
 class Shadow:
-    """A throwaway bare repository with the real object store as alternate. Its ids are like
+    """A temporary bare repository that reads the real objects, too. Its ids have the hash of
     ``example``."""
 
     def __init__(self, repository: Repository, example: str) -> None:
@@ -4974,11 +4968,11 @@ class Shadow:
         self.repository, self.form = repository, "sha256" if len(example) == 64 else "sha1"
         self.reap(temporary_folder())
         self.path = tempfile.mkdtemp(prefix="cmux-shadow-", dir=temporary_folder())
-        self.lock = Lock(self.path + "/lock", passing=True).hold()  # if reap() was faster, anew
+        self.lock = Lock(self.path + "/lock", passing=True).hold()  # makes what reap() removed
         self.git_dir = self.path + "/sh.git"
         self.start = [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null")
-        self.env[ALTERNATES] = self.alternate(repository.object_directory())
+        self.env[ALTERNATES] = self.alternate(repository.common_dir + "/objects")
         try:
             self._init(self.git_dir)
             os.makedirs(self.git_dir + "/info", exist_ok=True)
@@ -5013,12 +5007,12 @@ class Shadow:
     @staticmethod
     @functools.lru_cache(maxsize=None)
     def reap(folder: str) -> None:
-        """Remove, once, the shadows of processes that were killed: their locks are free."""
+        """Remove, once, the shadows of processes that died: their locks are free."""
         import shutil
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
             lock = Lock(path + "/lock", passing=True)
-            with contextlib.suppress(OSError, StateFailed):  # it has just gone
+            with contextlib.suppress(OSError, StateFailed):  # just removed
                 if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid() \
                         and lock.take():
                     shutil.rmtree(path, ignore_errors=True)
@@ -5029,20 +5023,16 @@ class Shadow:
 
     def records(self, *words: str, stdin: bytes = b"", end: bytes = b"\0",
                 env: dict[str, str] | None = None, talks: bool = False) -> Iterator[bytes]:
-        """What a git command prints, split at ``end``, one by one. Raises GitFailed when it fails
-        or, unless it ``talks``, writes to stderr: so does update-index when it drops a path."""
+        """What a git command prints, split at ``end``. Raises GitFailed when it fails or, unless it
+        ``talks``, writes to stderr, as update-index does when it drops a path."""
         with spool(stdin) as source, spool(b"") as errors:
             process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source,
                             stdout=-1, stderr=errors)
             assert process.stdout
+            fd, rest = process.stdout.fileno(), b""
             try:
-                rest = b""
-                while True:
-                    data = os.read(process.stdout.fileno(), CHUNK)
-                    if not data:
-                        break
-                    parts = (rest + data).split(end)
-                    rest = parts.pop()
+                for data in iter(lambda: os.read(fd, CHUNK), b""):
+                    *parts, rest = (rest + data).split(end)
                     yield from parts
                 if rest:
                     yield rest
@@ -5058,14 +5048,14 @@ class Shadow:
         return as_text(b"".join(lines))
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
-        """Make a commit in our own name."""
+        """Make a commit by cmux."""
         env = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
             ("NAME", "cmux"), ("EMAIL", "cmux@localhost"), ("DATE", f"@{int(time.time())} +0000"))}
         words = [word for parent in parents for word in ("-p", parent)]
         return self.call("commit-tree", tree, *words, stdin=message.encode(), env=env)
 
     def common(self, one: str, other: str) -> str:
-        """The best common ancestor of two commits, or ""."""
+        """The merge base of two commits, or ""."""
         return run(self.argv("merge-base", one, other), self.env, patience=600)[1].decode().strip()
 
     def is_ancestor(self, old: str, new: str) -> bool:
@@ -5079,15 +5069,15 @@ class Shadow:
             yield mode, oid, path
 
     def changes(self, old: str, new: str) -> Iterator[tuple[str, str, str, bytes]]:
-        """(old mode, new mode, new id, path) of what differs between two trees or commits."""
+        """(old mode, new mode, new id, path) of each difference between trees or commits."""
         rows = self.records(*RAW_DIFF, old, new)
         for row in rows:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
 
     def altered(self, tree: str, rows: Iterable[Row]) -> str:
-        """A tree ("": the empty one) with other files at some paths; mode 0 removes one. Not by
-        read-tree, which before git 2.39 wants the content of all."""
+        """A tree ("": the empty one) with some files replaced, or removed (mode 0). Not by
+        read-tree: before git 2.39 that needs the content of all."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, os.urandom(4).hex() + ".index")}
         own = self.listing(tree) if tree else ()
         lines = [os.fsencode("%s %s\t" % row[:2]) + row[2] for row in (*own, *rows)]
@@ -5095,15 +5085,15 @@ class Shadow:
         return self.call("write-tree", "--missing-ok", env=env)
 
     def delta(self, rows: Sequence[Row]) -> str:
-        """The tree of only these files and .cmux-gone, the list of the paths to remove before: all
-        of these, with those of mode 0."""
+        """The tree of only these files and .cmux-gone, a list of all their paths, which are removed
+        first: also of those to remove (mode 0)."""
         names = b"".join(path + b"\n" for _, _, path in rows)
         gone = self.call("hash-object", "-w", "--stdin", stdin=names)
         files = [row for row in rows if int(row[0])]
         return self.altered("", [("100644", gone, b".cmux-gone"), *files])
 
     def lfs_paths(self, tree: str, paths: Collection[bytes]) -> list[bytes]:
-        """Those that LFS manages, by the .gitattributes of a tree or commit."""
+        """Those of the paths that LFS manages by the .gitattributes of a tree or commit."""
         if not paths:
             return []
         env = {"GIT_INDEX_FILE": self.path + "/lfs.index"}
@@ -5125,13 +5115,13 @@ class Shadow:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
     def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
-        """Files whose content differs from ``head``; not in submodules, whose filters would run."""
+        """Files that differ from ``head``. Not in submodules: their filters would run."""
         return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames",
                             "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env,
                             talks=True)
 
     def attributes(self, text: str) -> None:
-        """Set the attributes that go before any .gitattributes."""
+        """Set the attributes that override any .gitattributes."""
         with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
             stream.write(text)
 
@@ -5141,8 +5131,7 @@ class Shadow:
                 if row.startswith(b"160000 ")}
 
     def borrow_index(self, repository: Repository) -> None:
-        """Copy the user's index, with its time: git then reads only files that were changed in the
-        second of the index or later."""
+        """Copy the user's index with its time: git then reads only files that are not older."""
         import shutil
         for name in os.listdir(repository.git_dir):
             source = os.path.join(repository.git_dir, name)
@@ -5163,8 +5152,8 @@ class Shadow:
             stream.read(1)
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
-        """The file of a pack, of what ``tip`` has and the commits ``known`` have not, that passed
-        git's strict checks in a repository of its own (a refusal leaves files behind)."""
+        """The file of a pack that passed git's strict checks, of what ``tip`` has and the commits
+        ``known`` lack. It is checked in a repository of its own: a refusal leaves files behind."""
         apart = self.path + "/apart.git"
         pack = self.path + "/result.pack"
         with open(pack, "wb") as stream, \
@@ -5185,7 +5174,7 @@ class Shadow:
         return {row.string[row.end():]: int(row[1]) for row in rows if row}
 
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
-        """``front``: tar entries, without an end, to go before those of the tree."""
+        """A tree as tar, after the tar entries ``front``."""
         self.attributes(SHADOW_ATTRIBUTES)
         errors = spool(b"")  # nobody would read a pipe
         process = spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
