@@ -5198,27 +5198,25 @@ _POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha25
 
 
 class Place:
-    """A work tree and its git directory (real paths), where its submodules and LFS content lie.
-    ``roots``: where a submodule's .git file may point."""
+    """A work tree and its git directory (real paths), which has its submodules and LFS content.
+    ``roots``: the directories into which a submodule's .git file may point."""
 
     def __init__(self, top: str, git_dir: str, roots: list[str]) -> None:
         self.top, self.git_dir, self.roots = top, git_dir, roots
         self.objects = git_dir + "/objects"
 
     def module(self, path: bytes) -> Place | None:
-        """A submodule that is checked out, if no .git file or link of it leads out of ``roots``."""
+        """A submodule that is checked out, if its .git file and links stay in ``roots``."""
         top = os.path.join(self.top, os.fsdecode(path))
         git_dir = top + "/.git"
         try:
             if not self.top or os.path.realpath(top) != top:
                 return None
             if stat.S_ISREG(os.lstat(git_dir).st_mode):
-                words = read_bytes(git_dir, 4 * PATH_MAX) or b""
-                if not words.startswith(b"gitdir: "):
-                    return None
-                named = os.fsdecode(words[8:].rstrip(b"\r\n"))
-                git_dir = os.path.realpath(os.path.join(top, named))
-                if not any(git_dir.startswith(root + os.sep) for root in self.roots):
+                word, _, named = (read_bytes(git_dir, 4 * PATH_MAX) or b"").partition(b": ")
+                git_dir = os.path.realpath(os.path.join(top, os.fsdecode(named.rstrip(b"\r\n"))))
+                if word != b"gitdir" or not git_dir.startswith(
+                        tuple(root + "/" for root in self.roots)):
                     return None
             found = Place(top, git_dir, self.roots + [git_dir + "/modules"])
             owner = os.stat(self.git_dir).st_uid
@@ -5228,17 +5226,17 @@ class Place:
             return None
 
     def content(self, sha256: str, size: int) -> str:
-        """The file that holds an LFS object, by its name and size, or ""."""
+        """The file of an LFS object, if it has the right size, or ""."""
         path = f"{self.git_dir}/lfs/objects/{sha256[:2]}/{sha256[2:4]}/{sha256}"
-        try:
+        with contextlib.suppress(OSError):
             status = os.lstat(path)
-        except OSError:
-            return ""
-        good = stat.S_ISREG(status.st_mode) and status.st_size == size
-        return path if good and os.path.realpath(path) == path else ""
+            if stat.S_ISREG(status.st_mode) and status.st_size == size \
+                    and os.path.realpath(path) == path:
+                return path
+        return ""
 
     def uncommitted(self, shadow: Shadow, tree: str) -> bool:
-        """Whether a submodule has tracked files that are not as in the tree that is sent."""
+        """Whether tracked files of a submodule differ from the tree that is sent."""
         import shutil
         index = shadow.path + "/module.index"
         with contextlib.suppress(OSError, GitFailed):
@@ -5248,21 +5246,21 @@ class Place:
 
 
 class Parts:
-    """What is sent of a commit's tree: with the content of submodules and LFS files instead of
-    links and pointers, as far as this machine has it. Nothing of it is stored."""
+    """What is sent for a commit's tree: the content of submodules and LFS files instead of links
+    and pointers, as far as this machine has it. It is computed each time, never stored."""
 
     def __init__(self, shadow: Shadow, source: str) -> None:
         self.shadow = shadow
         self.modules: set[bytes] = set()    # the paths of submodules, checked out or not
         self.pointers: dict[bytes, Pointer] = {}
-        self.files: dict[bytes, str] = {}   # path -> the file that has the content
-        self.places: list[tuple[Place, str]] = []  # submodules that are checked out; their tree
+        self.files: dict[bytes, str] = {}   # LFS path -> the local file with its content
+        self.places: list[tuple[Place, str]] = []  # submodules that are checked out, their trees
         self._rows: list[Row] = []
         real = shadow.repository
         roots = [real.common_dir + "/modules", real.git_dir + "/modules"]
         self._look(Place(real.top, real.common_dir, roots), source, b"")
-        # The id of what is sent, without links to submodules. With LFS content the host's git has
-        # another tree: for its id all that content would have to be read.
+        # Its id, without links to submodules. With LFS content git on the host has another, for
+        # which all that content would have to be read.
         self.tree = shadow.altered(source, self._rows) if self._rows else source
         self.host_tree = "" if self.files else self.tree
 
@@ -5296,7 +5294,7 @@ class Parts:
                 self._look(module, inner, prefix + path + b"/")
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
-        """LFS files as tar entries, checked while they are read."""
+        """LFS files as tar entries, checked as they are read."""
         import tarfile
         for path in paths:
             mode, _, _, size = self.pointers[path]
@@ -5308,16 +5306,16 @@ class Parts:
 
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
-    """The bytes of a file. Raises GitFailed where they are not those of the LFS pointer."""
+    """The bytes of a file. Raises GitFailed if they are not what the LFS pointer names."""
     import hashlib
     digest, left = hashlib.sha256(), pointer[3]
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         with open(os.open(path, flags), "rb", buffering=0) as stream:
             while left:
                 data = stream.read(min(CHUNK, left))
                 if not data:
-                    raise OSError(0, "")
+                    raise OSError
                 left -= len(data)
                 digest.update(data)
                 yield data
@@ -5344,21 +5342,21 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
     command = [find_program("git"), "-C", path,
                *git_settings("user.name=demo", "user.email=demo@localhost")]
     for line in ("init -q", "add .", "commit -q -m hello"):
-        words = command + line.split()
-        status, _, err = run(words, git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
+        status, _, err = run([*command, *line.split()],
+                             git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
         if status:
             raise GitFailed(f"git {line} failed: {show(err)}.")
     return path
 
 
 class Importer:
-    """`git fast-import`. It takes any path: what it is given was checked before."""
+    """`git fast-import`. It takes any path: callers check them."""
 
     def __init__(self, shadow: Shadow) -> None:
         self.form, self.marks = shadow.form, shadow.path + "/marks"
-        words = ["fast-import", "--quiet", "--done", "--force", "--depth=0",
-                 "--date-format=raw", "--export-marks=" + self.marks]
-        argv = shadow.argv("-c", "core.ignoreCase=false", *words)
+        argv = shadow.argv(
+            "-c", "core.ignoreCase=false", "fast-import", "--quiet", "--done", "--force",
+            "--depth=0", "--date-format=raw", "--export-marks=" + self.marks)
         self.process = spawn(argv, shadow.env, stdin=-1)
         assert self.process.stdin
         self.stream = open(self.process.stdin.fileno(), "wb", CHUNK, closefd=False)
@@ -5387,13 +5385,13 @@ class Importer:
             self.process.stdin.close()
 
 
-# POSIX cksum is a CRC-32 of the bytes, their bits in reverse, and of their count. Reversing the
-# bits of every byte (translate) and of the result makes zlib compute it.
+# POSIX cksum is a CRC-32 of the bytes and of their count, with the bits in the other order. With
+# the bits of every byte (translate) and of the result reversed, zlib computes it.
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 class Cksum:
-    """The checksum of POSIX cksum, which every host has: update() with bytes, then line()."""
+    """The checksum of POSIX cksum, which every host has."""
 
     def __init__(self) -> None:
         self.register = 0xFFFFFFFF
@@ -5405,36 +5403,35 @@ class Cksum:
         self.length += len(data)
 
     def line(self) -> str:
-        """What `cksum` prints for the bytes: checksum and length."""
+        """What `cksum` prints: checksum and length."""
         import zlib
         size = self.length.to_bytes((self.length.bit_length() + 7) // 8, "little")
-        value = zlib.crc32(size.translate(_REVERSED), self.register) ^ 0xFFFFFFFF
-        return f"{int(f'{value:032b}'[::-1], 2) ^ 0xFFFFFFFF} {self.length}"
+        value = zlib.crc32(size.translate(_REVERSED), self.register)
+        return f"{int(f'{value:032b}'[::-1], 2)} {self.length}"
 
 
 class Archive(Source):
-    """The stream of a running `git archive`, with its length and checksum so far. ``total``: the
-    bytes that travel, compressed after compress()."""
+    """The output of a running `git archive`, with its length and checksum so far. ``total``: the
+    bytes sent, compressed after compress()."""
 
     def __init__(self, process: Process, errors: IO[bytes], front: Iterable[bytes]) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
         self.process, self.errors, self.front = process, errors, filter(None, front)
         self.digest = Cksum()
-        self.ahead = b""            # read by small(), not yet passed on
+        self.ahead = b""            # read by small(), not yet by read()
         self.packer: Any = None
         self.ended = False          # all of it was read
-        self.progress: Callable[[int], None] | None = None
-        self.size: Callable[[], int] = lambda: 0  # an estimate of all that comes
+        self.progress: Callable[[int], None] = lambda done: None
+        self.size: Callable[[], int] = lambda: 0  # estimates its length
 
     def small(self) -> bool:
-        """Whether the whole archive is at most BULK_FROM bytes (reads that far)."""
-        while len(self.ahead) <= BULK_FROM:
+        """Whether the archive has at most BULK_FROM bytes."""
+        data = b"x"
+        while data and len(self.ahead) <= BULK_FROM:
             data = self._more()
-            if not data:
-                return True
             self.ahead += data
-        return False
+        return not data
 
     def compress(self) -> None:
         import zlib
@@ -5447,8 +5444,7 @@ class Archive(Source):
         data, self.ahead = self.ahead or self._more(), b""
         self.ended = not data
         self.digest.update(data)
-        if self.progress:
-            self.progress(self.digest.length)
+        self.progress(self.digest.length)
         if self.packer:
             import zlib
             if data:  # never nothing
@@ -5465,8 +5461,8 @@ class Archive(Source):
             self.process.stdout.close()
 
     def check(self, ended: bool = True) -> None:
-        """Raise GitFailed unless git ended well (or, where it did not write all, runs): half an
-        archive must not become a base."""
+        """Raise GitFailed unless git succeeded (not ``ended``: or still runs): half an archive must
+        not become a base."""
         if ended:
             self.process.wait(timeout=60)
         if self.process.poll():
