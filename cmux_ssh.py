@@ -5477,9 +5477,8 @@ class Archive(Source):
 @contextlib.contextmanager
 def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
           detail: object = "", op: str = "") -> Iterator[types.SimpleNamespace]:
-    """Record an operation in the history. The block sets ``size`` (bytes) and ``code`` (the exit
-    code, unless it raises); ``op``: the workspace's id. An operation inside another is part of
-    it."""
+    """Record an operation in the history, unless it is part of another. The block sets ``size``
+    (bytes) and ``code`` (the exit code, unless it raises). ``op``: the workspace's id."""
     import _thread
     thread = _thread.get_ident()
     row: Fields = {"operation": operation, "workspace": workspace, "host": host, "op": op}
@@ -5488,7 +5487,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         yield entry
         return
 
-    def describe() -> None:  # again at the end: a command's secret is known once it was sent
+    def describe() -> None:  # also at the end: what a secret's command made is known by then
         row["detail"] = ""
         with contextlib.suppress(CmuxError):
             row["detail"] = masked_detail(detail, project.masks())
@@ -5497,7 +5496,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         describe()
         lock = project.history.begin(row)
     try:
-        project.logging.add(thread)  # in the try: an interrupt must not leave it there
+        project.logging.add(thread)  # in the try: after an interrupt it must be discarded
         yield entry
     except BaseException as error:
         entry.code = getattr(error, "exit_code", 130 if type(error) is KeyboardInterrupt else 1)
@@ -5523,15 +5522,15 @@ def masked_detail(what: object, masks: Sequence[tuple[bytes, bytes]]) -> str:
     words = []
     for word in [what] if line else what if isinstance(what, (list, tuple)) else ():
         word = as_text(word) if isinstance(word, bytes) else str(word)
-        plain = as_text(mask(encoded(word), masks))
-        words.append(plain if plain != word or line else quote(word))
+        masked = as_text(mask(encoded(word), masks))
+        words.append(masked if masked != word or line else quote(word))
     return show(" ".join(words), 200)[1:-1]
 
 
 def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
            code: Callable[[Any], int] = lambda result: 0) -> Callable[[AnyFunction], AnyFunction]:
-    """Record a function of a workspace with its next argument; ``size`` is made of the result and
-    the arguments, the exit ``code`` of the result."""
+    """Record a method of a workspace with its first argument. ``size`` is computed from the result
+    and the arguments, the exit ``code`` from the result."""
     def decorate(function: AnyFunction) -> AnyFunction:
         named = "".join(function.__code__.co_varnames[1:2])
 
@@ -5541,22 +5540,21 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
             with noted(workspace.project, operation, workspace.name, workspace.host.name, what,
                        workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
-                entry.size = size(result, *args)
-                entry.code = entry.code or code(result)
+                entry.size, entry.code = size(result, *args), code(result)
                 return result
         return call  # type: ignore[return-value]
     return decorate
 
 
 class ProjectBase:
-    """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
+    """A local git repository and its workspaces: see Project, which adds the tools."""
 
-    kind: type["Workspace"]  # which the room Tools defines
+    kind: type["Workspace"]  # see the room Tools
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
         self._warm, self._pool = warm, pool_of(host)
-        self._passed: dict[str, str] = {}  # host that is down -> the workspace it was passed for
+        self._passed: dict[str, str] = {}  # host that is down -> the first workspace to notice
         self.repository = Repository(directory)
         self.registry = Registry(self.repository.common_dir)
         self._interactive = interactive
@@ -5564,22 +5562,22 @@ class ProjectBase:
         self.ending = Cancel()
         self._forked()
         fork_aware().add(self)
-        self.handed_over: dict[bytes, str] = {}  # values of secrets that this process knows
+        self.handed_over: dict[bytes, str] = {}  # value of a secret -> its name
         self.history = History(self.registry)
         self._made: set[str] = set()
 
     def _forked(self) -> None:
         import threading
         self._mutex = threading.Lock()
-        self.looking = threading.Lock()  # of many workspaces at once one reports what is not sent
+        self.looking = threading.Lock()  # one thread reports what is not sent
         self._fetching = threading.Lock()
         self._unknown: dict[str, tuple[float, CmuxError]] = {}  # command -> why it failed
         self.fetched: set[str] = set()   # commands of secrets that this process has run
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
     def fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
-        """The values of secrets, remembered for masking. The oldest make room: one that is fetched
-        by a command may be another each time."""
+        """The values of secrets, remembered for masking: the last 1000, for a command may print
+        another each time."""
         values = secret_values(secrets, cancel)
         with self._mutex:
             self.fetched.update(entry.get("command", "") for entry in secrets.values())
@@ -5589,8 +5587,8 @@ class ProjectBase:
         return values
 
     def know_secrets(self, op: str, cancel: Cancel | None = None) -> None:
-        """Run the commands that make secrets of a workspace, if this process has not yet: what an
-        earlier one sent must be known, too, also where a narrower scope wins by now."""
+        """Run the commands for a workspace's secrets, unless this process has: an earlier process
+        may have sent what they print. Also where a narrower scope wins now."""
         with self._fetching:
             for name, entry, _ in self.registry.stored(op):
                 command = entry.get("command")
@@ -5598,7 +5596,7 @@ class ProjectBase:
                     continue
                 until, why = self._unknown.get(command, (0.0, CmuxError("")))
                 if time.monotonic() < until:
-                    raise why  # not once more for every call
+                    raise why
                 try:
                     self.fetch({name: entry}, cancel)
                 except CmuxError as error:
@@ -5607,13 +5605,14 @@ class ProjectBase:
                     raise
 
     def known_secrets(self) -> dict[bytes, str]:
-        """value -> name of what this process has handed over, and of all that is stored."""
+        """value -> name of the secrets that this process has fetched, and of all that are stored.
+        """
         return {**self.handed_over, **{encoded(entry.get("value", "")): name
                                        for name, entry, _ in self.registry.stored()}}
 
     def masks(self) -> list[tuple[bytes, bytes]]:
-        """(a secret's value, what to show instead), longest first; also the lines of a value, since
-        a key is printed with other line ends or an indent. Below four bytes a value would mask half
+        """(a secret's value, what to show instead), longest first; also the lines of a value: a key
+        may be printed with other line ends or an indent. A value below four bytes would mask half
         of all text."""
         known = self.known_secrets()
         for value, name in list(known.items()):
@@ -5630,8 +5629,8 @@ class ProjectBase:
             raise UsageError("A secret is for all projects, or for one workspace.",
                              "Give one of the two.")
         path = secrets_file() if everywhere else self.registry.secrets_path
-        self.registry.read()  # made on first use, under the same lock
-        with self.registry.editing() if workspace else contextlib.nullcontext():  # it stays there
+        self.registry.read()  # makes it on first use, under the lock that is taken next
+        with self.registry.editing() if workspace else contextlib.nullcontext():  # keeps it there
             if workspace:
                 path = self.registry.own_secrets(self.entry(workspace)["op"])
             with editing_secrets(path) as stored:
@@ -5639,9 +5638,10 @@ class ProjectBase:
 
     def set_secret(self, name: str, value: str | bytes | None, workspace: str = "",
                    everywhere: bool = False) -> None:
-        """Store what commands see as the environment variable ``name``, in a 0600 file on this
-        machine; None forgets it. For this project, or one ``workspace`` of it, or ``everywhere``:
-        in all projects. The narrower wins. Raises UsageError, WorkspaceMissing, StateFailed."""
+        """Store a secret, which commands see as the environment variable ``name``, in a local 0600
+        file; None forgets it. It is for this project, for one ``workspace`` of it, or
+        (``everywhere``) for all projects; the narrower wins. Raises UsageError, WorkspaceMissing,
+        StateFailed."""
         check_variable(name, secret=True)
         with self.editing_secrets(workspace, everywhere) as stored:
             stored.pop(name, None)
@@ -5654,7 +5654,7 @@ class ProjectBase:
         return str(self.registry.read()["name"])
 
     def host(self, name: str) -> Host:
-        """The Host of that name, the same for all workspaces of this object. Raises UsageError."""
+        """The Host of that name, always the same object. Raises UsageError."""
         with self._mutex:
             if name not in self._hosts:
                 self._hosts[name] = Host(name, self._interactive, self._warm, self.ending)
@@ -5666,14 +5666,14 @@ class ProjectBase:
 
     def hosts_for(self, workspace: str, host: str | Sequence[str] = (),
                   source: str = "") -> list[str]:
-        """Where a new workspace may be: on the host of the workspace ``source``, if one is named,
-        else on ``host``, this object's, one of the words of $CMUX_SSH_HOST, or of the user's own
+        """The pool for a new workspace: the host of the workspace ``source``, if that is named;
+        else ``host``, this object's, the words of $CMUX_SSH_HOST, or the values of the user's
         `git config cmux.host`. Raises UsageError."""
         if source:
             place = self.entry(source)["host"]
             self.check_place(source, place, host)
             return [place]
-        words = os.environ.get("CMUX_SSH_HOST", "").split(" ")  # other blanks are no host's
+        words = os.environ.get("CMUX_SSH_HOST", "").split(" ")  # a tab separates nothing
         hosts = pool_of(host) or self._pool or [*filter(None, words)] or [
             *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
         if not hosts:
@@ -5683,32 +5683,32 @@ class ProjectBase:
         return pool_of(hosts)
 
     def entries(self) -> dict[str, Fields]:
-        """The finished workspaces, by name."""
+        """The registry's entries of finished workspaces, by name."""
         return {name: entry for name, entry in self.registry.read()["workspaces"].items()
                 if entry.get("state") == "ready"}
 
     def workspace(self, name: str) -> "Workspace":
         """An existing workspace. Raises WorkspaceMissing."""
         entry, lock = self.entry(name), self.registry.creation_lock(name)
-        if "intent" in entry and lock.take():  # else somebody is at it
+        if "intent" in entry and lock.take():  # else an operation on it runs
             with lock:
                 entry = self.settle(name)
         return self.kind(self, name, entry)
 
     def workspaces(self) -> list["Workspace"]:
-        """All that are finished, by name; asks no host."""
+        """All that are finished, by name. Connects to no host."""
         return [self.kind(self, name, entry) for name, entry in sorted(self.entries().items())]
 
     def entry(self, name: str) -> Fields:
-        """What the registry has of a finished workspace. Raises WorkspaceMissing."""
+        """The registry's entry of a finished workspace. Raises WorkspaceMissing."""
         entry = self.entries().get(check_workspace(name))
         if entry is None:
             raise self.missing(name)
         return entry
 
     def slip_of(self, name: str) -> str:
-        """The workspace that was meant, where ``name`` may be mistyped; else "". What this object
-        has made does not count: a program's own names are no slips of each other."""
+        """The workspace that is probably meant where ``name`` is mistyped, or "". None that this
+        object has made: a program's own names are no slips of each other."""
         return next((other for other in sorted(self.entries())
                      if other not in self._made and is_slip(name, other)), "")
 
@@ -5726,20 +5726,20 @@ class ProjectBase:
             record["workspaces"][name].update(fields)
 
     def forget(self, name: str) -> None:
-        """Take a workspace's entry out of the registry, after what secrets it has alone."""
+        """Remove a workspace's own secrets, then its entry in the registry."""
         with self.registry.editing() as record:
             entry = record["workspaces"].pop(name, None)
             if entry:
                 import glob
                 own = glob.escape(self.registry.own_secrets(entry["op"]))
-                for left in glob.glob(own + "*"):  # its lock, and what a killed writer left, too
+                for left in glob.glob(own + "*"):  # also its lock, and files of a killed writer
                     remove_file(left)
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
                 change: Mapping[str, Any] | None = None, **more: Any) -> Reply:
-        """Put the ``change`` into the registry, then run an operation on a workspace's name on its
-        host; the first word is the operation's id. The host refuses one of a lower turn: its client
-        was killed."""
+        """Put ``change`` into the registry, then run an operation on a workspace's name on its
+        host. The first word is the operation's id. The host refuses an operation once one of a
+        higher turn has begun: its client was killed."""
         Shadow.reap(temporary_folder())
         with self.registry.editing() as record:
             turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
@@ -5749,25 +5749,25 @@ class ProjectBase:
         return self.host(entry["host"]).call(script, *place, *words, **more)
 
     def discard(self, name: str, entry: Fields, cancel: Cancel | None = None) -> None:
-        """Move the directory into the host's trash, and forget the entry, which is not listed
+        """Move the directory into the host's trash, then forget the entry. It is not listed
         meanwhile."""
         words = [os.urandom(8).hex(), entry["op"]]
         try:
             reply = self.operate(REMOVE, name, entry, words, {"state": "removing"}, cancel=cancel)
             check_reply(reply, entry["host"], f"remove the workspace {name}")
         except CmuxError as error:
-            if not isinstance(error, (ConnectionLost, Cancelled)):  # then it may be removed
+            if not isinstance(error, (ConnectionLost, Cancelled)):  # after those it may be removed
                 self.update(name, state=entry["state"])
             raise
         self.forget(name)
 
     def vacate(self, name: str) -> None:
-        """See that a name is free, under its lock: an entry that is not ready, or half a rename to
-        it, is what a process that was killed left. It is cleared away."""
+        """Make sure that a name is free, under its lock. An entry that is not ready, and half a
+        rename to the name, were left by a killed process: they are cleared away."""
         for other, entry in self.entries().items():
             if entry.get("intent", {}).get("to") == name:
                 lock = self.registry.creation_lock(other)
-                if not lock.wait(Deadline(5)):  # it may wait for the lock we hold
+                if not lock.wait(Deadline(5)):  # its owner may wait for our lock
                     raise WorkspaceExists(f"The workspace {other} is about to get the name {name}.",
                                           "Try again in a moment.")
                 with lock:
@@ -5780,36 +5780,36 @@ class ProjectBase:
             self.discard(name, left)
 
     def settle(self, name: str) -> Fields:
-        """The entry of a workspace, once a push or rename that was cut off is settled: a push that
-        the host has done counts, a rename is undone. Under the workspace's lock."""
+        """The entry of a workspace, after a push or rename that was cut off is settled: a push that
+        the host has finished counts, a rename is undone. Needs the workspace's lock."""
         entry = self.entry(name)
         intent = entry.get("intent")
         if intent:
             words = [os.urandom(8).hex(), intent.get("to", name), name, entry["op"]]
             reply = self.operate(RENAME, name, entry, words)
-            if reply.status not in (20, 22):  # else it is gone, or another directory is in its way
+            if reply.status not in (20, 22):  # else it is gone, or its name is taken
                 check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
             self._end_intent(name, intent["op"] in reply.lines())
         return self.entry(name)
 
     def _end_intent(self, name: str, pushed: bool) -> None:
-        """A push or a rename has ended, or was given up."""
+        """Forget the intent of a push or rename; one that has ``pushed`` counts."""
         with self.registry.editing() as record:
             entry = record["workspaces"][name]
-            intent = entry.pop("intent", {})  # none, where another fork has settled it just now
+            intent = entry.pop("intent", {})  # {}: another fork has just settled it
             if pushed and intent:
                 entry.update(intent, op=entry["op"])
                 entry.get("pulled", {}).pop("left", None)
-                entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
+                entry["over"] = dict(entry.get("branches", {}))
 
     def create(self, name: str, host: str | Sequence[str], ref: str = "HEAD", root: str = "",
                init: bool = True, report: Report | None = None, cancel: Cancel | None = None,
                source: str = "", secrets: Collection[str] | None = None) -> "Workspace":
-        """Make workspace ``name`` on ``host`` (of several the one with the fewest workspaces that
-        can be reached) from commit ``ref``, below its directory ``root`` (default ~/cmux), with
-        what git ignores (packages, caches) in the workspace ``source`` on that host, and run its
-        init hook, with ``secrets`` as exec() has them, unless ``init`` is false. A hook that fails
-        and a host that is passed over are reported, and undo nothing.
+        """Make workspace ``name`` from commit ``ref`` on ``host`` (of several: the one that can be
+        reached and has the fewest workspaces), below its directory ``root`` (default ~/cmux), with
+        the files that git ignores (packages, caches) in the workspace ``source`` of that host. Then
+        run its init hook, with ``secrets`` as for exec(), if ``init``. A hook that fails and a host
+        that is passed over are reported, and undo nothing.
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
@@ -5818,7 +5818,7 @@ class ProjectBase:
         self.registry.secrets("", secrets)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
-        # Before the lock: a hundred callers share the failure of a host that is down.
+        # Without the lock: a hundred callers share the failure of a host that is down.
         report, cancel = report or Report(), self.ending.join(cancel)
         report.step(name, "connecting")
         host = self._reach(name, pool, report, cancel)
@@ -5829,7 +5829,7 @@ class ProjectBase:
             place = {"host": host, "root": root, "project": project}
             with noted(self, "new", name, host, ref) as log, contextlib.closing(
                     Upload(self, name, place, ref, report, cancel)) as upload:
-                log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
+                log.row["op"] = op = os.urandom(8).hex()  # not earlier: running_now() knows no name for it
                 self._make(upload, op, init, source)
                 log.size = upload.sent
                 if "init" in self.entry(name):
@@ -5838,26 +5838,25 @@ class ProjectBase:
 
     def _reach(self, name: str, pool: Sequence[str], report: Report,
                cancel: Cancel | None) -> str:
-        """The host of a pool for a workspace: connected to, one that is down passed over."""
+        """Connect to a host of a pool for a workspace, passing over those that are down."""
         many = len(pool) > 1
-        host = self._fewest(name, pool) if many else pool[0]
-        there = self.host(host)
+        host = self.host(self._fewest(name, pool) if many else pool[0])
         try:
-            there.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
-            if many and there.masters.single():
-                there.call("_cop() { :; }", cancel=cancel)
+            host.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
+            if many and host.masters.single():
+                host.call("_cop() { :; }", cancel=cancel)
         except ConnectionFailed as error:
             if not many:
                 raise
-            if self._passed.setdefault(host, name) == name:  # else it was reported
-                report.warn(f"{host} is passed over. {error}")
-            return self._reach(name, [one for one in pool if one != host], report, cancel)
-        self._passed.pop(host, None)
-        return host
+            if self._passed.setdefault(host.name, name) == name:  # else it was reported
+                report.warn(f"{host.name} is passed over. {error}")
+            return self._reach(name, [one for one in pool if one != host.name], report, cancel)
+        self._passed.pop(host.name, None)
+        return host.name
 
     def _fewest(self, name: str, pool: Sequence[str]) -> str:
-        """Of several hosts the one with the fewest workspaces of this user. It is noted for all who
-        choose at the same time, until the workspace itself is on record."""
+        """The host with the fewest workspaces of this user. The choice counts for others who choose
+        now, until the workspace itself is in the registry."""
         with self.registry.editing() as record:
             hosts: list[str] = []
             for value in all_projects(lambda error: None):
