@@ -5829,7 +5829,7 @@ class ProjectBase:
             place = {"host": host, "root": root, "project": project}
             with noted(self, "new", name, host, ref) as log, contextlib.closing(
                     Upload(self, name, place, ref, report, cancel)) as upload:
-                log.row["op"] = op = os.urandom(8).hex()  # not earlier: running_now() knows no name for it
+                log.row["op"] = op = os.urandom(8).hex()  # not earlier: no entry has it yet
                 self._make(upload, op, init, source)
                 log.size = upload.sent
                 if "init" in self.entry(name):
@@ -5876,7 +5876,7 @@ class ProjectBase:
         entry: Fields = {
             "state": "creating", **upload.entry, "op": op, "created": int(time.time()),
             **upload.base()}
-        upload.left_out()
+        upload.note_unsent()
         try:
             reply = upload.with_base(op, lambda: self.operate(
                 CREATE, name, entry, words, entry, cancel=upload.cancel))
@@ -5885,7 +5885,7 @@ class ProjectBase:
                                    f"{host}, and a repository.", "Leave out --from.")
             check_reply(reply, host, "make the workspace", name, source, "made")
         except CmuxError as error:
-            # else it may exist: the next `new` or `rm` clears it
+            # After those it may exist; the next `new` or `rm` clears it away.
             if not isinstance(error, (ConnectionLost, Cancelled)):
                 self.forget(name)
             raise
@@ -5925,13 +5925,13 @@ class ProjectBase:
                secrets: Collection[str] | None = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
         hosts_for()); waits while another process makes it. Raises as create() does, UsageError
-        if it is elsewhere, and WorkspaceMissing if another one is probably meant."""
+        if it is on another host, and WorkspaceMissing if another one is probably meant."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
         if entry is None:
             begun = name in self.registry.read()["workspaces"]  # by another process
-            if self.slip_of(name) and not begun and name != self.default_workspace():
+            if not begun and self.slip_of(name) and name != self.default_workspace():
                 raise self.missing(name)
             report = report or Report()
             try:
@@ -5944,13 +5944,13 @@ class ProjectBase:
         return self.existing(name, host)
 
     def existing(self, name: str, host: str | Sequence[str]) -> "Workspace":
-        """A workspace, if it is on ``host``, or on one of several, where any is given."""
+        """A workspace. Raises UsageError if it is not on ``host``, or one of several."""
         found = self.workspace(name)
         self.check_place(name, found.host.name, host)
         return found
 
     def check_place(self, name: str, place: str, host: str | Sequence[str]) -> None:
-        """Raise UsageError if a workspace is on another host than those given."""
+        """Raise UsageError unless ``place`` is ``host``, one of several, or none is given."""
         pool = pool_of(host)
         if pool and place not in pool:
             raise UsageError(f"The workspace {name} is on {place}, not on {' or '.join(pool)}.",
@@ -5958,9 +5958,9 @@ class ProjectBase:
 
     def remove(self, name: str, force: bool = False, forget: bool = False,
                cancel: Cancel | None = None) -> list[str]:
-        """Remove a workspace; with jobs that run or work that has not been pulled only by
-        ``force``. ``forget``: only locally, its host is gone for good. Returns [name], or [] when
-        there is none. Raises WorkspaceDirty, HostError, RemoteFailed, Cancelled."""
+        """Remove a workspace. Without ``force``, jobs that run and work that has not been pulled
+        raise WorkspaceDirty. ``forget``: only locally, its host is gone for good. Returns [name],
+        or [] when there is none. Raises HostError, RemoteFailed, Cancelled."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
@@ -5990,14 +5990,14 @@ class ProjectBase:
             self._refuse(name, entry, reply.lines())
 
     def running_now(self) -> list[Fields]:
-        """What this machine runs now, oldest first, with its workspace's present name."""
+        """What this machine runs now, oldest first, by the workspaces' present names."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
         return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
                 for row in self.history.now()]
 
     def past(self, name: str | None = None) -> list[Fields]:
-        """The history, oldest first: of all, or of the workspace that has this name now, by any
-        name it had; where none has it, of those that had."""
+        """The history, oldest first: of all workspaces; or of the one that has this name now, also
+        under earlier names; or, if none has it, of those that had it."""
         op = self.entries().get(name, {}).get("op") if name else None
         return [row for row in self.history.rows() if not name or (
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
@@ -6005,7 +6005,8 @@ class ProjectBase:
     @contextlib.contextmanager
     def _moving(self, operation: str, source: str, name: str,
                 cancel: Cancel | None) -> Iterator[Fields]:
-        """The locks of a workspace and of a name, which is free then; the entry for that name."""
+        """Hold the locks of a workspace and of a new name, which is free. Yields the entry for that
+        name."""
         if check_workspace(name) == source:
             raise WorkspaceExists(f"The workspace {name} has that name already.",
                                   "Choose another name.")
@@ -6020,9 +6021,8 @@ class ProjectBase:
 
     def fork(self, source: WorkspaceBase, name: str,
              cancel: Cancel | None = None) -> "Workspace":
-        """A new workspace with the current content and the own secrets of ``source``, made on the
-        host itself. Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled.
-        """
+        """A new workspace with the content and the own secrets of ``source``, copied on the host.
+        Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled."""
         with self._moving("fork", source.name, name, cancel) as entry:
             own, op = self.registry.own_secrets(entry["op"]), os.urandom(8).hex()
             entry.update(state="forking", op=op, branches={}, over={}, created=int(time.time()))
@@ -6039,8 +6039,8 @@ class ProjectBase:
 
     def rename(self, source: WorkspaceBase, name: str,
                cancel: Cancel | None = None) -> "Workspace":
-        """Give a workspace another name, locally and on the host; the new object (the old one is of
-        no more use). Until both are done, it has the old name. Raises as fork() does."""
+        """Give a workspace another name, locally and on the host. Returns the new object; the old
+        one can no longer be used. Until all is done, the old name counts. Raises as fork() does."""
         with self._moving("rename", source.name, name, cancel) as entry:
             op = os.urandom(8).hex()
             words = [op, source.name, name, entry["op"]]
@@ -6056,13 +6056,13 @@ class ProjectBase:
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False,
              report: Report | None = None, cancel: Cancel | None = None) -> bool:
-        """Bring a workspace to another local commit; False when it has that already. Refuses to
-        overwrite work that has not been pulled (WorkspaceDirty); with ``force`` a copy stays in the
+        """Bring a workspace to another local commit; False when it has that already. Raises
+        WorkspaceDirty if it has work that has not been pulled; with ``force`` a copy stays in the
         host's trash until gc. Raises as create() does, too."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry, report = self.settle(name), report or Report()
             with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
-                upload.left_out()
+                upload.note_unsent()
                 stands = entry["base"], entry.get("whole")
                 if not force and (upload.commit, upload.tree) == stands:
                     return False
@@ -6098,8 +6098,8 @@ class ProjectBase:
 
     def gc(self, only: str | Sequence[str] = (),
            cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
-        """Free trash, leftovers and old bases on every host that has or had a workspace of the
-        project, or on some of them: (bytes by host, the errors of others). Raises UsageError for
+        """Free trash, leftovers and old bases on the hosts that have or had a workspace of the
+        project, or ``only`` on some: (bytes by host, the errors of others). Raises UsageError for
         another host."""
         used = {(entry["host"], entry["root"]) for entry in self.entries().values()}
         known = used.union(map(tuple, self.registry.read().get("places", [])))
@@ -6119,7 +6119,7 @@ class ProjectBase:
                     check_reply(reply, host, "clear up")
                     freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
                     done.add((host, root))
-            except CmuxError as error:  # the other hosts all the same
+            except CmuxError as error:
                 failed.append(error)
         with self.registry.editing() as record:
             record["places"] = [place for place in record.get("places", [])
@@ -6127,7 +6127,7 @@ class ProjectBase:
         return freed, failed
 
     def looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
-        """The words for PULL, CHANGED and PUSH: what the workspace is compared with."""
+        """The words by which PULL, CHANGED and PUSH compare a workspace."""
         tree = entry.get("host_tree", "")
         return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
                 tree if len(tree) == 40 else "",  # the host's ids are SHA-1
@@ -6140,8 +6140,8 @@ class ProjectBase:
         if lost and all(line.startswith("a job that runs") for line in lost):
             way = f"Wait for it, or end it with stop ({PROGRAM} jobs -w {name})."
         elif not lost:
-            way = (f"Look at it there ({PROGRAM} exec -w {name} -- git status --short); read "
-                   "brings a file.")
+            way = (f"Look at it ({PROGRAM} exec -w {name} -- git status --short); read brings a "
+                   "file.")
         lost += entry.get("pulled", {}).get("left", ())
         if lost:
             some = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
@@ -6159,8 +6159,8 @@ def gone_there(name: str, host: str) -> WorkspaceMissing:
 
 def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "",
                 word: str = "") -> None:
-    """Raise RemoteFailed with the host's own words unless a script ended with status 0 (20: the
-    name ``new`` is taken; 22: the workspace ``name`` has no directory) and printed ``word``."""
+    """Raise RemoteFailed with the host's words unless a script succeeded and printed ``word``;
+    for status 20, the name ``new`` is taken; for 22, ``name`` has no directory."""
     if reply.status == 20 and new:
         raise WorkspaceExists(f"A directory {new} exists already on {host}.",
                               "Choose another name.")
@@ -6174,26 +6174,26 @@ def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "
 
 
 class Report:
-    """Where work in progress is reported. The default is silence; the command line shows it."""
+    """Receives reports of work in progress. This one ignores them; the command line shows them."""
 
     def say(self, text: str) -> None:
         """A step worth a line in verbose mode."""
 
     def note(self, text: str) -> None:
-        """Something that is as it should be, and good to know."""
+        """Something good to know that is no fault."""
 
     def warn(self, text: str) -> None:
         """Something the user should know."""
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
-        """Bytes moved so far for workspace ``what``; ``total()`` estimates all, at a cost."""
+        """``done`` bytes were moved for workspace ``what``; ``total()`` estimates all: slow."""
 
     def step(self, what: str, doing: str) -> None:
-        """What is done for workspace ``what`` from now on."""
+        """The next step for workspace ``what``."""
 
     def output(self, data: bytes, what: str) -> None:
-        """Bytes from the init hook of ``what``, as they come."""
+        """Bytes that the init hook of ``what`` printed."""
 
 
 class Upload:
@@ -6216,8 +6216,8 @@ class Upload:
         self.tree = self.parts.tree
 
     def base(self) -> dict[str, str]:
-        """What the registry keeps of what was sent. ``whole``: with export-ignored files, which
-        older versions left out."""
+        """The registry's fields about what is sent. Entries of older versions, which sent no
+        export-ignored files, have no ``whole``."""
         return {"base": self.commit, "tree": self.tree, "whole": self.tree,
                 "host_tree": self.parts.host_tree}
 
@@ -6229,8 +6229,8 @@ class Upload:
             record[key] = [row, *others[:most]]
 
     def with_base(self, op: str, use: Callable[[], Reply], own: str = "") -> Reply:
-        """Run ``use``, the operation ``op``; where the host lacks the base (21), upload it first. A
-        small difference to the workspace's ``own`` base is sent without being asked for."""
+        """Run ``use``, the operation ``op``. Where the host lacks the base (21), upload that and
+        run it again. A small difference to the workspace's ``own`` base is uploaded unasked."""
         if own not in ("", self.tree):
             self._upload(op, [own], True)
         reply = use()
@@ -6244,7 +6244,7 @@ class Upload:
             self.report.step(self.name, "being made")
         with lock:
             reply = use() if waited else reply
-            for _ in range(2):  # the second time, all of it
+            for _ in range(2):  # where a delta is of no use, the host then asks for all
                 if reply.status == 21:
                     try:
                         self._upload(op, [row[5:] for row in reply.lines() if row[:5] == "base "])
@@ -6254,8 +6254,9 @@ class Upload:
         return reply
 
     def _nearest(self, offered: Iterable[str]) -> tuple[str, list[Row]]:
-        """The base on the host with which the fewest bytes travel ("" unless less than half), and
-        what differs. It must have been sent there before: a delta names files of its."""
+        """The base on the host to which the smallest delta can be sent, and what differs from it;
+        "" if that is over half of all bytes. Only a base that was sent there: a delta names files
+        that it has."""
         shadow, host, project = self.shadow, self.host.name, self.project
         sizes = shadow.sizes(self.tree)
         sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
@@ -6264,30 +6265,28 @@ class Upload:
                 if name == host}
         sent.update((entry["tree"], entry["base"]) for entry in project.entries().values()
                     if entry["host"] == host)
-        for tree in offered:
+        odd = any(path.startswith(b".cmux-gone") for path in sizes)
+        for tree in () if odd else sent.keys() & set(offered):
             try:
-                if tree not in sent or b".cmux-gone" in sizes:
-                    continue
                 source = shadow.call("rev-parse", sent[tree] + "^{tree}")
                 if source != tree and Parts(shadow, source).tree != tree:
-                    continue  # the local submodules or LFS files are others now
+                    continue  # its submodules or LFS files have changed locally
                 rows = [row[1:] for row in shadow.changes(tree, self.tree)]
             except GitFailed:
-                continue  # a commit that this repository does not have
-            travel = sum(sizes.get(path, 0) for _, _, path in rows)
-            odd = any(b"\n" in path or path == b".cmux-gone" for _, _, path in rows)
-            if travel < least and not odd:
-                best, least, differs = tree, travel, rows
+                continue  # this repository lacks the commit
+            size = sum(sizes.get(path, 0) for _, _, path in rows)
+            if size < least and not any(b"\n" in path for _, _, path in rows):
+                best, least, differs = tree, size, rows
         return best, differs
 
-    def left_out(self) -> None:
+    def note_unsent(self) -> None:
         """Report, once a command, what the repository has and the host does not get."""
+        parts = self.parts
         with self.project.looking:
-            reported = vars(self.report).setdefault("not_sent", set())
+            reported = vars(self.report).setdefault("unsent", set())
             if self.tree in reported or type(self.report) is Report:  # which shows nothing
                 return
             reported.add(self.tree)
-            parts = self.parts
             below = sum(place.uncommitted(self.shadow, tree) for place, tree in parts.places)
             changed = self.head and self.project.repository.uncommitted(
                 self.shadow, parts.pointers)
@@ -6301,7 +6300,7 @@ class Upload:
             self.report.note(f"Not sent: {', '.join(text)}.")
 
     def _archive(self, parent: str, rows: Sequence[Row]) -> Archive:
-        """The archive of all, or of what differs from a base."""
+        """The archive of all, or of the ``rows`` that differ from a base."""
         apart, tree = list(self.parts.files), self.tree
         if parent:
             apart = [path for mode, _, path in rows if int(mode) and path in self.parts.files]
@@ -6310,14 +6309,14 @@ class Upload:
             tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
         archive = self.shadow.archive(tree, self.parts.stream(apart))
         front = sum(self.parts.pointers[path][3] for path in apart)
-        # About: a header for each file, contents in blocks of 512 bytes.
-        archive.size = functools.lru_cache(None)(lambda: front + sum(
+        # An estimate: a header for each file, contents in blocks of 512 bytes.
+        archive.size = functools.cache(lambda: front + sum(
             512 + -size % 512 + size for size in self.shadow.sizes(tree).values()))
         return archive
 
     def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
-        """Send the archive (if ``little``, only a small one). It counts when the host's length and
-        checksum are ours."""
+        """Send the archive (if ``little``, only a small delta). It counts when the host reports its
+        length and checksum."""
         parent, rows = self._nearest(offered)
         if little and not parent:
             return
@@ -6357,43 +6356,45 @@ class Upload:
                                "archive.", "Try again; nothing is left half-done.")
             cut.exit_code = 255
             raise cut from lost
-        if archive.ended:  # else the host took no more, and its reply has the reason
+        if archive.ended:  # else the host stopped reading, and its reply has the reason
             archive.check()
         return reply
 
 
 class WorkspaceBase:
-    """A directory on a host in which commands run: see Workspace, which adds the tools. ``path``
-    there, ``base`` (the commit's id), ``created`` (seconds)."""
+    """A directory on a host in which commands run: see Workspace, which adds the tools. ``path`` on
+    the host, ``base`` (the commit's id), ``created`` (seconds)."""
 
     def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any]) -> None:
         self.project, self.name = project, name
         self.host = project.host(entry["host"])
         self.root: str = entry["root"]
         self.place: str = entry["project"]
-        self.op: str = entry["op"]  # its id: a new name keeps its jobs, a new workspace has none
+        self.op: str = entry["op"]  # its id, which no other of this name had
         self.path: str = check_remote_path(entry["path"])
         self.base: str = entry["base"]
         self.created: float = entry["created"]
-        self.state = state_of(entry)
-        if self.state == "init running":
+        init = entry.get("init")  # pending, its status, or lost
+        self.state = "init failed" if init else "ready"
+        if init == "pending":
             lock = project.registry.creation_lock(name)
             if lock.take():  # the process that ran it was killed
                 lock.free()
-                self.state = "init failed"
+            else:
+                self.state = "init running"
 
     def __repr__(self) -> str:
         return f"Workspace({self.name!r} on {self.host.name!r})"
 
     def describe(self) -> Fields:
-        """What `list --json` prints of it; ``created`` in seconds since 1970."""
+        """Its fields in `list --json`; ``created`` in seconds since 1970."""
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
     def environment(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
                     only: Collection[str] | None) -> bytes:
-        """The header records of a command's environment: ours, the secrets (``only`` these), then
-        ``extra``."""
+        """The header records of a command's environment: CMUX_ variables, the secrets (``only``
+        these), then ``extra``."""
         values = self._values(extra, cancel, only)
         records = [record("_cmux_path" if name == "PATH" else name, value)
                    for name, value in values.items()]
@@ -6416,9 +6417,8 @@ class WorkspaceBase:
             env: Mapping[str, str] | None = None, login: bool = False,
             timeout: float | None = None, cancel: Cancel | None = None,
             secrets: Collection[str] | None = None) -> Outcome:
-        """Run ``command``, its output streamed to the callables (which may raise to end it); see
-        exec() for the rest. ``source`` is for the command line: it streams a descriptor into the
-        command's stdin."""
+        """Run ``command`` and stream its output to the callables, which may raise to end it; see
+        exec() for the rest. ``source``: a stream for the command's stdin."""
         words = command_records(command, login, source is not None)
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
@@ -6455,14 +6455,13 @@ class WorkspaceBase:
              secrets: Collection[str] | None = None) -> ExecResult:
         """Run a command and wait for it.
 
-        ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds; at
-        its end the process tree there is ended and what was printed is kept. ``cwd`` relative to
-        the workspace. ``stdin``: bytes (or a str) for the command (None: /dev/null). ``limit``:
-        bytes kept of each stream. ``tee`` is given the bytes of both as they come. ``secrets``: the
-        names of those that it gets (None: all that are for this workspace). Raises HostError
-        (the connection), UsageError and WorkspaceMissing, never for the command's status, nor for
-        ``cancel``: that ends it as a timeout does, with ``exit_code`` 130, and ``stopped`` (None
-        for a command's own 130).
+        ``command``: a string is a shell line, a sequence an exact argv. ``timeout``: seconds; then
+        its process tree is ended, and its output so far returned. ``cwd``: relative to the
+        workspace. ``stdin``: bytes or a str (None: /dev/null). ``limit``: bytes kept of each
+        stream. ``tee`` gets the bytes of both as they come. ``secrets``: the names of those that it
+        gets (None: all of this workspace). Raises HostError (the connection), UsageError and
+        WorkspaceMissing. A status of the command raises nothing, nor does ``cancel``, which ends it
+        as a timeout does, with ``exit_code`` 130 and ``stopped`` (None for a command's own 130).
         """
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
         sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
@@ -6477,8 +6476,8 @@ class WorkspaceBase:
     @logged("forward")
     def forward(self, port: int, local: int = 0,
                 report: Report | None = None) -> contextlib.closing[Forward]:
-        """Reach ``port`` of the host at ``local`` here (0: the same, or another that is free), as
-        long as this context manager is open; it gives a Forward."""
+        """A context manager that gives a Forward: while it is open, ``port`` of the host is reached
+        at the local port ``local`` (0: the same, or one that is free)."""
         return contextlib.closing(
             Forward(self.host.masters, port, local, (report or Report()).warn))
 
@@ -6486,17 +6485,16 @@ class WorkspaceBase:
     def shell(self, command: str | Sequence[str] = "", cwd: str = "",
               env: Mapping[str, str] | None = None, login: bool = False,
               secrets: Collection[str] | None = None) -> int | None:
-        """The user's login shell there, or a command as exec() has it, on this terminal; its exit
-        status, None if it was cut off.
+        """The user's login shell on the host, or a command as for exec(), on this terminal; its
+        exit status, None if it was cut off.
 
-        The terminal is the session's stdin, so the secrets come another way: a second session
-        writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
+        The terminal is the session's stdin, so a second session writes the secrets into a FIFO that
+        the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        values = {name: as_text(value)
-                  for name, value in self._values(env, None, secrets).items()}
-        values["CMUX_RUNTIME"] = "ssh"
-        text = "".join(f"{name}={quote(value)}; export {name}\n" for name, value in values.items())
+        values = dict(self._values(env, None, secrets), CMUX_RUNTIME=b"ssh")
+        text = "".join(f"{name}={quote(as_text(value))}; export {name}\n"
+                       for name, value in values.items())
         text += f"cd {quote(os.path.join(self.path, cwd))} || exit 125\n"
         if command:
             line, words = check_command(command)
@@ -6506,8 +6504,8 @@ class WorkspaceBase:
             text += 'exec "${SHELL:-/bin/sh}" -l\n'
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
-        ready, patience = Capture(100), SLOT_PATIENCE
-        [session] = self.host.open(Deadline(patience))
+        ready = Capture(100)
+        [session] = self.host.open(Deadline(SLOT_PATIENCE))
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
             exchange = Exchange(session, header, ready, ready, data=encoded(text))
@@ -6518,14 +6516,14 @@ class WorkspaceBase:
                 raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
                                    + show(ready.value(), 200))
             argv, environment, begun, ended = self.host.masters.on_terminal(
-                TAKEOVER % octal, Deadline(patience))
+                TAKEOVER % octal, Deadline(SLOT_PATIENCE))
         except BaseException:
             self.host.done(session)
             raise
 
         def hand_over() -> None:
-            with contextlib.suppress(CmuxError):  # the shell has nothing to read then, and ends
-                exchange.run(Deadline(patience))
+            with contextlib.suppress(CmuxError):  # the shell then reads nothing, and ends
+                exchange.run(Deadline(SLOT_PATIENCE))
             begun()
             self.host.done(session)
         helper = threading.Thread(target=hand_over, daemon=True)
@@ -6535,12 +6533,6 @@ class WorkspaceBase:
         finally:
             ended()
             helper.join(CONTROL_PATIENCE)
-
-
-def state_of(entry: Mapping[str, Any]) -> str:
-    """The state as far as this machine knows: ready; init running; init failed."""
-    init = entry.get("init") or ""
-    return "init running" if init == "pending" else "init failed" if init else "ready"
 
 
 def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture,
