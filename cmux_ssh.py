@@ -5423,7 +5423,6 @@ class Archive(Source):
         self.packer: Any = None
         self.ended = False          # all of it was read
         self.progress: Callable[[int], None] = lambda done: None
-        self.size: Callable[[], int] = lambda: 0  # estimates its length
 
     def small(self) -> bool:
         """Whether the archive has at most BULK_FROM bytes."""
@@ -5460,10 +5459,9 @@ class Archive(Source):
         if self.process.stdout:
             self.process.stdout.close()
 
-    def check(self, ended: bool = True) -> None:
-        """Raise GitFailed unless git succeeded (not ``ended``: or still runs): half an archive must
-        not become a base."""
-        if ended:
+    def check(self) -> None:
+        """Raise GitFailed if git failed: half an archive must not become a base."""
+        if self.ended:
             self.process.wait(timeout=60)
         if self.process.poll():
             why = show(read_errors(self.errors), 300)
@@ -6310,8 +6308,15 @@ class Upload:
         archive = self.shadow.archive(tree, self.parts.stream(apart))
         front = sum(self.parts.pointers[path][3] for path in apart)
         # An estimate: a header for each file, contents in blocks of 512 bytes.
-        archive.size = functools.cache(lambda: front + sum(
+        total = functools.cache(lambda: front + sum(
             512 + -size % 512 + size for size in self.shadow.sizes(tree).values()))
+
+        def show_progress(done: int) -> None:
+            if archive.ended:
+                self.report.step(self.name, "unpacking")
+            else:
+                self.report.progress(self.name, done, total)
+        archive.progress = show_progress
         return archive
 
     def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
@@ -6324,22 +6329,15 @@ class Upload:
             if little and not archive.small():
                 return
             reply = self._send(op, archive, parent)
-        whole = archive.digest.length
         check_reply(reply, self.host.name, "take the archive")
         if not archive.ended or reply.lines()[-2:] != [archive.digest.line(), ""]:
             raise UploadFailed(f"The archive did not arrive whole on {self.host.name}.",
                                "Try again.")
-        self.sent = archive.total
+        self.sent, whole = archive.total, archive.digest.length
         packed = f", compressed to {human_size(self.sent)}" if self.sent < whole else ""
         self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
 
     def _send(self, op: str, archive: Archive, parent: str) -> Reply:
-        def show_progress(done: int) -> None:
-            if archive.ended:
-                self.report.step(self.name, "unpacking")
-            else:
-                self.report.progress(self.name, done, archive.size)
-        archive.progress = show_progress
         direct, how = not archive.small(), ""
         if direct:
             answer = self.host.call(GZIP, before=HELD, cancel=self.cancel)
@@ -6350,14 +6348,13 @@ class Upload:
             reply = self.project.operate(UPLOAD, self.name, self.entry, [op, parent, how],
                                          cancel=self.cancel, source=archive, direct=direct)
         except ConnectionLost as lost:
-            archive.check(False)
+            archive.check()
             size = human_size(archive.digest.length)
             cut = UploadFailed(f"The connection to {self.host.name} was lost after {size} of the "
                                "archive.", "Try again; nothing is left half-done.")
             cut.exit_code = 255
             raise cut from lost
-        if archive.ended:  # else the host stopped reading, and its reply has the reason
-            archive.check()
+        archive.check()
         return reply
 
 
@@ -6412,10 +6409,9 @@ class WorkspaceBase:
             raise UsageError(f"The environment is larger than {human_size(SECRETS_MAX)}.")
         return values
 
-    def run(self, command: str | Sequence[str], stdout: Callable[[bytes], Any],
-            stderr: Callable[[bytes], Any], source: Source | None = None, cwd: str = "",
-            env: Mapping[str, str] | None = None, login: bool = False,
-            timeout: float | None = None, cancel: Cancel | None = None,
+    def run(self, command: str | Sequence[str], stdout: Sink, stderr: Sink,
+            source: Source | None = None, cwd: str = "", env: Mapping[str, str] | None = None,
+            login: bool = False, timeout: float | None = None, cancel: Cancel | None = None,
             secrets: Collection[str] | None = None) -> Outcome:
         """Run ``command`` and stream its output to the callables, which may raise to end it; see
         exec() for the rest. ``source``: a stream for the command's stdin."""
@@ -6428,14 +6424,13 @@ class WorkspaceBase:
             return Outcome(status=None, stopped="confirmed", reason="cancel")
         directory = os.path.join(self.path, cwd) if cwd else self.path
         with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
-            def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
-                def take(data: bytes) -> None:
-                    entry.size += len(data)
-                    sink(data)
-                return take
+            def count(sink: Sink, data: bytes) -> None:
+                entry.size += len(data)
+                sink(data)
+            out, err = (functools.partial(count, sink) for sink in (stdout, stderr))
             try:
-                outcome = self.host.run(records, directory, counted(stdout), counted(stderr),
-                                        source, Deadline(timeout), cancel)
+                outcome = self.host.run(records, directory, out, err, source, Deadline(timeout),
+                                        cancel)
             except WorkspaceMissing:
                 raise self._no_directory(cwd)
             entry.code = outcome.exit_code
@@ -6451,7 +6446,7 @@ class WorkspaceBase:
     def exec(self, command: str | Sequence[str], timeout: float | None = None,
              cwd: str = "", env: Mapping[str, str] | None = None,
              stdin: str | bytes | None = None, login: bool = False, limit: int = CAPTURE_MAX,
-             cancel: Cancel | None = None, tee: Callable[[bytes], Any] | None = None,
+             cancel: Cancel | None = None, tee: Sink | None = None,
              secrets: Collection[str] | None = None) -> ExecResult:
         """Run a command and wait for it.
 
@@ -6546,13 +6541,13 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 
 # === 13. Results ===
 # Owns: what comes back from a host: the parser of its stream, the checks, the commits made of it.
-# May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's reaches a
-# work tree, an index, a hook, a config or a referenced object before all of it was read, checked
-# and bounded; a stream that ends early, or lies, leaves no ref (of a copy no file).
+# May touch: the rooms above; git only through a Shadow. Promises: no byte from the host reaches a
+# work tree, an index, a hook, a config or a referenced object before all of them are read, checked
+# and bounded; a stream that ends early, or lies, leaves no ref (a copy: no file).
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
-# What would run or configure tools on this machine after a merge.
+# Files that would run, or configure tools, on this machine after a merge.
 _EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
     \.gitattributes \.gitmodules \.lfsconfig \.githooks \.husky \.pre-commit-config\.yaml \.envrc
     \.vscode \.idea \.zed \.devcontainer \.github \.gitlab-ci\.yml \.circleci Jenkinsfile \.ci
@@ -6573,7 +6568,7 @@ def refuse(what: str, hint: str = "") -> ResultRefused:
 
 
 def fold(text: str) -> str:
-    """A name as file systems compare it that ignore case, composition, invisible characters."""
+    """A name as file systems see it that ignore case, composition and invisible characters."""
     if text.isascii():
         return text.lower()
     from unicodedata import normalize
@@ -6590,12 +6585,12 @@ def folds(path: bytes) -> Iterator[tuple[str, str]]:
     text = as_text(path)
     while text:
         key = fold(text)
-        yield (text if key == text else key), text  # one object where they are equal: less memory
+        yield (text if key == text else key), text  # one object for both saves memory
         text = text.rpartition("/")[0]
 
 
 def fold_name(name: str) -> str:
-    """fold(), without the stream, blanks and dots at the end, which NTFS ignores."""
+    """fold(), without a stream (:) and the blanks and dots at the end, which NTFS ignores."""
     return fold(name).split(":")[0].rstrip(" .")
 
 
@@ -6605,14 +6600,14 @@ def is_dot_git(name: str) -> bool:
 
 
 def is_special(path: bytes) -> bool:
-    """Whether any file system takes a path for one of the files that git itself obeys."""
+    """Whether any file system takes a path for one of the files that git obeys."""
     name = fold_name(as_text(path).rpartition("/")[2])
     return bool(re.match(r"(\.gitmodules|\.gitattributes|\.gitignore|\.mailmap"
                          r"|gi(tmod|7eba).*~\d+)\Z", name, re.S))
 
 
 def check_result_path(path: bytes) -> str:
-    """Why a path must be left out; "" if it may come. Refuses one that leaves the tree."""
+    """Why a path must be left out, or "". Raises ResultRefused for one that leaves the tree."""
     text = as_text(path)
     if "\0" in text or not {"", ".", "..", ".git"}.isdisjoint(text.split("/")):
         raise refuse(f"the path {show(text)} leaves the tree, or names a git directory")
@@ -6631,8 +6626,8 @@ def check_result_path(path: bytes) -> str:
 
 
 def why_no_link(path: bytes, target: bytes) -> str:
-    """Why a symbolic link may not come: it leaves the tree, or leads into .git; "" if it may. `..`
-    must come first: after a name, which may be a link, it leads elsewhere than it reads."""
+    """Why a symbolic link must be left out (it leaves the tree, or leads into .git), or "". Every
+    `..` must come first: after a name, which may itself be a link, it may lead anywhere."""
     text = as_text(target)
     parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
     ups = len(list(itertools.takewhile("..".__eq__, parts)))
@@ -6643,7 +6638,7 @@ def why_no_link(path: bytes, target: bytes) -> str:
 
 
 class Wire:
-    """Reads a stream exactly: to a delimiter, or a number of bytes. The end is an error."""
+    """Reads a stream up to a delimiter, or a number of bytes. An end before that is an error."""
 
     def __init__(self, incoming: Incoming, report: Report, name: str) -> None:
         self.take, self.total = incoming.take, 0
@@ -6685,7 +6680,7 @@ class Wire:
 
 
 def after_notes(wire: Wire, notes: list[str]) -> tuple[bytes, bytes]:
-    """The first line that is no note, in two; 20 of those are added."""
+    """The first line that is no note: its first word, and the rest. Adds up to 20 to ``notes``."""
     for noted in range(PULL_PATHS_MAX):
         word, _, rest = wire.upto(b"\n").partition(b" ")
         if word != b"note":
@@ -6695,18 +6690,19 @@ def after_notes(wire: Wire, notes: list[str]) -> tuple[bytes, bytes]:
 
 
 def left_out(paths: Mapping[bytes, str]) -> list[str]:
-    """The notes on paths that cannot come, and why."""
+    """The notes on paths that are left out: path -> why."""
     left = [f"left out: {show(path)[1:-1]} ({why})" for path, why in sorted(paths.items())]
     return left[:20] + ([f"left out: {len(left) - 20} more"] if left[20:] else [])
 
 
 class Commit:
-    """A commit of the host's. ``changes`` against its first parent: path -> mode ("": deleted),
-    content (the host's name for it until that has come, then ours)."""
+    """A commit from the host. ``head``: people and message, for fast-import. ``changes`` against
+    the first parent: path -> mode ("": deleted), content (the host's id, then _import()'s)."""
 
     def __init__(self, parents: list[bytes], author: str, committer: str, message: str) -> None:
-        self.parents, self.author, self.committer = parents, author, committer
-        self.message = message.encode("utf-8", "replace") or b"\n"
+        text = message.encode("utf-8", "replace") or b"\n"
+        self.head = f"author {author}\ncommitter {committer}\ndata {len(text)}\n".encode() + text
+        self.parents = parents
         self.changes: dict[bytes, tuple[str, Any]] = {}
 
 
@@ -6719,7 +6715,7 @@ _ENCODING = re.compile(rb"(?m)^encoding ((?:iso-?8859|latin|windows|cp|koi8|euc|
 
 
 def read_person(line: bytes) -> str:
-    """An author or committer as git writes them, neutralised and bounded."""
+    """An author or committer as git writes it, neutralised and bounded."""
     match = _PERSON.match(line) if len(line) < 1024 else None
     if not match:
         raise refuse("it has a commit without an author, or with a damaged one")
@@ -6727,9 +6723,9 @@ def read_person(line: bytes) -> str:
                   for part in match.group(1, 2))
     sign, hours, minutes = match.group(4, 5, 6)
     ahead = 60 * (60 * int(hours) + int(minutes)) * (1 if sign == b"+" else -1)
-    # A time before 1970 on its own clock ends every local `git log`.
+    # With a time before 1970 by its own clock every local `git log` fails.
     when = max(-ahead, 0, min(int(match.group(3)), 4102444800))
-    # No zone on earth is further off, and git before 2.28 imports none.
+    # No zone on earth is further off, and git before 2.28 refuses one.
     zone = (sign + hours + minutes).decode() if abs(ahead) <= 14 * 3600 else "+0000"
     return f"{name or 'unknown'} <{mail or 'unknown@localhost'}> {when} {zone}"
 
@@ -6749,7 +6745,7 @@ def read_commit(data: bytes) -> Commit:
 class Harvest:
     """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
 
-    strict = True  # all is refused for a link that leads elsewhere, or a file too large for git
+    strict = True  # a link that leads elsewhere, or a file too large for git, refuses all
 
     def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
                  secrets: Mapping[bytes, str], pointers: Mapping[tuple[str, int], str]) -> None:
@@ -6759,16 +6755,16 @@ class Harvest:
         self.pointers = pointers          # sha256, size of LFS content -> its pointer
         self.sizes = {size for _, size in pointers}
         self.commits: dict[bytes, Commit] = {}
-        self.contents: dict[bytes, Any] = {}       # how many changes name it; then our name for it
-        self.links: dict[bytes, list[bytes]] = {}  # content that is a target -> its links
-        self.leaks: dict[str, list[str]] = {}      # our name of a content -> the secrets in it
-        self.pointed: dict[str, str] = {}          # our name of LFS content -> its pointer
-        self.left: dict[bytes, str] = {}           # path that cannot come -> why
-        self.total = self.spread = 0  # bytes of contents; counted for each path
+        self.contents: dict[bytes, Any] = {}  # host's id -> how many changes name it, then as above
+        self.links: dict[bytes, list[bytes]] = {}  # the host's id of a target -> its links
+        self.leaks: dict[str, list[str]] = {}      # id of a content -> the secrets in it
+        self.pointed: dict[str, str] = {}          # id of LFS content -> its pointer
+        self.left: dict[bytes, str] = {}           # path that is left out -> why
+        self.total = self.spread = 0  # bytes of contents: each counted once; for each path
 
     def read(self, base: bytes, everything: bool) -> None:
-        """``base``: the host's id of the base commit, b"" without git; ``everything``: what does
-        not come was deleted."""
+        """``base``: the host's id of the base commit, b"" without git. ``everything``: all files
+        come, and what is missing was deleted."""
         self._read_commits(base)
         if not base:
             person = f"cmux <cmux@localhost> {int(time.time())} +0000"
@@ -6835,7 +6831,7 @@ class Harvest:
         if mode:
             self.contents[content] = self.contents.get(content, 0) + 1
         why = check_result_path(path)
-        if why and path not in self.known():  # else it is the user's own spelling
+        if why and path not in self.known():  # the user's own names may be odd
             self.left.pop(path, None)
             self.left.update({path: why} if mode else {})
             return
@@ -6864,7 +6860,7 @@ class Harvest:
             raise refuse("its stream lacks contents")
 
     def _import(self, chunks: Iterable[bytes], size: int) -> str:
-        """Give a content to git, and look for secrets in it; its id."""
+        """Pass a content to git, and look for secrets in it. Returns its id."""
         import hashlib
         digest = hashlib.new(self.importer.form, b"blob %d\0" % size)
         plain = hashlib.sha256() if size in self.sizes else None
@@ -6903,7 +6899,7 @@ class Harvest:
 
 
 class Grower:
-    """Makes the commits of a Harvest in a shadow, and looks at each again."""
+    """Makes the commits of a Harvest in a shadow, and checks what git made."""
 
     def __init__(self, shadow: Shadow, base: str, commits: dict[bytes, Commit]) -> None:
         self.shadow, self.base, self.commits = shadow, base, commits
@@ -6913,9 +6909,7 @@ class Grower:
         """The ids of the commits, oldest first."""
         marks = {name: f":{mark}" for mark, name in enumerate(self.commits, 1)}
         for name, commit in self.commits.items():
-            importer.write((f"commit refs/heads/w\nmark {marks[name]}\nauthor {commit.author}\n"
-                            f"committer {commit.committer}\ndata {len(commit.message)}\n").encode())
-            importer.write(commit.message)
+            importer.write(f"commit refs/heads/w\nmark {marks[name]}\n".encode() + commit.head)
             parents = dict.fromkeys(marks.get(parent, self.base) for parent in commit.parents)
             for word, parent in zip(["from"] + ["merge"] * 16, parents):
                 importer.write(f"\n{word} {parent}".encode())
@@ -6932,7 +6926,7 @@ class Grower:
         return list(self.made.values())
 
     def _look_again(self) -> None:
-        """What differs must be what was wanted, and all of it."""
+        """Each commit must have exactly the changes that were wanted."""
         pairs = "".join(f"{self.made[name]} {self.made.get(commit.parents[0], self.base)}\n"
                         for name, commit in self.commits.items())
         rows = self.shadow.records(*RAW_DIFF, "--stdin", "--always", stdin=pairs.encode())
@@ -6950,13 +6944,13 @@ class Grower:
                 row = next(rows, b"")
             for mode, oid, path in self.shadow.listing(self.made[name]) if left else ():
                 if commit.changes.get(path) == (mode, oid):
-                    left.discard(path)  # it was so before
+                    left.discard(path)  # it changed nothing
             if left:
                 raise refuse("git dropped some of its paths")
 
     def _compare_names(self) -> None:
-        """No two paths may fold into one, unless they do so in the base. Only commits that name
-        such paths are looked at."""
+        """No two paths may fold into one, unless they do so in the base. Only the trees of commits
+        that name such paths are read."""
         names: dict[str, str] = {}
         contested: set[str] = set()
         for commit in self.commits.values():
@@ -6975,7 +6969,7 @@ class Grower:
                                  "case or composition do not count")
 
     def _spellings(self, tree: str, keys: set[str]) -> dict[str, set[str]]:
-        """Which names of a tree fold into each of these keys, where they are several."""
+        """The names of a tree that fold into each of these keys, where several do."""
         found: dict[str, set[str]] = {}
         for _, _, path in self.shadow.listing(tree):
             for key, text in folds(path):
@@ -6985,8 +6979,8 @@ class Grower:
 
 
 class Result(Value):
-    """What a workspace has that its base has not. ``branch``: "" where that is nothing; ``new``: it
-    moved, from ``since`` to ``commit``; ``executes``: changes that would run on this machine."""
+    """The work of a workspace. ``branch``: "" if there is none; ``new``: whether it moved, from
+    ``since`` to ``commit``; ``executes``: changes that would run on this machine."""
     workspace: str
     branch: str
     base: str
@@ -7004,9 +6998,9 @@ class Pull:
     """One pull or diff."""
 
     def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Report | None,
-                 allow: bool, cancel: Cancel | None) -> None:
+                 cancel: Cancel | None) -> None:
         self.workspace, self.shadow, self.report = workspace, shadow, report or Report()
-        self.allow, self.cancel, self.project = allow, cancel, workspace.project
+        self.cancel, self.project = cancel, workspace.project
         self.name, self.base = workspace.name, workspace.base
         self.entry = self.project.entry(self.name)
         self.notes: list[str] = []
@@ -7018,22 +7012,21 @@ class Pull:
             parts = Parts(shadow, tree)
         except GitFailed as error:
             raise GitFailed(
-                f"This repository has not all any more of what {self.name} was made of: {error}",
+                f"This repository lacks a part of what {self.name} was made of: {error}",
                 f"Fetch the commit {self.base[:10]} again; or take the files: {take_files}")
         if "whole" not in self.entry:
             raise GitFailed(
                 f"The workspace {self.name} was made by an older version, which sent no "
-                "export-ignored files: they cannot be compared.",
+                "export-ignored files: it cannot be compared.",
                 f"Take its files: {take_files}; then: {PROGRAM} push --force -w {self.name}")
         self.sent_tree, self.modules = parts.tree, parts.modules
         self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
-        # The paths that the host was given:
-        self.sent = functools.cache(
+        self.sent = functools.cache(  # the paths that the host was sent
             lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
 
     def fetch(self, record: bool = False) -> tuple[list[str], bool]:
         """(the commits of the workspace, oldest first; whether the last is uncommitted work). With
-        ``record``, the host notes what it sends, as ``self.pulled["op"]``."""
+        ``record``, the host records this pull, as ``self.pulled["op"]``."""
         importer, incoming, base = Importer(self.shadow), None, b""
         try:
             self.project.know_secrets(self.workspace.op, self.cancel)
@@ -7054,7 +7047,7 @@ class Pull:
                 return commits[:-1], False  # all of the uncommitted work was left out
             return commits, dirty
         except ResultRefused as error:
-            if base and "Try again" not in error.hint:  # to do it from here could lose work
+            if base and "Try again" not in error.hint:  # done for the user it could lose work
                 error.hint = (
                     f"{error.hint.rstrip('.')}. If only an earlier commit there has it, squash "
                     f"them: {PROGRAM} exec -w {self.name} -- "
@@ -7074,7 +7067,7 @@ class Pull:
                     self.secrets[show(path, PATH_MAX)[1:-1]] = harvest.leaks[oid]
         self._point(harvest)
         commits = Grower(self.shadow, self.base, harvest.commits).grow(importer)
-        if harvest.spread > PULL_TOTAL_MAX:  # some bytes for a name are a whole file in a work tree
+        if harvest.spread > PULL_TOTAL_MAX:  # one content may have a thousand names
             old, new = (sum(self.shadow.sizes(tree).values()) for tree in (self.base, commits[-1]))
             if new - old > PULL_TOTAL_MAX:
                 raise refuse("it repeats files until they have more than "
@@ -7086,14 +7079,13 @@ class Pull:
                     name=self.name)
 
     def _begin(self, wire: Wire, incoming: Incoming) -> tuple[bool, bytes, bool]:
-        """Whether the last commit is uncommitted work; the host's id of the base, b"" without git;
-        whether all files come."""
+        """(whether the last commit is uncommitted work; the host's id of the base, b"" without git;
+        whether all files come)"""
         if wire.ended():
             self._check_reply(incoming)
         word, rest = after_notes(wire, self.notes)
         if word == b"large":
-            raise refuse(f"{show(rest)} there has more than {human_size(PULL_FILE_MAX)}",
-                         _REMOVE_IT)
+            raise refuse(f"{show(rest)} has more than {human_size(PULL_FILE_MAX)}", _REMOVE_IT)
         if word == b"git" and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
             return rest[:1] == b"1", rest[2:], False
         if word in (b"files", b"all") and not rest:
@@ -7111,17 +7103,17 @@ class Pull:
             for path in [path for path in changes if path in roots or self._in_module(path)]:
                 found.setdefault(path, set()).add(changes.pop(path))
         for mode, oid, path in self.shadow.listing(self.sent_tree) if found else ():
-            if found.get(path) == {(mode, oid)}:  # a host without git may send all files
+            if found.get(path) == {(mode, oid)}:  # unchanged: a host without git may send all files
                 del found[path]
         harvest.left.update(dict.fromkeys(
-            found, "it lies in a submodule: no commit here can hold it"))
+            found, "it lies in a submodule: no commit of this repository can hold it"))
         left = left_out(harvest.left)
         self.notes += left
         self.pulled["left"] = [note[len("left out: "):] for note in left[:20]]
 
     def _point(self, harvest: Harvest) -> None:
-        """Turn LFS content into its pointer again, wherever LFS manages the path, and note what
-        other content is there."""
+        """Replace LFS content by its pointer wherever LFS manages the path, and note other content
+        at such paths."""
         found = [(commit.changes, path) for commit in harvest.commits.values() if self.lfs
                  for path, (mode, _) in commit.changes.items() if mode in ("100644", "100755")]
         managed = set(self.shadow.lfs_paths(self.base, {path for _, path in found}))
@@ -7137,9 +7129,9 @@ class Pull:
                               "`git add` makes an LFS pointer of it")
 
     def combine(self, commits: list[str], dirty: bool, before: str, over: bool) -> tuple[str, str]:
-        """(the commit of the result, what it stands on): ``before``, which an earlier pull made, or
-        the base, where a push took that out of the workspace (``over``): on top of it, the result
-        would seem to revert it."""
+        """(the commit of the result, what it stands on). That is ``before``, which an earlier pull
+        made; or the base, where a push has since taken ``before`` out of the workspace (``over``):
+        on top of it, the result would seem to revert it."""
         history = commits[:-1] if dirty else commits
         head, tip = (history or [self.base])[-1], (commits or [self.base])[-1]
         if not before:
@@ -7156,7 +7148,7 @@ class Pull:
         return self.shadow.commit(tree, message, *parents), before
 
     def merged(self, before: str) -> bool:
-        """Whether the base has what an earlier pull brought."""
+        """Whether the base has all changes of ``before``, which an earlier pull made."""
         if self.shadow.is_ancestor(before, self.base):
             return True
         stood = self.entry.get("pulled", {}).get("base", "")
@@ -7167,13 +7159,13 @@ class Pull:
             path in lacks for _, _, _, path in self.shadow.changes(stood, before))
 
     def diff(self, *words: str) -> Iterator[bytes]:
-        # With more than 400 candidates for a rename git writes a warning, hence talks.
+        # talks: over 400 candidates for renames git writes a warning.
         return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff",
                                    "--no-textconv", *words, end=b"\n", talks=True)
 
-    def inspect(self, old: str, new: str) -> list[str]:
-        """The changes that would run on this machine after a merge. Refuses hooks, unless allowed,
-        and submodules that run a command."""
+    def inspect(self, old: str, new: str, allow: bool) -> list[str]:
+        """The changes that would run on this machine after a merge. Refuses submodules that run a
+        command and, unless ``allow``, hooks."""
         hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         found, modules = [], set()
         for before, mode, oid, path in self.shadow.changes(old, new):
@@ -7184,7 +7176,7 @@ class Pull:
             if any("/" not in text if far == "./" else near.startswith(far) or far.startswith(near)
                    for far in hooks):  # or a link above
                 why = "git hook"
-                if not self.allow:
+                if not allow:
                     raise refuse(f"it changes {show(text)}, and this repository runs hooks from "
                                  "there", "Look at it with diff; to take it all the same: --allow.")
             else:
@@ -7208,13 +7200,13 @@ class Pull:
             rows = list(self.shadow.records("config", "-z", "--blob", oid, "--list"))
         except GitFailed:
             raise refuse("its .gitmodules is not one that git can read",
-                         "Repair it there, and pull again.")
+                         "Repair it in the workspace, and pull again.")
         if any(re.search(rb"\n([A-Za-z0-9.+]+::|-|!)", row) for row in rows):
             raise refuse("its .gitmodules names a URL or an update that is a command")
 
     def keep(self, ref: str, since: str, tip: str, old: str) -> None:
-        """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. The registry
-        gets both first: after a kill in between, either is known as our own."""
+        """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. First the
+        registry gets both: after a kill, whichever the branch has is known as an earlier pull's."""
         repository = self.project.repository
         with self.project.registry.editing() as record:
             record["workspaces"][self.name].setdefault("branches", {})[ref] = f"{old} {tip}"
@@ -7223,12 +7215,12 @@ class Pull:
             aside = f"{ref}-{old[:8]}"
             if repository.value_of(aside) != old:
                 repository.publish(pack, aside, old, "")
-            self.notes.append(f"{ref[11:]} had work of an earlier pull that what was pushed since "
-                              f"lacks: that is kept as {aside[11:]}")
+            self.notes.append(f"{ref[11:]} had work of an earlier pull that the pushed commit "
+                              f"lacks: it is kept as {aside[11:]}")
         repository.publish(pack, ref, tip, old)
 
-    def bring(self, ref: str) -> Result:
-        """Fetch, and move the branch."""
+    def bring(self, ref: str, allow: bool) -> Result:
+        """Fetch the work, and move the branch."""
         repository, branch = self.project.repository, ref[11:]
         old = repository.value_of(ref)
         own, over = (self.entry.get(key, {}).get(ref, "").split() for key in ("branches", "over"))
@@ -7240,7 +7232,7 @@ class Pull:
                 f"keep it: git branch -m {quote(branch)} NEW")
         commits, dirty = self.fetch(record=True)
         tip, since = self.combine(commits, dirty, "" if merged else old, old in over)
-        executes, moved = self.inspect(since, tip), tip != since
+        executes, moved = self.inspect(since, tip, allow), tip != since
         if moved:
             self.report.step(self.name, "storing")
             self.keep(ref, since, tip, old)
@@ -7249,8 +7241,8 @@ class Pull:
             entry["pulled"] = dict(self.pulled, base=self.base)
             if moved:
                 entry["branches"][ref] = tip
-        rows = self.diff("--stat=100", "--stat-count=500", since, tip) if moved else ()
-        count = self.shadow.call("rev-list", "--count", tip, "^" + since) if moved else "0"
+        rows = self.diff("--stat=100", "--stat-count=500", since, tip)
+        count = self.shadow.call("rev-list", "--count", tip, "^" + since)
         return Result(workspace=self.name, branch=branch if tip != self.base else "",
                       base=self.base, commit=tip, since=since, commits=int(count), new=moved,
                       executes=executes, secrets=self.secrets, notes=self.notes,
@@ -7258,9 +7250,9 @@ class Pull:
 
 
 class Landing(Harvest):
-    """Reads what is copied by name into a directory of its own beside its place, then moves it
-    there. Links are made last: nothing is written through one. Whoever is killed leaves that
-    directory, perhaps with what was to be replaced."""
+    """Reads a copy into a new directory beside its place, then moves it there. Links are made last:
+    nothing is written through one. A killed process leaves that directory, perhaps with what it was
+    about to replace."""
 
     strict = False
 
@@ -7276,7 +7268,7 @@ class Landing(Harvest):
         os.mkdir(self.path, 0o700)
 
     def _look(self) -> bool:
-        """Whether something is there. Raises UsageError if it must stay."""
+        """Whether its place is taken. Raises UsageError if what is there must stay."""
         found, why = os.path.lexists(self.place), ""
         if found and not self.force:
             why = "exists already; to replace it: --force"
@@ -7293,7 +7285,7 @@ class Landing(Harvest):
         return name
 
     def take(self, wire: Wire, notes: list[str]) -> None:
-        """Put together all that comes."""
+        """Read the stream, and put the copy together."""
         super().__init__(wire, None, set, {}, {})  # type: ignore[arg-type]
         word, _ = after_notes(wire, notes)
         self.read(b"", False)
@@ -7319,31 +7311,35 @@ class Landing(Harvest):
 
     def publish(self) -> None:
         """Move it to its place."""
-        if self._look() and not (os.path.isfile(self.new) and os.path.isfile(self.place)):
+        found, file = self._look(), os.path.isfile(self.new)
+        if found and not (file and os.path.isfile(self.place)):
             os.rename(self.place, self.old)
+        elif file and not self.force:  # a rename would replace what was just made there
+            with contextlib.suppress(OSError):
+                return os.link(self.new, self.place)
+            self._look()  # it is taken now, or this file system has no hard links
         os.rename(self.new, self.place)
 
     def close(self) -> None:
         import shutil
-        if os.path.lexists(self.old) and not os.path.lexists(self.place):
-            os.rename(self.old, self.place)
+        if os.path.lexists(self.old) and os.path.lexists(self.new):  # it was not replaced
+            os.rename(self.old, self.place)  # where that is taken now, all stays
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 @logged("pull")
 def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
          report: Report | None = None, cancel: Cancel | None = None) -> Result:
-    """Bring the workspace's work home as commits on ``branch`` (default cmux/NAME), on top of its
-    base. The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
+    """Fetch the workspace's work as commits on ``branch`` (default cmux/NAME), on top of its base.
+    The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
     project, name = workspace.project, workspace.name
     ref = project.repository.check_branch(branch or "cmux/" + name)
     with project.registry.creation_lock(name).hold(cancel):
-        # A push may have moved it since.
-        workspace = project.kind(project, name, project.settle(name))
+        workspace = project.kind(project, name, project.settle(name))  # a push may have moved it
         with contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
-            work = Pull(workspace, shadow, report, allow, cancel)
+            work = Pull(workspace, shadow, report, cancel)
             try:
-                return work.bring(ref)
+                return work.bring(ref, allow)
             finally:
                 work.report.step(name, "done")
 
@@ -7356,13 +7352,13 @@ def diff(workspace: WorkspaceBase, stat: bool = False, report: Report | None = N
 
 def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | None = None,
                cancel: Cancel | None = None, binary: bool = False) -> Iterator[bytes]:
-    """The same as the bytes are: for git apply, never for a terminal."""
+    """diff() as bytes that git apply takes: never for a terminal."""
     project = workspace.project
-    workspace = project.workspace(workspace.name)  # a push may have moved it since
+    workspace = project.workspace(workspace.name)  # a push may have moved it
     words = ("--stat=100", "--stat-count=500") if stat else ("-p", "--binary")[:1 + binary]
     with noted(project, "diff", workspace.name, workspace.host.name, "", workspace.op), \
             contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
-        work = Pull(workspace, shadow, report, True, cancel)
+        work = Pull(workspace, shadow, report, cancel)
         commits, _ = work.fetch()
         for path, names in work.secrets.items():
             work.report.warn(f"{path} holds the secret {', '.join(names)}.")

@@ -4753,7 +4753,7 @@ def test_a_base_that_this_repository_has_lost_is_said(repo):
     repo.git("gc", "-q", "--prune=now")
     do(repo, "echo x >x")
     for verb in ("pull", "diff"):
-        refused(repo.cli(verb), 1, "has not all any more of what main was made of")
+        refused(repo.cli(verb), 1, "lacks a part of what main was made of")
     assert repo.cli("rm", "main").code == 1
 
 
