@@ -6782,10 +6782,7 @@ class Harvest:
 
     def _objects(self, kind: bytes) -> Iterator[tuple[bytes, int]]:
         """(name, size) of each object; the caller reads its bytes."""
-        while True:
-            line = self.wire.upto(b"\n")
-            if not line:
-                return
+        for line in iter(functools.partial(self.wire.upto, b"\n"), b""):
             match = re.match(rb"([0-9a-f]{1,64}) %s (0|[1-9]\d{0,14})\Z" % kind, line)
             if match:
                 yield match.group(1), int(match.group(2))
@@ -6807,17 +6804,13 @@ class Harvest:
             self.commits[name] = commit
 
     def _read_changes(self) -> None:
-        commit, begun, count = None, set(), 0  # type: Commit | None, set[bytes], int
-        while True:
-            row = self.wire.upto(b"\0")
-            if not row:
-                return
+        waiting, commit, count = dict(self.commits), None, 0
+        for row in iter(functools.partial(self.wire.upto, b"\0"), b""):
             match = _CHANGE.match(row)
             if not match:
-                commit = self.commits.get(row)
-                if commit is None or row in begun:
+                commit = waiting.pop(row, None)
+                if not commit:
                     raise refuse(f"its stream has {show(row)} instead of a change")
-                begun.add(row)
                 continue
             path, count = self.wire.upto(b"\0").replace(b"//n", b"\n"), count + 1
             if count > PULL_PATHS_MAX:
@@ -7155,8 +7148,8 @@ class Pull:
         if not stood or not self.shadow.is_ancestor(stood, before):
             stood = self.shadow.common(before, self.base)
         lacks = {path for _, _, _, path in self.shadow.changes(before, self.base)}
-        return bool(stood) and not any(
-            path in lacks for _, _, _, path in self.shadow.changes(stood, before))
+        return bool(stood) and lacks.isdisjoint(
+            path for _, _, _, path in self.shadow.changes(stood, before))
 
     def diff(self, *words: str) -> Iterator[bytes]:
         # talks: over 400 candidates for renames git writes a warning.
