@@ -6134,7 +6134,7 @@ class ProjectBase:
 
     def _refuse(self, name: str, entry: Fields, lines: Iterable[str]) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
-        way = f"Bring it home first: {PROGRAM} pull -w {name}."
+        way = f"Pull it first: {PROGRAM} pull -w {name}."
         if lost and all(line.startswith("a job that runs") for line in lost):
             way = f"Wait for it, or end it with stop ({PROGRAM} jobs -w {name})."
         elif not lost:
@@ -7118,8 +7118,8 @@ class Pull:
             elif path in managed and oid not in pointers:
                 contents.add(path)
         for path in sorted(contents)[:20]:
-            self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, "
-                              "`git add` makes an LFS pointer of it")
+            self.notes.append(f"{show(path)[1:-1]} came as content: after the merge, `git add` "
+                              "makes an LFS pointer of it")
 
     def combine(self, commits: list[str], dirty: bool, before: str, over: bool) -> tuple[str, str]:
         """(the commit of the result, what it stands on). That is ``before``, which an earlier pull
