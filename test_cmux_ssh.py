@@ -5997,6 +5997,33 @@ def test_cp_replaces_only_with_force_and_follows_no_link_of_this_machine(repo, s
     assert (far / "README").read_bytes() == b"int main;\n" and tree_of(far / "src/main.c") == tree_of(near / "file")
 
 
+def test_a_copy_loses_nothing_that_is_made_in_its_place_meanwhile(repo):
+    repo.new()
+    repo.write("d/src/mine", b"1")
+    assert in_library(repo, """
+import os
+workspace, look, rename = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Landing._look, os.rename
+def look_first(landing):
+    if not look(landing) and hasattr(landing, "new"):
+        open("late", "x").close()
+def move_first(old, new):
+    rename(old, new)
+    if str(new).endswith("/old"):
+        os.makedirs(old + "/late")
+cmux_ssh.Landing._look = look_first
+try:
+    workspace.download("README", "late")
+except cmux_ssh.UsageError as error:
+    print(error)
+cmux_ssh.Landing._look, os.rename = look, move_first
+try:
+    workspace.download("src", "d", True)
+except cmux_ssh.UsageError:
+    print(os.listdir("d/src"))
+""").splitlines() == [f"'{repo.dir}/late' exists already; to replace it: --force.", "['late']"]
+    assert (repo.dir / "late").read_bytes() == b"" and [path.read_bytes() for path in (repo.dir / "d").glob(".cmux-*/old/mine")] == [b"1"]
+
+
 LIES = {  # what a host says of a copy; those that may come, last
     "nothing": b"", "no head": b"x\n", "another": b"git 0 " + b"1" * 40 + b"\n",
     **{f"path {path!r}": [b"all\n", *files(b"M 100644 :1 " + path)] for path in EVIL},
