@@ -4871,7 +4871,7 @@ class Repository:
                                  f"{', '.join(map(show, secret))}.",
                                  f"Let .gitignore cover them, or send them all the same: {words}")
             made = shadow.commit(new, "uncommitted work\n", commit)
-            self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
+            self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made)
             return made
 
     def _add_all(self, shadow: Shadow) -> None:
@@ -4930,15 +4930,17 @@ class Repository:
                 "Choose another with --branch, or check out another one.")
         return ref
 
-    def publish(self, pack: str, ref: str, new: str, old: str) -> None:
-        """Store a pack that was checked in quarantine, then move ``ref`` from ``old``."""
+    def publish(self, pack: str, ref: str, new: str, old: str | None = None) -> None:
+        """Store a pack that was checked in quarantine, then move ``ref`` from ``old`` ("": it must
+        not exist; None: whatever it is) to ``new``."""
         command = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         why = index_pack(command, git_environment(), pack)
         if why:
             raise GitFailed(f"git did not take the result: {why}.", "Is the disk full?")
         if ref.startswith("refs/heads/"):
             self.check_branch(ref[11:])  # again: the pull took minutes
-        command += ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)]
+        command += ["update-ref", "--no-deref", "-m", "cmux pull", ref, new]
+        command += [] if old is None else [old or "0" * len(new)]
         status, _, err = run(command, self._without_hooks(git_environment()))
         if status:
             raise GitFailed(f"The branch {show(ref[11:])} could not be set: "
@@ -4988,21 +4990,20 @@ class Shadow:
     def alternate(objects: str) -> str:
         return '"%s"' % objects.replace("\\", "\\\\").replace('"', '\\"')
 
-    def lend(self, objects: str) -> None:
-        """Read from one more object store."""
+    def borrow(self, objects: str, commit: str) -> str:
+        """The tree of a commit, if another object store has all of it; it is then read, too. Else
+        ""."""
         more = self.alternate(objects)
-        if more not in self.env[ALTERNATES]:
-            self.env[ALTERNATES] += ":" + more
-
-    def tree_in(self, objects: str, commit: str) -> str:
-        """The tree of a commit, if an object store has all of it; else ""."""
-        env = {ALTERNATES: self.alternate(objects)}
         try:
-            tree = self.call("rev-parse", "--verify", "-q", commit + "^{tree}", env=env)
-            self.call("rev-list", "--objects", "--no-walk", "--quiet", commit, env=env)
-            return tree
+            tree = self.call("rev-parse", "--verify", "-q", commit + "^{tree}",
+                             env={ALTERNATES: more})
+            self.call("rev-list", "--objects", "--no-walk", "--quiet", commit,
+                      env={ALTERNATES: more})
         except GitFailed:
             return ""
+        if more not in self.env[ALTERNATES]:
+            self.env[ALTERNATES] += ":" + more
+        return tree
 
     @staticmethod
     @functools.lru_cache(maxsize=None)
@@ -5287,9 +5288,8 @@ class Parts:
             if not prefix:
                 self._rows.append(("0", "0" * len(commit), path))
             module = place.module(path)
-            inner = module and self.shadow.tree_in(module.objects, commit)
+            inner = module and self.shadow.borrow(module.objects, commit)
             if module and inner:
-                self.shadow.lend(module.objects)
                 self.places.append((module, inner))
                 self._look(module, inner, prefix + path + b"/")
 
@@ -6092,7 +6092,7 @@ class ProjectBase:
         for line in reply.lines():
             if line.startswith("kept "):
                 upload.report.warn(f"What was in {name} is kept until gc, on {host}: "
-                                   + show(line[5:]))
+                                   + show(line[5:], PATH_MAX))
 
     def gc(self, only: str | Sequence[str] = (),
            cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:

@@ -3931,6 +3931,16 @@ def test_a_date_before_1970_does_not_end_every_log(repo, date, told):
 
 
 @promise(1)
+def test_one_state_of_the_work_tree_may_be_sent_twice_in_a_second(repo):
+    repo.write("README", b"changed\n")
+    assert in_library(repo, """
+import time
+time.time = lambda: 1.7e9
+repository = cmux_ssh.Project(".").repository
+print(repository.snapshot() == repository.snapshot())
+""") == "True\n"
+
+
 def test_dirty_sends_nothing_that_a_filter_would_have_encrypted(repo):
     for key, value in (("clean", "rev"), ("smudge", "rev"), ("required", "true")):
         repo.git("config", "filter.crypt." + key, value)
