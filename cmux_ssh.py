@@ -4943,7 +4943,7 @@ class Repository:
         command += [] if old is None else [old or "0" * len(new)]
         status, _, err = run(command, self._without_hooks(git_environment()))
         if status:
-            raise GitFailed(f"The branch {show(ref[11:])} could not be set: "
+            raise GitFailed(f"{show(ref.replace('refs/heads/', ''))} could not be set: "
                             f"{show(err.strip(), 300)}.", "Choose another with --branch.")
 
 
@@ -6599,11 +6599,14 @@ def is_dot_git(name: str) -> bool:
     return bool(re.match(r"(\.git|git~\d+)\Z", fold_name(name)))
 
 
-def is_special(path: bytes) -> bool:
-    """Whether any file system takes a path for one of the files that git obeys."""
+_MODULES = r"\.gitmodules|gi(tmod|7eba).*~\d+"
+
+
+def is_special(path: bytes, names: str = _MODULES + r"|\.gitattributes|\.gitignore|\.mailmap"
+               ) -> bool:
+    """Whether any file system takes a path for one of these files, which git obeys."""
     name = fold_name(as_text(path).rpartition("/")[2])
-    return bool(re.match(r"(\.gitmodules|\.gitattributes|\.gitignore|\.mailmap"
-                         r"|gi(tmod|7eba).*~\d+)\Z", name, re.S))
+    return bool(re.match(rf"({names})\Z", name, re.S))
 
 
 def check_result_path(path: bytes) -> str:
@@ -7176,7 +7179,7 @@ class Pull:
                 why = "file that tools obey" if _EXECUTES.search(text) else \
                     "executable" if mode == "100755" != before else \
                     "symbolic link" if mode == "120000" else ""
-            if is_special(path) and "mod" in fold(text):
+            if is_special(path, _MODULES):
                 modules.add(oid)
             if why:
                 found.append(f"{show(text, PATH_MAX)[1:-1]} ({why})")

@@ -4665,6 +4665,8 @@ def test_a_branch_that_stands_at_the_base_holds_nothing(repo, how):
 
 def test_an_unreadable_gitmodules_is_said_and_a_huge_one_is_fast(repo):
     repo.new()
+    do(repo, "mkdir modules; echo '*.o' >modules/.gitignore")  # which is not read as one
+    repo.ok("pull")
     do(repo, "printf '<<<<<<< HEAD\\n[submodule \"x\"]\\n' >.gitmodules")
     refused(repo.cli("pull"), 1, "not one that git can read")
     do(repo, "{ printf '[submodule \"x\"]\\n url = '; head -c 60000000 /dev/zero | tr '\\0' a; } >.gitmodules")
