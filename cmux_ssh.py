@@ -4898,7 +4898,6 @@ class Repository:
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
     def _worktrees(self) -> list[list[str]]:
-        """The lines of `git worktree list`, worktree by worktree."""
         text = self._line("worktree", "list", "--porcelain")
         return [row.split("\n") for row in text.split("\n\n") if row]
 
@@ -5049,7 +5048,6 @@ class Shadow:
         return as_text(b"".join(lines))
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
-        """Make a commit by cmux."""
         env = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
             ("NAME", "cmux"), ("EMAIL", "cmux@localhost"), ("DATE", f"@{int(time.time())} +0000"))}
         words = [word for parent in parents for word in ("-p", parent)]
@@ -5105,7 +5103,6 @@ class Shadow:
         return [path for path, _, value in zip(answers, answers, answers) if value == b"lfs"]
 
     def pointers(self, tree: str) -> Iterator[tuple[bytes, Pointer]]:
-        """A tree's LFS pointers, by path."""
         sizes = self.sizes(tree)
         files = {path: (mode, oid) for mode, oid, path in self.listing(tree)
                  if mode[:3] == "100" and sizes.get(path, POINTER_MAX + 1) <= POINTER_MAX}
@@ -5711,7 +5708,6 @@ class ProjectBase:
                      if other not in self._made and is_slip(name, other)), "")
 
     def missing(self, name: str, make: bool = True) -> WorkspaceMissing:
-        """The error for a workspace that does not exist."""
         slip = self.slip_of(name)
         meant = f"; did you mean {slip}?" if slip else "."
         more = f", or make it: {PROGRAM} new {name} -H HOST" if make else "."
@@ -5719,7 +5715,6 @@ class ProjectBase:
                                 f"See `{PROGRAM} list`{more}")
 
     def update(self, name: str, **fields: Any) -> None:
-        """Change fields of a workspace's entry in the registry."""
         with self.registry.editing() as record:
             record["workspaces"][name].update(fields)
 
@@ -5827,8 +5822,8 @@ class ProjectBase:
             place = {"host": host, "root": root, "project": project}
             with noted(self, "new", name, host, ref) as log, contextlib.closing(
                     Upload(self, name, place, ref, report, cancel)) as upload:
-                log.row["op"] = op = os.urandom(8).hex()  # not earlier: no entry has it yet
-                self._make(upload, op, init, source)
+                log.row["op"] = upload.op  # not earlier: no entry had it
+                self._make(upload, init, source)
                 log.size = upload.sent
                 if "init" in self.entry(name):
                     self._run_init(upload, secrets)
@@ -5868,15 +5863,15 @@ class ProjectBase:
             record.setdefault("placing", {})[name] = [best, time.time()]
             return best
 
-    def _make(self, upload: Upload, op: str, init: bool, source: str) -> None:
+    def _make(self, upload: Upload, init: bool, source: str) -> None:
         name, host = upload.name, upload.host.name
-        words = [op, upload.tree, self.entry(source)["path"] if source else ""]
+        words = [upload.op, upload.tree, self.entry(source)["path"] if source else ""]
         entry: Fields = {
-            "state": "creating", **upload.entry, "op": op, "created": int(time.time()),
+            "state": "creating", **upload.entry, "op": upload.op, "created": int(time.time()),
             **upload.base()}
         upload.note_unsent()
         try:
-            reply = upload.with_base(op, lambda: self.operate(
+            reply = upload.with_base(lambda: self.operate(
                 CREATE, name, entry, words, entry, cancel=upload.cancel))
             if reply.status == 9:
                 raise RemoteFailed(f"Only git knows what is ignored in {source}: it needs git on "
@@ -6073,12 +6068,12 @@ class ProjectBase:
             return True
 
     def _push(self, upload: Upload, entry: Fields, force: bool) -> None:
-        name, host, op = upload.name, entry["host"], os.urandom(8).hex()
+        name, host, op = upload.name, entry["host"], upload.op
         if not force:
             self._refuse(name, entry, ())
         words = [op, *self.looked_at(name, entry, op), upload.tree, "1" if force else ""]
         self.update(name, intent={"op": op, **upload.base()})
-        reply = upload.with_base(op, lambda: self.operate(
+        reply = upload.with_base(lambda: self.operate(
             PUSH, name, entry, words, cancel=upload.cancel), entry["tree"])
         if reply.status in (5, 25):  # nothing was done
             self._end_intent(name, False)
@@ -6203,7 +6198,7 @@ class Upload:
         self.host, self.entry, self.head = project.host(entry["host"]), entry, ref == "HEAD"
         self.commit, source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
-        self.sent = 0  # bytes of the archive
+        self.op, self.sent = os.urandom(8).hex(), 0  # id of the operation; bytes that were sent
         self.shadow = Shadow(project.repository, self.commit)
         self.close = self.shadow.close
         try:
@@ -6226,11 +6221,11 @@ class Upload:
             others = [other for other in record.get(key, []) if other != row]
             record[key] = [row, *others[:most]]
 
-    def with_base(self, op: str, use: Callable[[], Reply], own: str = "") -> Reply:
-        """Run ``use``, the operation ``op``. Where the host lacks the base (21), upload that and
-        run it again. A small difference to the workspace's ``own`` base is uploaded unasked."""
+    def with_base(self, use: Callable[[], Reply], own: str = "") -> Reply:
+        """Run ``use``, the operation. Where the host lacks the base (21), upload that and run it
+        again. A small difference to the workspace's ``own`` base is uploaded unasked."""
         if own not in ("", self.tree):
-            self._upload(op, [own], True)
+            self._upload([own], True)
         reply = use()
         if reply.status != 21:
             return reply
@@ -6245,7 +6240,7 @@ class Upload:
             for _ in range(2):  # where a delta is of no use, the host then asks for all
                 if reply.status == 21:
                     try:
-                        self._upload(op, [row[5:] for row in reply.lines() if row[:5] == "base "])
+                        self._upload([row[5:] for row in reply.lines() if row[:5] == "base "])
                     finally:
                         self.report.step(self.name, "being unpacked")
                     reply = use()
@@ -6319,7 +6314,7 @@ class Upload:
         archive.progress = show_progress
         return archive
 
-    def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
+    def _upload(self, offered: Iterable[str], little: bool = False) -> None:
         """Send the archive (if ``little``, only a small delta). It counts when the host reports its
         length and checksum."""
         parent, rows = self._nearest(offered)
@@ -6328,7 +6323,7 @@ class Upload:
         with contextlib.closing(self._archive(parent, rows)) as archive:
             if little and not archive.small():
                 return
-            reply = self._send(op, archive, parent)
+            reply = self._send(archive, parent)
         check_reply(reply, self.host.name, "take the archive")
         if not archive.ended or reply.lines()[-2:] != [archive.digest.line(), ""]:
             raise UploadFailed(f"The archive did not arrive whole on {self.host.name}.",
@@ -6337,7 +6332,7 @@ class Upload:
         packed = f", compressed to {human_size(self.sent)}" if self.sent < whole else ""
         self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
 
-    def _send(self, op: str, archive: Archive, parent: str) -> Reply:
+    def _send(self, archive: Archive, parent: str) -> Reply:
         direct, how = not archive.small(), ""
         if direct:
             answer = self.host.call(GZIP, before=HELD, cancel=self.cancel)
@@ -6345,7 +6340,7 @@ class Upload:
                 how = "gzip"
                 archive.compress()
         try:
-            reply = self.project.operate(UPLOAD, self.name, self.entry, [op, parent, how],
+            reply = self.project.operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
                                          cancel=self.cancel, source=archive, direct=direct)
         except ConnectionLost as lost:
             archive.check()
@@ -6758,7 +6753,8 @@ class Harvest:
         self.pointers = pointers          # sha256, size of LFS content -> its pointer
         self.sizes = {size for _, size in pointers}
         self.commits: dict[bytes, Commit] = {}
-        self.contents: dict[bytes, Any] = {}  # host's id -> how many changes name it, then as above
+        # By the host's id: how many changes name a content, later what _import() returned.
+        self.contents: dict[bytes, Any] = {}
         self.links: dict[bytes, list[bytes]] = {}  # the host's id of a target -> its links
         self.leaks: dict[str, list[str]] = {}      # id of a content -> the secrets in it
         self.pointed: dict[str, str] = {}          # id of LFS content -> its pointer
