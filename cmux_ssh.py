@@ -4972,7 +4972,8 @@ class Shadow:
         self.lock = Lock(self.path + "/lock", passing=True).hold()  # makes what reap() removed
         self.git_dir = self.path + "/sh.git"
         self.start = [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
-        self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null")
+        self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
+                                   GIT_SHALLOW_FILE=repository.common_dir + "/shallow")
         self.env[ALTERNATES] = self.alternate(repository.common_dir + "/objects")
         try:
             self._init(self.git_dir)

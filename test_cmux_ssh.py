@@ -4750,6 +4750,17 @@ case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; se
     repo.ok("rm", "main")
 
 
+def test_pulls_in_a_shallow_clone_follow_one_another(repo):
+    repo.save("README", b"two\n")
+    (repo.dir / ".git/shallow").write_text(repo.id("HEAD"))
+    repo.git("reflog", "expire", "--expire=now", "--all")
+    repo.git("gc", "-q", "--prune=now")
+    repo.new()
+    for how in ("echo x >new", "git add -A; git commit -qm made"):
+        do(repo, how)
+        assert repo.ok("pull").said == "" and "Nothing new" in repo.ok("pull").text
+
+
 def test_a_commit_in_an_encoding_that_git_does_not_know(repo):
     repo.new()
     do(repo, "echo x >x; git add .; git -c i18n.commitEncoding=latin-9x commit -qm odd; echo y >y; git add .; GIT_AUTHOR_DATE='@1700000000 +1545' git commit -qm zone")
