@@ -5270,7 +5270,7 @@ class Parts:
             attributes = attributes or path.endswith(b".gitattributes")
             if mode == "160000":
                 links.append((path, oid))
-            elif prefix or mode == "100664":  # early git's, for which the host's git has 100644
+            elif prefix:
                 self._rows.append((mode, oid, prefix + path))
         grep = self.shadow.argv("grep", "-qaF", "lfs", tree, "--", ":(glob)**/.gitattributes")
         if attributes and not run(grep, self.shadow.env, patience=600)[0]:

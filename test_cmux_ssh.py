@@ -4750,15 +4750,6 @@ case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; se
     repo.ok("rm", "main")
 
 
-def test_commits_on_a_tree_of_early_git_come_home(repo):
-    repo.write("tree", b"100664 README\0" + bytes.fromhex(repo.id("HEAD:README")))
-    tree = repo.git("hash-object", "-w", "-t", "tree", "--literally", "tree")
-    repo.git("reset", "-q", "--hard", repo.git("commit-tree", tree, "-m", "old"))
-    repo.new()
-    do(repo, "echo x >new; git add -A; git commit -qm made")
-    assert repo.ok("pull").said == "" and repo.git("log", "-1", "--format=%s", "cmux/main") == "made"
-
-
 def test_pulls_in_a_shallow_clone_follow_one_another(repo):
     repo.save("README", b"two\n")
     (repo.dir / ".git/shallow").write_text(repo.id("HEAD"))
