@@ -6891,86 +6891,6 @@ class Harvest:
         return [target]
 
 
-class Grower:
-    """Makes the commits of a Harvest in a shadow, and checks what git made."""
-
-    def __init__(self, shadow: Shadow, base: str, commits: dict[bytes, Commit]) -> None:
-        self.shadow, self.base, self.commits = shadow, base, commits
-        self.made: dict[bytes, str] = {}
-
-    def grow(self, importer: Importer) -> list[str]:
-        """The ids of the commits, oldest first."""
-        marks = {name: f":{mark}" for mark, name in enumerate(self.commits, 1)}
-        for name, commit in self.commits.items():
-            importer.write(f"commit refs/heads/w\nmark {marks[name]}\n".encode() + commit.head)
-            parents = dict.fromkeys(marks.get(parent, self.base) for parent in commit.parents)
-            for word, parent in zip(["from"] + ["merge"] * 16, parents):
-                importer.write(f"\n{word} {parent}".encode())
-            # Deletions first: a directory may take the place of a file.
-            for path, (mode, oid) in sorted(commit.changes.items(), key=lambda row: row[1][0] > ""):
-                path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
-                word = f"M {mode} {oid}" if mode else "D"
-                importer.write(b'\n%s "%s"' % (word.encode(), path))
-            importer.write(b"\n\n")
-        ids = importer.finish()
-        self.made = {name: ids[int(mark[1:])] for name, mark in marks.items()}
-        self._look_again()
-        self._compare_names()
-        return list(self.made.values())
-
-    def _look_again(self) -> None:
-        """Each commit must have exactly the changes that were wanted."""
-        pairs = "".join(f"{self.made[name]} {self.made.get(commit.parents[0], self.base)}\n"
-                        for name, commit in self.commits.items())
-        rows = self.shadow.records(*RAW_DIFF, "--stdin", "--always", stdin=pairs.encode())
-        row = next(rows, b"")
-        for name, commit in self.commits.items():
-            if row != self.made[name].encode():
-                raise refuse("git made something else of it")
-            left, row = set(commit.changes), next(rows, b"")
-            while row.startswith(b":"):
-                _, mode, _, oid, _ = row.decode("ascii").split(" ")
-                path = next(rows)
-                if commit.changes.get(path) != (("", "") if mode == "000000" else (mode, oid)):
-                    raise refuse(f"git made something else of {show(path)}")
-                left.discard(path)
-                row = next(rows, b"")
-            for mode, oid, path in self.shadow.listing(self.made[name]) if left else ():
-                if commit.changes.get(path) == (mode, oid):
-                    left.discard(path)  # it changed nothing
-            if left:
-                raise refuse("git dropped some of its paths")
-
-    def _compare_names(self) -> None:
-        """No two paths may fold into one, unless they do so in the base. Only the trees of commits
-        that name such paths are read."""
-        names: dict[str, str] = {}
-        contested: set[str] = set()
-        for commit in self.commits.values():
-            for path in (path for path, (mode, _) in commit.changes.items() if mode):
-                contested.update(key for key, text in folds(path)
-                                 if names.setdefault(key, text) != text)
-        for _, _, path in self.shadow.listing(self.base) if names else ():
-            contested.update(key for key, text in folds(path) if names.get(key, text) != text)
-        own = self._spellings(self.base, contested) if contested else {}
-        for name, commit in self.commits.items():
-            if contested.isdisjoint(key for path in commit.changes for key, _ in folds(path)):
-                continue
-            for key, texts in self._spellings(self.made[name], contested).items():
-                if texts - own.get(key, set()):
-                    raise refuse(" and ".join(map(show, sorted(texts)[:2])) + " are one file where "
-                                 "case or composition do not count")
-
-    def _spellings(self, tree: str, keys: set[str]) -> dict[str, set[str]]:
-        """The names of a tree that fold into each of these keys, where several do."""
-        found: dict[str, set[str]] = {}
-        for _, _, path in self.shadow.listing(tree):
-            for key, text in folds(path):
-                if key in keys:
-                    found.setdefault(key, set()).add(text)
-        return {key: texts for key, texts in found.items() if len(texts) > 1}
-
-
 class Result(Value):
     """The work of a workspace. ``branch``: "" if there is none; ``new``: whether it moved, from
     ``since`` to ``commit``; ``executes``: changes that would run on this machine."""
@@ -7053,19 +6973,92 @@ class Pull:
                 incoming.close()
 
     def _grow(self, harvest: Harvest, importer: Importer) -> list[str]:
+        """Make the commits of a Harvest, and check what git made. Their ids, oldest first."""
         self._keep_out(harvest)
         for commit in harvest.commits.values() if harvest.leaks else ():
             for path, (_, oid) in commit.changes.items():
                 if oid in harvest.leaks:
                     self.secrets[show(path, PATH_MAX)[1:-1]] = harvest.leaks[oid]
         self._point(harvest)
-        commits = Grower(self.shadow, self.base, harvest.commits).grow(importer)
+        made = self._make(harvest.commits, importer)
+        self._look_again(harvest.commits, made)
+        self._compare_names(harvest.commits, made)
+        ids = list(made.values())
         if harvest.spread > PULL_TOTAL_MAX:  # one content may have a thousand names
-            old, new = (sum(self.shadow.sizes(tree).values()) for tree in (self.base, commits[-1]))
+            old, new = (sum(self.shadow.sizes(tree).values()) for tree in (self.base, ids[-1]))
             if new - old > PULL_TOTAL_MAX:
                 raise refuse("it repeats files until they have more than "
                              + human_size(PULL_TOTAL_MAX))
-        return commits
+        return ids
+
+    def _make(self, commits: Mapping[bytes, Commit], importer: Importer) -> dict[bytes, str]:
+        """The ids of commits that git makes, by the host's."""
+        marks = {name: f":{mark}" for mark, name in enumerate(commits, 1)}
+        for name, commit in commits.items():
+            importer.write(f"commit refs/heads/w\nmark {marks[name]}\n".encode() + commit.head)
+            parents = dict.fromkeys(marks.get(parent, self.base) for parent in commit.parents)
+            for word, parent in zip(["from"] + ["merge"] * 16, parents):
+                importer.write(f"\n{word} {parent}".encode())
+            # Deletions first: a directory may take the place of a file.
+            for path, (mode, oid) in sorted(commit.changes.items(), key=lambda row: row[1][0] > ""):
+                path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
+                word = f"M {mode} {oid}" if mode else "D"
+                importer.write(b'\n%s "%s"' % (word.encode(), path))
+            importer.write(b"\n\n")
+        ids = importer.finish()
+        return {name: ids[int(mark[1:])] for name, mark in marks.items()}
+
+    def _look_again(self, commits: Mapping[bytes, Commit], made: Mapping[bytes, str]) -> None:
+        """Each commit that git made must have exactly the changes that were wanted."""
+        pairs = "".join(f"{made[name]} {made.get(commit.parents[0], self.base)}\n"
+                        for name, commit in commits.items())
+        rows = self.shadow.records(*RAW_DIFF, "--stdin", "--always", stdin=pairs.encode())
+        row = next(rows, b"")
+        for name, commit in commits.items():
+            if row != made[name].encode():
+                raise refuse("git made something else of it")
+            left, row = set(commit.changes), next(rows, b"")
+            while row.startswith(b":"):
+                _, mode, _, oid, _ = row.decode("ascii").split(" ")
+                path = next(rows)
+                if commit.changes.get(path) != (("", "") if mode == "000000" else (mode, oid)):
+                    raise refuse(f"git made something else of {show(path)}")
+                left.discard(path)
+                row = next(rows, b"")
+            for mode, oid, path in self.shadow.listing(made[name]) if left else ():
+                if commit.changes.get(path) == (mode, oid):
+                    left.discard(path)  # it changed nothing
+            if left:
+                raise refuse("git dropped some of its paths")
+
+    def _compare_names(self, commits: Mapping[bytes, Commit], made: Mapping[bytes, str]) -> None:
+        """No two paths may fold into one, unless they do so in the base. Only the trees of commits
+        that name such paths are read."""
+        names: dict[str, str] = {}
+        contested: set[str] = set()
+        for commit in commits.values():
+            for path in (path for path, (mode, _) in commit.changes.items() if mode):
+                contested.update(key for key, text in folds(path)
+                                 if names.setdefault(key, text) != text)
+        for _, _, path in self.shadow.listing(self.base) if names else ():
+            contested.update(key for key, text in folds(path) if names.get(key, text) != text)
+        own = self._spellings(self.base, contested) if contested else {}
+        for name, commit in commits.items():
+            if contested.isdisjoint(key for path in commit.changes for key, _ in folds(path)):
+                continue
+            for key, texts in self._spellings(made[name], contested).items():
+                if texts - own.get(key, set()):
+                    raise refuse(" and ".join(map(show, sorted(texts)[:2])) + " are one file where "
+                                 "case or composition do not count")
+
+    def _spellings(self, tree: str, keys: set[str]) -> dict[str, set[str]]:
+        """The names of a tree that fold into each of these keys, where several do."""
+        found: dict[str, set[str]] = {}
+        for _, _, path in self.shadow.listing(tree):
+            for key, text in folds(path):
+                if key in keys:
+                    found.setdefault(key, set()).add(text)
+        return {key: texts for key, texts in found.items() if len(texts) > 1}
 
     def _check_reply(self, incoming: Incoming) -> None:
         check_reply(incoming.reply(), self.workspace.host.name, f"give the result of {self.name}",
