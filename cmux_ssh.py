@@ -4951,12 +4951,21 @@ def read_errors(stream: IO[bytes]) -> bytes:
     return stream.read(LOG_MAX).strip()
 
 
+def finish(command: list[str], env: Mapping[str, str], **streams: Any) -> int:
+    """The status of a git command, which is killed where we are interrupted."""
+    process = spawn(command, env, **streams)
+    try:
+        return process.wait()
+    finally:
+        kill_group(process)
+
+
 def index_pack(command: list[str], env: Mapping[str, str], pack: str) -> str:
     """Store a pack that passes git's strict checks; "", or why git refuses it."""
     words = ["index-pack", "--stdin", "--strict", "--fsck-objects",
              f"--max-input-size={2 * PULL_TOTAL_MAX}"]
     with open(pack, "rb") as stream, spool(b"") as errors:
-        failed = spawn(command + words, env, stdin=stream, stderr=errors).wait()
+        failed = finish(command + words, env, stdin=stream, stderr=errors)
         return show(read_errors(errors), 300) if failed else ""
 
 
@@ -5158,7 +5167,7 @@ class Shadow:
         with open(pack, "wb") as stream, \
                 spool("\n^".join([tip, *known, ""])[:-1].encode()) as revisions:
             words = self.argv("pack-objects", "-q", "--revs", "--stdout")
-            if spawn(words, self.env, stdin=revisions, stdout=stream).wait():
+            if finish(words, self.env, stdin=revisions, stdout=stream):
                 raise GitFailed("git could not pack the result.")
         self._init(apart)
         why = index_pack(self.argv("--git-dir=" + apart), self.env, pack)
