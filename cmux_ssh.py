@@ -6293,10 +6293,10 @@ class Upload:
             below = sum(place.uncommitted(self.shadow, tree) for place, tree in parts.places)
             changed = self.head and self.project.repository.uncommitted(
                 self.shadow, parts.pointers)
-        rows = ((len(parts.modules) - len(parts.places), "submodule", "not checked out here"),
+        rows = ((len(parts.modules) - len(parts.places), "submodule", "not checked out"),
                 (len(parts.pointers) - len(parts.files), "LFS file",
-                 "whose content is not here (their pointers are sent)"),
-                (changed, "uncommitted file", "(--dirty takes them along)"),
+                 "without content (their pointers are sent)"),
+                (changed, "uncommitted file", "(--dirty sends them)"),
                 (below, "uncommitted file", "in submodules"))
         text = [f"{count} {noun}{'s' * (count != 1)} {more}" for count, noun, more in rows if count]
         if text:

@@ -3710,13 +3710,13 @@ def test_what_is_not_sent_is_said_exactly_each_time(repo):
         os.utime(repo.dir / name, (1, 1))
     for words in (["new", "-H", "box", "one"], ["new", "-H", "box", "two", "three"], ["push", "-w", "one"]):
         said = repo.ok(*words)
-        assert said.said.count("Not sent") == 1 and "Not sent: 1 LFS file whose content is not here" in said.said, said
+        assert said.said.count("Not sent") == 1 and "Not sent: 1 LFS file without content" in said.said, said
         assert "uncommitted" not in said.said, said
     repo.write("README", b"edited\n")
     (repo.dir / "gone").unlink()
     before = (repo.dir / ".git/index").read_bytes()
     for words in (["new", "-H", "box", "four"], ["push", "-w", "one"], ["push", "--force", "-w", "two"]):
-        assert "2 uncommitted files (--dirty takes them along)." in repo.cli(*words).said
+        assert "2 uncommitted files (--dirty sends them)." in repo.cli(*words).said
     assert (repo.dir / ".git/index").read_bytes() == before
     repo.git("checkout", "-q", "a.bin")
     assert "Not sent: 1 LFS file" in repo.cli("push", "-w", "one", "--dirty").said
@@ -5204,7 +5204,7 @@ def test_submodules_and_lfs_content_travel_and_do_not_come_back(site, host):
     family = Family(site)
     before = untouched(family)
     made = family.new(host=place_of(site, host))
-    for words in ("1 submodule not checked out", "1 LFS file whose content is not here"):
+    for words in ("1 submodule not checked out", "1 LFS file without content"):
         assert words in made.said, made
     assert tree_of(family.path()) == family.whole()
     assert family.whole()[b"assets/model.bin"][1] == CONTENT and family.whole()[os.fsencode("%s/%s/deep.c" % (LIB, INNER))]
@@ -5359,7 +5359,7 @@ def test_a_submodule_that_lies_elsewhere_is_none(site):
         repo.git("update-index", "--add", "--cacheinfo", f"160000,{lib.git('rev-parse', 'HEAD')},{path}")
     repo.git("update-ref", "HEAD", repo.git("commit-tree", "-p", "HEAD", "-m", "gitlinks", repo.git("write-tree")))
     made = repo.new()
-    assert "17 submodules not checked out here, 2 LFS files whose content is not here" in made.said, made
+    assert "17 submodules not checked out, 2 LFS files without content" in made.said, made
     assert {path.name for path in repo.path().iterdir() if (path / "README").exists()} == {"real", "sub0", "sub1"}
     assert repo.far("good.bin") == b"x" and all(repo.far(name)[:7] == b"version" for name in ("link.bin", "size.bin"))
 
