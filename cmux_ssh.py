@@ -5000,8 +5000,8 @@ class Shadow:
         return '"%s"' % objects.replace("\\", "\\\\").replace('"', '\\"')
 
     def borrow(self, objects: str, commit: str) -> str:
-        """The tree of a commit, if another object store has all of it; it is then read, too. Else
-        ""."""
+        """The tree of a commit, or "" if an object store lacks a part of it. From a store that has
+        all, other commands read, too."""
         more = self.alternate(objects)
         try:
             tree = self.call("rev-parse", "--verify", "-q", commit + "^{tree}",
@@ -5094,8 +5094,8 @@ class Shadow:
         return self.call("write-tree", "--missing-ok", env=env)
 
     def delta(self, rows: Sequence[Row]) -> str:
-        """The tree of only these files and .cmux-gone, a list of all their paths, which are removed
-        first: also of those to remove (mode 0)."""
+        """The tree of these files, without those of mode 0, and of .cmux-gone: the list of all
+        their paths, which the host removes first."""
         names = b"".join(path + b"\n" for _, _, path in rows)
         gone = self.call("hash-object", "-w", "--stdin", stdin=names)
         files = [row for row in rows if int(row[0])]
