@@ -3663,7 +3663,7 @@ def test_a_forced_push_to_its_base_takes_back_nothing_pulled(repo):
     do(repo, "echo 2 >second")
     repo.ok("pull", "--branch", "other")
     moved, aside = repo.ok("pull"), f"cmux/main-{pulled[:8]}"
-    assert f"lacks: that is kept as {aside}" in moved.said and repo.git("rev-parse", aside) == pulled
+    assert f"lacks: it is kept as {aside}" in moved.said and repo.git("rev-parse", aside) == pulled
     assert repo.changed() == "second" and repo.cli("pull").said == ""
 
 
