@@ -5015,7 +5015,7 @@ class Shadow:
         return tree
 
     @staticmethod
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def reap(folder: str) -> None:
         """Remove, once, the shadows of processes that died: their locks are free."""
         import shutil
@@ -5327,7 +5327,7 @@ def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
                 digest.update(data)
                 yield data
     except OSError:
-        raise GitFailed(f"The LFS content of {name} cannot be read any more.", "Try again.")
+        raise GitFailed(f"The LFS content of {name} can no longer be read.", "Try again.")
     if digest.hexdigest() != pointer[2]:
         raise GitFailed(f"The LFS content of {name} is damaged.", "Look with: git lfs fsck")
 
@@ -5635,7 +5635,7 @@ class ProjectBase:
                              "Give one of the two.")
         path = secrets_file() if everywhere else self.registry.secrets_path
         self.registry.read()  # makes it on first use, under the lock that is taken next
-        with self.registry.editing() if workspace else contextlib.nullcontext():  # keeps it there
+        with self.registry.editing() if workspace else contextlib.nullcontext():  # none removes it
             if workspace:
                 path = self.registry.own_secrets(self.entry(workspace)["op"])
             with editing_secrets(path) as stored:
@@ -6258,8 +6258,8 @@ class Upload:
 
     def _nearest(self, offered: Iterable[str]) -> tuple[str, list[Row]]:
         """The base on the host to which the smallest delta can be sent, and what differs from it;
-        "" if that is over half of all bytes. Only a base that was sent there: a delta names files
-        that it has."""
+        "" if that is over half of all bytes. Only a base that was sent to the host: a delta names
+        files of it."""
         shadow, host, project = self.shadow, self.host.name, self.project
         sizes = shadow.sizes(self.tree)
         sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
@@ -6564,7 +6564,7 @@ _EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
     \.codex \.cmux \.clangd \.vimrc \.exrc \.nvimrc \.dir-locals\.el \.gdbinit \.lldbinit
     """.split()), re.I)
 _TRY_AGAIN = "Nothing was imported. Try again."
-_REMOVE_IT = "Remove it there, or let .gitignore cover it, and pull again."
+_REMOVE_IT = "Remove it in the workspace, or let .gitignore cover it, and pull again."
 _IGNORE = "Let .gitignore cover what was generated, and pull again."
 
 
@@ -7292,7 +7292,7 @@ class Landing(Harvest):
             os.mkdir(new + folder, 0o755)
         for path, (mode, name) in sorted(files.items(), key=lambda item: item[1]):  # links: 120000
             if os.path.lexists(new + path):  # where case does not count
-                raise refuse(f"{show(path)} is there twice")
+                raise refuse(f"{show(path)} comes twice")
             if mode == "120000":
                 with open(name, "rb") as stream:
                     os.symlink(stream.read(), new + path)
