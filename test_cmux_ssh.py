@@ -5126,7 +5126,7 @@ def test_a_branch_that_was_checked_out_meanwhile_does_not_move(repo, line):
     do(repo, "echo 2 >agents; head -c 1000000 /dev/urandom >large")
     before = repo.id("cmux/main")
     line.trap = ("down", 500_000, lambda: repo.git("checkout", "-q", "cmux/main"))
-    refused(repo.cli("pull"), 1, "is checked out; nothing")
+    refused(repo.cli("pull"), 1, "is checked out: a pull")
     assert line.trap is None and repo.id("cmux/main") == before and not repo.git("status", "--short")
     repo.git("checkout", "-q", "main")
     repo.ok("pull")
