@@ -4659,12 +4659,11 @@ class CommandRun:
 # === 11. Git ===
 # Owns: every git process on this machine. The only room that names git. Promises: no hook,
 # fsmonitor, textconv or remote helper of any repository runs, a filter only for --dirty, a pager
-# only for a diff on a terminal; the user's work tree, index, refs and config are read, never
-# written.
+# only for a diff on a terminal; the user's work tree, index and config are read, never written.
 
-# In the user's own repository only commands that read run; what reads its work tree does so with
-# the user's configuration, into an index and objects of ours. All else runs in a shadow: a new
-# bare repository without config that borrows the real objects.
+# The user's repository is only read, but for Repository.publish(). Commands that read its work tree
+# have the user's configuration, and write to an index and objects of a shadow. All else runs in a
+# shadow: a new bare repository without config that borrows the real objects.
 def git_settings(*values: str) -> tuple[str, ...]:
     return tuple(word for value in values for word in ("-c", value))
 
@@ -4677,28 +4676,28 @@ GIT_SAFE = GIT_ALWAYS + git_settings(
     "core.attributesFile=/dev/null", "commit.gpgSign=false", "tar.umask=0022",
     f"core.bigFileThreshold={STREAMED_FROM}", "pack.threads=1", "core.packedGitWindowSize=16m",
     "core.packedGitLimit=64m")
-# For the user's own git, where it reads the work tree for us.
+# For commands that read the work tree.
 USER_SAFE = GIT_ALWAYS + git_settings("core.splitIndex=false", "core.untrackedCache=false",
                                   "core.safecrlf=false")
 ALTERNATES = "GIT_ALTERNATE_OBJECT_DIRECTORIES"
 # protocol.allow=never does not stop a repository's own protocol.ext.allow=always; this does.
 GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMINAL_PROMPT": "0",
              "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
-# Bytes are the repository's own, so that a pull without a change is an empty diff. export-ignore
-# is for releases: an agent needs the tests, too.
+# Files are sent byte for byte, so that a pull without a change is an empty diff. export-ignore is
+# for releases: an agent needs the tests, too.
 SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
                      "-working-tree-encoding\n")
 
 
 def git_environment(**extra: str) -> dict[str, str]:
-    """Our environment without any GIT_ variable, plus what keeps git to itself."""
+    """The environment without its GIT_ variables, plus those that isolate git."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     return dict(env, GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", LC_ALL="C", **GIT_ALONE,
                 **extra)
 
 
 def user_environment() -> dict[str, str]:
-    """Our environment without its GIT_ variables, except those that configure git."""
+    """The environment without its GIT_ variables, except those that configure git."""
     return {name: value for name, value in os.environ.items()
             if not name.startswith("GIT_") or name.startswith(("GIT_CONFIG", "GIT_PAGER"))}
 
@@ -4718,7 +4717,7 @@ class Repository:
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
             raise GitFailed("The current directory has been removed.",
-                            "Change into one that is there.")
+                            "Change into one that exists.")
         if not os.path.isdir(self.directory):
             raise GitFailed(f"{show(directory)} is not a directory.")
         lines = self._line("rev-parse", "--absolute-git-dir", "--git-common-dir").split("\n")
@@ -4764,13 +4763,12 @@ class Repository:
         return self._ask("symbolic-ref", "-q", "--short", "HEAD").strip()
 
     def config(self, key: str, *how: str) -> str:
-        """A value of the user's git configuration, any scope: no clone brings a .git/config along,
-        and what looks like a repository among a clone's files was refused above."""
+        """A value of the user's git configuration, any scope. None comes with a clone: __init__()
+        refuses a repository among a clone's files."""
         return self._ask("config", *how, key)[:-1]
 
     def diff_settings(self) -> tuple[str, bool]:
-        """What the user's git shows a diff with on a terminal: the pager ("": none), and whether
-        in colour."""
+        """The pager for a diff on a terminal ("": none), and whether the diff is in colour."""
         own, switch = self.config("pager.diff"), self.config("pager.diff", "--bool")
         words = git_settings("core.pager=" + own) if own and not switch else ()
         pager = self._ask(*words, "var", "GIT_PAGER").strip()
@@ -4788,7 +4786,7 @@ class Repository:
         return commit, self._line("rev-parse", "--verify", "-q", commit + "^{tree}")
 
     def behind(self, base: str) -> int | None:
-        """How many commits of HEAD a commit lacks; None where one of the two is missing."""
+        """The number of commits of HEAD that ``base`` lacks; None where one of both is missing."""
         with contextlib.suppress(GitFailed):
             return int(self._line("rev-list", "--count", base + "..HEAD", "--"))
         return None
@@ -4808,8 +4806,8 @@ class Repository:
         return ""
 
     def _own_state(self) -> str:
-        """The state directory relative to the work tree, if it lies in it (a home may be a
-        repository)."""
+        """The state directory relative to the work tree, or "" where it is outside (a home may be
+        a repository)."""
         own = os.path.relpath(os.path.realpath(state_home()), self.top or "/")
         return own if self.top and own.split("/")[0] != ".." else ""
 
@@ -4823,8 +4821,8 @@ class Repository:
                              "CMUX_SSH_HOME to another directory.")
 
     def _as_user(self, shadow: Shadow, filters: bool = False) -> Shadow:
-        """A shadow whose git reads the work tree with the user's configuration; index and new
-        objects are the shadow's own. No hook, no fsmonitor and, unless wanted, no filter runs."""
+        """A shadow whose git reads the work tree with the user's configuration, but has its own
+        index and objects. No hook, no fsmonitor and, without ``filters``, no filter runs."""
         import copy
         shadow.borrow_index(self)
         own = copy.copy(shadow)
@@ -4844,7 +4842,8 @@ class Repository:
         return {name.rpartition(".")[0] for name in out.split("\0")[:-1]}
 
     def _without_hooks(self, env: dict[str, str]) -> dict[str, str]:
-        """git 2.54 runs hooks that the configuration names; core.hooksPath does not stop those."""
+        """The environment, with the hooks switched off that the configuration names: git 2.54 runs
+        them whatever core.hooksPath is."""
         given, names = env.get("GIT_CONFIG_COUNT", ""), self._configured("hook", env)
         first = int(given) if given.isdigit() else 0
         for at, name in enumerate(names, first):
@@ -4853,7 +4852,7 @@ class Repository:
         return dict(env, GIT_CONFIG_COUNT=str(first + len(names)))
 
     def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
-        """How many tracked files are not as HEAD has them, whose LFS pointers are these."""
+        """The number of tracked files that differ from HEAD, which has these LFS pointers."""
         count = 0
         with contextlib.suppress(GitFailed):
             for path in self._as_user(shadow).differing("HEAD") if self.top else ():
@@ -4862,8 +4861,8 @@ class Repository:
         return count
 
     def snapshot(self, allow: Sequence[str] = ()) -> str:
-        """A commit of the work tree as `git add -A` takes it, with the user's filters, kept as
-        refs/cmux/sent/ID; index and branches stay as they are. Refuses what looks like secrets."""
+        """A commit of the work tree as `git add -A` reads it, with the user's filters, kept as
+        refs/cmux/sent/ID. Index and branches do not change. Refuses what looks like a secret."""
         commit, tree = self.resolve("HEAD")
         if not self.top:
             raise UsageError("There is no work tree to send: this repository is bare.",
@@ -4878,26 +4877,26 @@ class Repository:
             if secret:
                 del secret[20:]
                 words = " ".join("--allow " + quote(path) for path in secret)
-                raise UsageError("Nothing was sent: what looks like a secret is among it: "
+                raise UsageError("Nothing was sent: these files look like secrets: "
                                  f"{', '.join(map(show, secret))}.",
-                                 f"Let .gitignore cover it, or send it all the same: {words}")
+                                 f"Let .gitignore cover them, or send them all the same: {words}")
             made = shadow.commit(new, "uncommitted work\n", commit)
-            self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made, "")
+            self.publish(shadow.quarantine(made, [commit]), "refs/cmux/sent/" + made[:12], made)
             return made
 
     def _add_all(self, shadow: Shadow) -> None:
-        """Bring the index of a shadow to what `git add -A` would make of the user's."""
+        """Make the index of a shadow what `git add -A` would make of the user's."""
         user = self._as_user(shadow, filters=True)
-        # add would run `git status` in every submodule, with its config and its filters.
+        # add would run `git status` in every submodule, with that one's config and filters.
         links = shadow.index_links()
         own = self._own_state()
         if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
-            own = ""  # add fails where an excluded path is ignored already
+            own = ""  # add fails where an excluded path is also ignored
         apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
         try:
             list(user.records("add", "-A", "--", ".", *apart, talks=True))
             nested = shadow.index_links() - links
-        except GitFailed:  # by a repository without a commit
+        except GitFailed:  # a nested repository has no commit
             others = user.records("ls-files", "-o", "--exclude-standard", "-z")
             nested = {path for path in others if path.endswith(b"/")}
             if not nested:
@@ -4909,21 +4908,18 @@ class Repository:
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
     def _worktrees(self) -> list[list[str]]:
-        """The lines of `git worktree list`, worktree by worktree."""
         text = self._line("worktree", "list", "--porcelain")
         return [row.split("\n") for row in text.split("\n\n") if row]
 
     def hooks_inside(self) -> list[str]:
-        """The hooks directory relative to the work tree, if a core.hooksPath lies in it, or in
-        another work tree of this repository: as it is named, and where the links in that lead."""
+        """The hooks directory, relative to each work tree of this repository that it lies in: as
+        core.hooksPath names it, and with its links resolved."""
         named = self._ask("rev-parse", "--git-path", "hooks")[:-1]
         path = os.path.join(os.path.realpath(self.directory), named)
         raw = self.config("core.hooksPath")
-        tops = {os.path.realpath(row[0][len("worktree "):]) for row in self._worktrees()
-                if "bare" not in row}
-        tops.discard(self.common_dir)  # which git lists for a submodule
-        if self.top:
-            tops.add(self.top)
+        tops = {self.top, *(os.path.realpath(row[0][len("worktree "):])
+                            for row in self._worktrees() if "bare" not in row)}
+        tops -= {"", self.common_dir}  # which git lists for a submodule
         found = {os.path.relpath(near, top) for top in tops
                  for near in (os.path.normpath(path), os.path.realpath(path))}
         if raw and raw[0] not in "/~":
@@ -4931,34 +4927,33 @@ class Repository:
         return [path for path in found if path.split("/")[0] not in ("..", ".git")]
 
     def check_branch(self, branch: str) -> str:
-        """The full name of a branch that can be written: valid, and checked out nowhere."""
+        """The ref of a branch. Raises UsageError where that is no branch name, GitFailed where a
+        work tree has it checked out."""
         ref = "refs/heads/" + branch
         status = run([self.program, "check-ref-format", ref], git_environment())[0]
         if status or branch.startswith("-") or branch == "HEAD" or not branch.isprintable():
             raise UsageError(f"{show(branch)} is not a branch name.")
         if any("branch " + ref in row for row in self._worktrees()):
             raise GitFailed(
-                f"The branch {show(branch)} is checked out; nothing of a host's is written there.",
+                f"The branch {show(branch)} is checked out: a pull would change your work tree.",
                 "Choose another with --branch, or check out another one.")
         return ref
 
-    def publish(self, pack: str, ref: str, new: str, old: str) -> None:
-        """Take a pack that was checked in quarantine, then set ``ref`` if it still is ``old``."""
+    def publish(self, pack: str, ref: str, new: str, old: str | None = None) -> None:
+        """Store a pack that was checked in quarantine, then move ``ref`` from ``old`` ("": it must
+        not exist; None: whatever it is) to ``new``."""
         command = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         why = index_pack(command, git_environment(), pack)
         if why:
             raise GitFailed(f"git did not take the result: {why}.", "Is the disk full?")
         if ref.startswith("refs/heads/"):
-            self.check_branch(ref[11:])  # once more: bringing it took minutes
-        command += ["update-ref", "--no-deref", "-m", "cmux pull", ref, new, old or "0" * len(new)]
+            self.check_branch(ref[11:])  # again: the pull took minutes
+        command += ["update-ref", "--no-deref", "-m", "cmux pull", ref, new]
+        command += [] if old is None else [old or "0" * len(new)]
         status, _, err = run(command, self._without_hooks(git_environment()))
         if status:
-            raise GitFailed(f"The branch {show(ref[11:])} could not be set: "
+            raise GitFailed(f"{show(ref.replace('refs/heads/', ''))} could not be set: "
                             f"{show(err.strip(), 300)}.", "Choose another with --branch.")
-
-    def object_directory(self) -> str:
-        out = self._line("rev-parse", "--git-path", "objects")
-        return os.path.realpath(os.path.join(self.directory, out))
 
 
 def read_errors(stream: IO[bytes]) -> bytes:
@@ -4966,17 +4961,26 @@ def read_errors(stream: IO[bytes]) -> bytes:
     return stream.read(LOG_MAX).strip()
 
 
+def finish(command: list[str], env: Mapping[str, str], **streams: Any) -> int:
+    """The status of a git command, which is killed where we are interrupted."""
+    process = spawn(command, env, **streams)
+    try:
+        return process.wait()
+    finally:
+        kill_group(process)
+
+
 def index_pack(command: list[str], env: Mapping[str, str], pack: str) -> str:
-    """Have git check a pack, strictly, and keep it; "", or why it refuses."""
+    """Store a pack that passes git's strict checks; "", or why git refuses it."""
     words = ["index-pack", "--stdin", "--strict", "--fsck-objects",
              f"--max-input-size={2 * PULL_TOTAL_MAX}"]
     with open(pack, "rb") as stream, spool(b"") as errors:
-        failed = spawn(command + words, env, stdin=stream, stderr=errors).wait()
+        failed = finish(command + words, env, stdin=stream, stderr=errors)
         return show(read_errors(errors), 300) if failed else ""
 
 
 class Shadow:
-    """A throwaway bare repository with the real object store as alternate. Its ids are like
+    """A temporary bare repository that reads the real objects, too. Its ids have the hash of
     ``example``."""
 
     def __init__(self, repository: Repository, example: str) -> None:
@@ -4984,11 +4988,12 @@ class Shadow:
         self.repository, self.form = repository, "sha256" if len(example) == 64 else "sha1"
         self.reap(temporary_folder())
         self.path = tempfile.mkdtemp(prefix="cmux-shadow-", dir=temporary_folder())
-        self.lock = Lock(self.path + "/lock", passing=True).hold()  # if reap() was faster, anew
+        self.lock = Lock(self.path + "/lock", passing=True).hold()  # makes what reap() removed
         self.git_dir = self.path + "/sh.git"
         self.start = [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
-        self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null")
-        self.env[ALTERNATES] = self.alternate(repository.object_directory())
+        self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
+                                   GIT_SHALLOW_FILE=repository.common_dir + "/shallow")
+        self.env[ALTERNATES] = self.alternate(repository.common_dir + "/objects")
         try:
             self._init(self.git_dir)
             os.makedirs(self.git_dir + "/info", exist_ok=True)
@@ -5004,31 +5009,30 @@ class Shadow:
     def alternate(objects: str) -> str:
         return '"%s"' % objects.replace("\\", "\\\\").replace('"', '\\"')
 
-    def lend(self, objects: str) -> None:
-        """Read from one more object store."""
+    def borrow(self, objects: str, commit: str) -> str:
+        """The tree of a commit, or "" if an object store lacks a part of it. From a store that has
+        all, other commands read, too."""
         more = self.alternate(objects)
-        if more not in self.env[ALTERNATES]:
-            self.env[ALTERNATES] += ":" + more
-
-    def tree_in(self, objects: str, commit: str) -> str:
-        """The tree of a commit, if an object store has all of it; else ""."""
-        env = {ALTERNATES: self.alternate(objects)}
         try:
-            tree = self.call("rev-parse", "--verify", "-q", commit + "^{tree}", env=env)
-            self.call("rev-list", "--objects", "--no-walk", "--quiet", commit, env=env)
-            return tree
+            tree = self.call("rev-parse", "--verify", "-q", commit + "^{tree}",
+                             env={ALTERNATES: more})
+            self.call("rev-list", "--objects", "--no-walk", "--quiet", commit,
+                      env={ALTERNATES: more})
         except GitFailed:
             return ""
+        if more not in self.env[ALTERNATES]:
+            self.env[ALTERNATES] += ":" + more
+        return tree
 
     @staticmethod
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def reap(folder: str) -> None:
-        """Remove, once, the shadows of processes that were killed: their locks are free."""
+        """Remove, once, the shadows of processes that died: their locks are free."""
         import shutil
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
             lock = Lock(path + "/lock", passing=True)
-            with contextlib.suppress(OSError, StateFailed):  # it has just gone
+            with contextlib.suppress(OSError, StateFailed):  # just removed
                 if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid() \
                         and lock.take():
                     shutil.rmtree(path, ignore_errors=True)
@@ -5039,20 +5043,16 @@ class Shadow:
 
     def records(self, *words: str, stdin: bytes = b"", end: bytes = b"\0",
                 env: dict[str, str] | None = None, talks: bool = False) -> Iterator[bytes]:
-        """What a git command prints, split at ``end``, one by one. Raises GitFailed when it fails
-        or, unless it ``talks``, writes to stderr: so does update-index when it drops a path."""
+        """What a git command prints, split at ``end``. Raises GitFailed when it fails or, unless it
+        ``talks``, writes to stderr, as update-index does when it drops a path."""
         with spool(stdin) as source, spool(b"") as errors:
             process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source,
                             stdout=-1, stderr=errors)
             assert process.stdout
+            fd, rest = process.stdout.fileno(), b""
             try:
-                rest = b""
-                while True:
-                    data = os.read(process.stdout.fileno(), CHUNK)
-                    if not data:
-                        break
-                    parts = (rest + data).split(end)
-                    rest = parts.pop()
+                for data in iter(lambda: os.read(fd, CHUNK), b""):
+                    *parts, rest = (rest + data).split(end)
                     yield from parts
                 if rest:
                     yield rest
@@ -5068,14 +5068,13 @@ class Shadow:
         return as_text(b"".join(lines))
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
-        """Make a commit in our own name."""
         env = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
             ("NAME", "cmux"), ("EMAIL", "cmux@localhost"), ("DATE", f"@{int(time.time())} +0000"))}
         words = [word for parent in parents for word in ("-p", parent)]
         return self.call("commit-tree", tree, *words, stdin=message.encode(), env=env)
 
     def common(self, one: str, other: str) -> str:
-        """The best common ancestor of two commits, or ""."""
+        """The merge base of two commits, or ""."""
         return run(self.argv("merge-base", one, other), self.env, patience=600)[1].decode().strip()
 
     def is_ancestor(self, old: str, new: str) -> bool:
@@ -5089,15 +5088,15 @@ class Shadow:
             yield mode, oid, path
 
     def changes(self, old: str, new: str) -> Iterator[tuple[str, str, str, bytes]]:
-        """(old mode, new mode, new id, path) of what differs between two trees or commits."""
+        """(old mode, new mode, new id, path) of each difference between trees or commits."""
         rows = self.records(*RAW_DIFF, old, new)
         for row in rows:
             before, after, _, oid, _ = row.decode("ascii").split(" ")
             yield before[1:], after, oid, next(rows)
 
     def altered(self, tree: str, rows: Iterable[Row]) -> str:
-        """A tree ("": the empty one) with other files at some paths; mode 0 removes one. Not by
-        read-tree, which before git 2.39 wants the content of all."""
+        """A tree ("": the empty one) with some files replaced, or removed (mode 0). Not by
+        read-tree: before git 2.39 that needs the content of all."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, os.urandom(4).hex() + ".index")}
         own = self.listing(tree) if tree else ()
         lines = [os.fsencode("%s %s\t" % row[:2]) + row[2] for row in (*own, *rows)]
@@ -5105,15 +5104,15 @@ class Shadow:
         return self.call("write-tree", "--missing-ok", env=env)
 
     def delta(self, rows: Sequence[Row]) -> str:
-        """The tree of only these files and .cmux-gone, the list of the paths to remove before: all
-        of these, with those of mode 0."""
+        """The tree of these files, without those of mode 0, and of .cmux-gone: the list of all
+        their paths, which the host removes first."""
         names = b"".join(path + b"\n" for _, _, path in rows)
         gone = self.call("hash-object", "-w", "--stdin", stdin=names)
         files = [row for row in rows if int(row[0])]
         return self.altered("", [("100644", gone, b".cmux-gone"), *files])
 
     def lfs_paths(self, tree: str, paths: Collection[bytes]) -> list[bytes]:
-        """Those that LFS manages, by the .gitattributes of a tree or commit."""
+        """Those of the paths that LFS manages by the .gitattributes of a tree or commit."""
         if not paths:
             return []
         env = {"GIT_INDEX_FILE": self.path + "/lfs.index"}
@@ -5124,7 +5123,6 @@ class Shadow:
         return [path for path, _, value in zip(answers, answers, answers) if value == b"lfs"]
 
     def pointers(self, tree: str) -> Iterator[tuple[bytes, Pointer]]:
-        """A tree's LFS pointers, by path."""
         sizes = self.sizes(tree)
         files = {path: (mode, oid) for mode, oid, path in self.listing(tree)
                  if mode[:3] == "100" and sizes.get(path, POINTER_MAX + 1) <= POINTER_MAX}
@@ -5135,13 +5133,13 @@ class Shadow:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
     def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
-        """Files whose content differs from ``head``; not in submodules, whose filters would run."""
+        """Files that differ from ``head``. Not in submodules: their filters would run."""
         return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames",
                             "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env,
                             talks=True)
 
     def attributes(self, text: str) -> None:
-        """Set the attributes that go before any .gitattributes."""
+        """Set the attributes that override any .gitattributes."""
         with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
             stream.write(text)
 
@@ -5151,8 +5149,7 @@ class Shadow:
                 if row.startswith(b"160000 ")}
 
     def borrow_index(self, repository: Repository) -> None:
-        """Copy the user's index, with its time: git then reads only files that were changed in the
-        second of the index or later."""
+        """Copy the user's index with its time: git then reads only files that are not older."""
         import shutil
         for name in os.listdir(repository.git_dir):
             source = os.path.join(repository.git_dir, name)
@@ -5173,14 +5170,14 @@ class Shadow:
             stream.read(1)
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
-        """The file of a pack, of what ``tip`` has and the commits ``known`` have not, that passed
-        git's strict checks in a repository of its own (a refusal leaves files behind)."""
+        """The file of a pack that passed git's strict checks, of what ``tip`` has and the commits
+        ``known`` lack. It is checked in a repository of its own: a refusal leaves files behind."""
         apart = self.path + "/apart.git"
         pack = self.path + "/result.pack"
         with open(pack, "wb") as stream, \
                 spool("\n^".join([tip, *known, ""])[:-1].encode()) as revisions:
             words = self.argv("pack-objects", "-q", "--revs", "--stdout")
-            if spawn(words, self.env, stdin=revisions, stdout=stream).wait():
+            if finish(words, self.env, stdin=revisions, stdout=stream):
                 raise GitFailed("git could not pack the result.")
         self._init(apart)
         why = index_pack(self.argv("--git-dir=" + apart), self.env, pack)
@@ -5195,7 +5192,7 @@ class Shadow:
         return {row.string[row.end():]: int(row[1]) for row in rows if row}
 
     def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
-        """``front``: tar entries, without an end, to go before those of the tree."""
+        """A tree as tar, after the tar entries ``front``."""
         self.attributes(SHADOW_ATTRIBUTES)
         errors = spool(b"")  # nobody would read a pipe
         process = spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
@@ -5219,27 +5216,25 @@ _POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha25
 
 
 class Place:
-    """A work tree and its git directory (real paths), where its submodules and LFS content lie.
-    ``roots``: where a submodule's .git file may point."""
+    """A work tree and its git directory (real paths), which has its submodules and LFS content.
+    ``roots``: the directories into which a submodule's .git file may point."""
 
     def __init__(self, top: str, git_dir: str, roots: list[str]) -> None:
         self.top, self.git_dir, self.roots = top, git_dir, roots
         self.objects = git_dir + "/objects"
 
     def module(self, path: bytes) -> Place | None:
-        """A submodule that is checked out, if no .git file or link of it leads out of ``roots``."""
+        """A submodule that is checked out, if its .git file and links stay in ``roots``."""
         top = os.path.join(self.top, os.fsdecode(path))
         git_dir = top + "/.git"
         try:
             if not self.top or os.path.realpath(top) != top:
                 return None
             if stat.S_ISREG(os.lstat(git_dir).st_mode):
-                words = read_bytes(git_dir, 4 * PATH_MAX) or b""
-                if not words.startswith(b"gitdir: "):
-                    return None
-                named = os.fsdecode(words[8:].rstrip(b"\r\n"))
-                git_dir = os.path.realpath(os.path.join(top, named))
-                if not any(git_dir.startswith(root + os.sep) for root in self.roots):
+                word, _, named = (read_bytes(git_dir, 4 * PATH_MAX) or b"").partition(b": ")
+                git_dir = os.path.realpath(os.path.join(top, os.fsdecode(named.rstrip(b"\r\n"))))
+                if word != b"gitdir" or not git_dir.startswith(
+                        tuple(root + "/" for root in self.roots)):
                     return None
             found = Place(top, git_dir, self.roots + [git_dir + "/modules"])
             owner = os.stat(self.git_dir).st_uid
@@ -5249,17 +5244,17 @@ class Place:
             return None
 
     def content(self, sha256: str, size: int) -> str:
-        """The file that holds an LFS object, by its name and size, or ""."""
+        """The file of an LFS object, if it has the right size, or ""."""
         path = f"{self.git_dir}/lfs/objects/{sha256[:2]}/{sha256[2:4]}/{sha256}"
-        try:
+        with contextlib.suppress(OSError):
             status = os.lstat(path)
-        except OSError:
-            return ""
-        good = stat.S_ISREG(status.st_mode) and status.st_size == size
-        return path if good and os.path.realpath(path) == path else ""
+            if stat.S_ISREG(status.st_mode) and status.st_size == size \
+                    and os.path.realpath(path) == path:
+                return path
+        return ""
 
     def uncommitted(self, shadow: Shadow, tree: str) -> bool:
-        """Whether a submodule has tracked files that are not as in the tree that is sent."""
+        """Whether tracked files of a submodule differ from the tree that is sent."""
         import shutil
         index = shadow.path + "/module.index"
         with contextlib.suppress(OSError, GitFailed):
@@ -5269,21 +5264,21 @@ class Place:
 
 
 class Parts:
-    """What is sent of a commit's tree: with the content of submodules and LFS files instead of
-    links and pointers, as far as this machine has it. Nothing of it is stored."""
+    """What is sent for a commit's tree: the content of submodules and LFS files instead of links
+    and pointers, as far as this machine has it. It is computed each time, never stored."""
 
     def __init__(self, shadow: Shadow, source: str) -> None:
         self.shadow = shadow
         self.modules: set[bytes] = set()    # the paths of submodules, checked out or not
         self.pointers: dict[bytes, Pointer] = {}
-        self.files: dict[bytes, str] = {}   # path -> the file that has the content
-        self.places: list[tuple[Place, str]] = []  # submodules that are checked out; their tree
+        self.files: dict[bytes, str] = {}   # LFS path -> the local file with its content
+        self.places: list[tuple[Place, str]] = []  # submodules that are checked out, their trees
         self._rows: list[Row] = []
         real = shadow.repository
         roots = [real.common_dir + "/modules", real.git_dir + "/modules"]
         self._look(Place(real.top, real.common_dir, roots), source, b"")
-        # The id of what is sent, without links to submodules. With LFS content the host's git has
-        # another tree: for its id all that content would have to be read.
+        # Its id, without links to submodules. With LFS content git on the host has another, for
+        # which all that content would have to be read.
         self.tree = shadow.altered(source, self._rows) if self._rows else source
         self.host_tree = "" if self.files else self.tree
 
@@ -5310,14 +5305,13 @@ class Parts:
             if not prefix:
                 self._rows.append(("0", "0" * len(commit), path))
             module = place.module(path)
-            inner = module and self.shadow.tree_in(module.objects, commit)
+            inner = module and self.shadow.borrow(module.objects, commit)
             if module and inner:
-                self.shadow.lend(module.objects)
                 self.places.append((module, inner))
                 self._look(module, inner, prefix + path + b"/")
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
-        """LFS files as tar entries, checked while they are read."""
+        """LFS files as tar entries, checked as they are read."""
         import tarfile
         for path in paths:
             mode, _, _, size = self.pointers[path]
@@ -5329,21 +5323,21 @@ class Parts:
 
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
-    """The bytes of a file. Raises GitFailed where they are not those of the LFS pointer."""
+    """The bytes of a file. Raises GitFailed if they are not what the LFS pointer names."""
     import hashlib
     digest, left = hashlib.sha256(), pointer[3]
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         with open(os.open(path, flags), "rb", buffering=0) as stream:
             while left:
                 data = stream.read(min(CHUNK, left))
                 if not data:
-                    raise OSError(0, "")
+                    raise OSError
                 left -= len(data)
                 digest.update(data)
                 yield data
     except OSError:
-        raise GitFailed(f"The LFS content of {name} cannot be read any more.", "Try again.")
+        raise GitFailed(f"The LFS content of {name} can no longer be read.", "Try again.")
     if digest.hexdigest() != pointer[2]:
         raise GitFailed(f"The LFS content of {name} is damaged.", "Look with: git lfs fsck")
 
@@ -5365,21 +5359,21 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
     command = [find_program("git"), "-C", path,
                *git_settings("user.name=demo", "user.email=demo@localhost")]
     for line in ("init -q", "add .", "commit -q -m hello"):
-        words = command + line.split()
-        status, _, err = run(words, git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
+        status, _, err = run([*command, *line.split()],
+                             git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
         if status:
             raise GitFailed(f"git {line} failed: {show(err)}.")
     return path
 
 
 class Importer:
-    """`git fast-import`. It takes any path: what it is given was checked before."""
+    """`git fast-import`. It takes any path: callers check them."""
 
     def __init__(self, shadow: Shadow) -> None:
         self.form, self.marks = shadow.form, shadow.path + "/marks"
-        words = ["fast-import", "--quiet", "--done", "--force", "--depth=0",
-                 "--date-format=raw", "--export-marks=" + self.marks]
-        argv = shadow.argv("-c", "core.ignoreCase=false", *words)
+        argv = shadow.argv(
+            "-c", "core.ignoreCase=false", "fast-import", "--quiet", "--done", "--force",
+            "--depth=0", "--date-format=raw", "--export-marks=" + self.marks)
         self.process = spawn(argv, shadow.env, stdin=-1)
         assert self.process.stdin
         self.stream = open(self.process.stdin.fileno(), "wb", CHUNK, closefd=False)
@@ -5408,13 +5402,13 @@ class Importer:
             self.process.stdin.close()
 
 
-# POSIX cksum is a CRC-32 of the bytes, their bits in reverse, and of their count. Reversing the
-# bits of every byte (translate) and of the result makes zlib compute it.
+# POSIX cksum is a CRC-32 of the bytes and of their count, with the bits in the other order. With
+# the bits of every byte (translate) and of the result reversed, zlib computes it.
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 class Cksum:
-    """The checksum of POSIX cksum, which every host has: update() with bytes, then line()."""
+    """The checksum of POSIX cksum, which every host has."""
 
     def __init__(self) -> None:
         self.register = 0xFFFFFFFF
@@ -5426,36 +5420,34 @@ class Cksum:
         self.length += len(data)
 
     def line(self) -> str:
-        """What `cksum` prints for the bytes: checksum and length."""
+        """What `cksum` prints: checksum and length."""
         import zlib
         size = self.length.to_bytes((self.length.bit_length() + 7) // 8, "little")
-        value = zlib.crc32(size.translate(_REVERSED), self.register) ^ 0xFFFFFFFF
-        return f"{int(f'{value:032b}'[::-1], 2) ^ 0xFFFFFFFF} {self.length}"
+        value = zlib.crc32(size.translate(_REVERSED), self.register)
+        return f"{int(f'{value:032b}'[::-1], 2)} {self.length}"
 
 
 class Archive(Source):
-    """The stream of a running `git archive`, with its length and checksum so far. ``total``: the
-    bytes that travel, compressed after compress()."""
+    """The output of a running `git archive`, with its length and checksum so far. ``total``: the
+    bytes sent, compressed after compress()."""
 
     def __init__(self, process: Process, errors: IO[bytes], front: Iterable[bytes]) -> None:
         assert process.stdout
         super().__init__(process.stdout.fileno())
         self.process, self.errors, self.front = process, errors, filter(None, front)
         self.digest = Cksum()
-        self.ahead = b""            # read by small(), not yet passed on
+        self.ahead = b""            # read by small(), not yet by read()
         self.packer: Any = None
         self.ended = False          # all of it was read
-        self.progress: Callable[[int], None] | None = None
-        self.size: Callable[[], int] = lambda: 0  # an estimate of all that comes
+        self.progress: Callable[[int], None] = lambda done: None
 
     def small(self) -> bool:
-        """Whether the whole archive is at most BULK_FROM bytes (reads that far)."""
-        while len(self.ahead) <= BULK_FROM:
+        """Whether the archive has at most BULK_FROM bytes."""
+        data = b"x"
+        while data and len(self.ahead) <= BULK_FROM:
             data = self._more()
-            if not data:
-                return True
             self.ahead += data
-        return False
+        return not data
 
     def compress(self) -> None:
         import zlib
@@ -5468,8 +5460,7 @@ class Archive(Source):
         data, self.ahead = self.ahead or self._more(), b""
         self.ended = not data
         self.digest.update(data)
-        if self.progress:
-            self.progress(self.digest.length)
+        self.progress(self.digest.length)
         if self.packer:
             import zlib
             if data:  # never nothing
@@ -5485,10 +5476,9 @@ class Archive(Source):
         if self.process.stdout:
             self.process.stdout.close()
 
-    def check(self, ended: bool = True) -> None:
-        """Raise GitFailed unless git ended well (or, where it did not write all, runs): half an
-        archive must not become a base."""
-        if ended:
+    def check(self) -> None:
+        """Raise GitFailed if git failed: half an archive must not become a base."""
+        if self.ended:
             self.process.wait(timeout=60)
         if self.process.poll():
             why = show(read_errors(self.errors), 300)
@@ -5502,9 +5492,8 @@ class Archive(Source):
 @contextlib.contextmanager
 def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
           detail: object = "", op: str = "") -> Iterator[types.SimpleNamespace]:
-    """Record an operation in the history. The block sets ``size`` (bytes) and ``code`` (the exit
-    code, unless it raises); ``op``: the workspace's id. An operation inside another is part of
-    it."""
+    """Record an operation in the history, unless it is part of another. The block sets ``size``
+    (bytes) and ``code`` (the exit code, unless it raises). ``op``: the workspace's id."""
     import _thread
     thread = _thread.get_ident()
     row: Fields = {"operation": operation, "workspace": workspace, "host": host, "op": op}
@@ -5513,7 +5502,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         yield entry
         return
 
-    def describe() -> None:  # again at the end: a command's secret is known once it was sent
+    def describe() -> None:  # also at the end: what a secret's command made is known by then
         row["detail"] = ""
         with contextlib.suppress(CmuxError):
             row["detail"] = masked_detail(detail, project.masks())
@@ -5522,7 +5511,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         describe()
         lock = project.history.begin(row)
     try:
-        project.logging.add(thread)  # in the try: an interrupt must not leave it there
+        project.logging.add(thread)  # in the try: after an interrupt it must be discarded
         yield entry
     except BaseException as error:
         entry.code = getattr(error, "exit_code", 130 if type(error) is KeyboardInterrupt else 1)
@@ -5548,15 +5537,15 @@ def masked_detail(what: object, masks: Sequence[tuple[bytes, bytes]]) -> str:
     words = []
     for word in [what] if line else what if isinstance(what, (list, tuple)) else ():
         word = as_text(word) if isinstance(word, bytes) else str(word)
-        plain = as_text(mask(encoded(word), masks))
-        words.append(plain if plain != word or line else quote(word))
+        masked = as_text(mask(encoded(word), masks))
+        words.append(masked if masked != word or line else quote(word))
     return show(" ".join(words), 200)[1:-1]
 
 
 def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
            code: Callable[[Any], int] = lambda result: 0) -> Callable[[AnyFunction], AnyFunction]:
-    """Record a function of a workspace with its next argument; ``size`` is made of the result and
-    the arguments, the exit ``code`` of the result."""
+    """Record a method of a workspace with its first argument. ``size`` is computed from the result
+    and the arguments, the exit ``code`` from the result."""
     def decorate(function: AnyFunction) -> AnyFunction:
         named = "".join(function.__code__.co_varnames[1:2])
 
@@ -5566,22 +5555,21 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
             with noted(workspace.project, operation, workspace.name, workspace.host.name, what,
                        workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
-                entry.size = size(result, *args)
-                entry.code = entry.code or code(result)
+                entry.size, entry.code = size(result, *args), code(result)
                 return result
         return call  # type: ignore[return-value]
     return decorate
 
 
 class ProjectBase:
-    """A local git repository and its workspaces: see Project, whose workspaces have the tools."""
+    """A local git repository and its workspaces: see Project, which adds the tools."""
 
-    kind: type["Workspace"]  # which the room Tools defines
+    kind: type["Workspace"]  # see the room Tools
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
         self._warm, self._pool = warm, pool_of(host)
-        self._passed: dict[str, str] = {}  # host that is down -> the workspace it was passed for
+        self._passed: dict[str, str] = {}  # host that is down -> the first workspace to notice
         self.repository = Repository(directory)
         self.registry = Registry(self.repository.common_dir)
         self._interactive = interactive
@@ -5589,22 +5577,22 @@ class ProjectBase:
         self.ending = Cancel()
         self._forked()
         fork_aware().add(self)
-        self.handed_over: dict[bytes, str] = {}  # values of secrets that this process knows
+        self.handed_over: dict[bytes, str] = {}  # value of a secret -> its name
         self.history = History(self.registry)
         self._made: set[str] = set()
 
     def _forked(self) -> None:
         import threading
         self._mutex = threading.Lock()
-        self.looking = threading.Lock()  # of many workspaces at once one reports what is not sent
+        self.looking = threading.Lock()  # one thread reports what is not sent
         self._fetching = threading.Lock()
         self._unknown: dict[str, tuple[float, CmuxError]] = {}  # command -> why it failed
         self.fetched: set[str] = set()   # commands of secrets that this process has run
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
     def fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
-        """The values of secrets, remembered for masking. The oldest make room: one that is fetched
-        by a command may be another each time."""
+        """The values of secrets, remembered for masking: the last 1000, for a command may print
+        another each time."""
         values = secret_values(secrets, cancel)
         with self._mutex:
             self.fetched.update(entry.get("command", "") for entry in secrets.values())
@@ -5614,8 +5602,8 @@ class ProjectBase:
         return values
 
     def know_secrets(self, op: str, cancel: Cancel | None = None) -> None:
-        """Run the commands that make secrets of a workspace, if this process has not yet: what an
-        earlier one sent must be known, too, also where a narrower scope wins by now."""
+        """Run the commands for a workspace's secrets, unless this process has: an earlier process
+        may have sent what they print. Also where a narrower scope wins now."""
         with self._fetching:
             for name, entry, _ in self.registry.stored(op):
                 command = entry.get("command")
@@ -5623,7 +5611,7 @@ class ProjectBase:
                     continue
                 until, why = self._unknown.get(command, (0.0, CmuxError("")))
                 if time.monotonic() < until:
-                    raise why  # not once more for every call
+                    raise why
                 try:
                     self.fetch({name: entry}, cancel)
                 except CmuxError as error:
@@ -5632,13 +5620,14 @@ class ProjectBase:
                     raise
 
     def known_secrets(self) -> dict[bytes, str]:
-        """value -> name of what this process has handed over, and of all that is stored."""
+        """value -> name of the secrets that this process has fetched, and of all that are stored.
+        """
         return {**self.handed_over, **{encoded(entry.get("value", "")): name
                                        for name, entry, _ in self.registry.stored()}}
 
     def masks(self) -> list[tuple[bytes, bytes]]:
-        """(a secret's value, what to show instead), longest first; also the lines of a value, since
-        a key is printed with other line ends or an indent. Below four bytes a value would mask half
+        """(a secret's value, what to show instead), longest first; also the lines of a value: a key
+        may be printed with other line ends or an indent. A value below four bytes would mask half
         of all text."""
         known = self.known_secrets()
         for value, name in list(known.items()):
@@ -5655,8 +5644,8 @@ class ProjectBase:
             raise UsageError("A secret is for all projects, or for one workspace.",
                              "Give one of the two.")
         path = secrets_file() if everywhere else self.registry.secrets_path
-        self.registry.read()  # made on first use, under the same lock
-        with self.registry.editing() if workspace else contextlib.nullcontext():  # it stays there
+        self.registry.read()  # makes it on first use, under the lock that is taken next
+        with self.registry.editing() if workspace else contextlib.nullcontext():  # none removes it
             if workspace:
                 path = self.registry.own_secrets(self.entry(workspace)["op"])
             with editing_secrets(path) as stored:
@@ -5664,9 +5653,10 @@ class ProjectBase:
 
     def set_secret(self, name: str, value: str | bytes | None, workspace: str = "",
                    everywhere: bool = False) -> None:
-        """Store what commands see as the environment variable ``name``, in a 0600 file on this
-        machine; None forgets it. For this project, or one ``workspace`` of it, or ``everywhere``:
-        in all projects. The narrower wins. Raises UsageError, WorkspaceMissing, StateFailed."""
+        """Store a secret, which commands see as the environment variable ``name``, in a local 0600
+        file; None forgets it. It is for this project, for one ``workspace`` of it, or
+        (``everywhere``) for all projects; the narrower wins. Raises UsageError, WorkspaceMissing,
+        StateFailed."""
         check_variable(name, secret=True)
         with self.editing_secrets(workspace, everywhere) as stored:
             stored.pop(name, None)
@@ -5679,7 +5669,7 @@ class ProjectBase:
         return str(self.registry.read()["name"])
 
     def host(self, name: str) -> Host:
-        """The Host of that name, the same for all workspaces of this object. Raises UsageError."""
+        """The Host of that name, always the same object. Raises UsageError."""
         with self._mutex:
             if name not in self._hosts:
                 self._hosts[name] = Host(name, self._interactive, self._warm, self.ending)
@@ -5691,14 +5681,14 @@ class ProjectBase:
 
     def hosts_for(self, workspace: str, host: str | Sequence[str] = (),
                   source: str = "") -> list[str]:
-        """Where a new workspace may be: on the host of the workspace ``source``, if one is named,
-        else on ``host``, this object's, one of the words of $CMUX_SSH_HOST, or of the user's own
+        """The pool for a new workspace: the host of the workspace ``source``, if that is named;
+        else ``host``, this object's, the words of $CMUX_SSH_HOST, or the values of the user's
         `git config cmux.host`. Raises UsageError."""
         if source:
             place = self.entry(source)["host"]
             self.check_place(source, place, host)
             return [place]
-        words = os.environ.get("CMUX_SSH_HOST", "").split(" ")  # other blanks are no host's
+        words = os.environ.get("CMUX_SSH_HOST", "").split(" ")  # a tab separates nothing
         hosts = pool_of(host) or self._pool or [*filter(None, words)] or [
             *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
         if not hosts:
@@ -5708,37 +5698,36 @@ class ProjectBase:
         return pool_of(hosts)
 
     def entries(self) -> dict[str, Fields]:
-        """The finished workspaces, by name."""
+        """The registry's entries of finished workspaces, by name."""
         return {name: entry for name, entry in self.registry.read()["workspaces"].items()
                 if entry.get("state") == "ready"}
 
     def workspace(self, name: str) -> "Workspace":
         """An existing workspace. Raises WorkspaceMissing."""
         entry, lock = self.entry(name), self.registry.creation_lock(name)
-        if "intent" in entry and lock.take():  # else somebody is at it
+        if "intent" in entry and lock.take():  # else an operation on it runs
             with lock:
                 entry = self.settle(name)
         return self.kind(self, name, entry)
 
     def workspaces(self) -> list["Workspace"]:
-        """All that are finished, by name; asks no host."""
+        """All that are finished, by name. Connects to no host."""
         return [self.kind(self, name, entry) for name, entry in sorted(self.entries().items())]
 
     def entry(self, name: str) -> Fields:
-        """What the registry has of a finished workspace. Raises WorkspaceMissing."""
+        """The registry's entry of a finished workspace. Raises WorkspaceMissing."""
         entry = self.entries().get(check_workspace(name))
         if entry is None:
             raise self.missing(name)
         return entry
 
     def slip_of(self, name: str) -> str:
-        """The workspace that was meant, where ``name`` may be mistyped; else "". What this object
-        has made does not count: a program's own names are no slips of each other."""
+        """The workspace that is probably meant where ``name`` is mistyped, or "". None that this
+        object has made: a program's own names are no slips of each other."""
         return next((other for other in sorted(self.entries())
                      if other not in self._made and is_slip(name, other)), "")
 
     def missing(self, name: str, make: bool = True) -> WorkspaceMissing:
-        """The error for a workspace that does not exist."""
         slip = self.slip_of(name)
         meant = f"; did you mean {slip}?" if slip else "."
         more = f", or make it: {PROGRAM} new {name} -H HOST" if make else "."
@@ -5746,25 +5735,24 @@ class ProjectBase:
                                 f"See `{PROGRAM} list`{more}")
 
     def update(self, name: str, **fields: Any) -> None:
-        """Change fields of a workspace's entry in the registry."""
         with self.registry.editing() as record:
             record["workspaces"][name].update(fields)
 
     def forget(self, name: str) -> None:
-        """Take a workspace's entry out of the registry, after what secrets it has alone."""
+        """Remove a workspace's own secrets, then its entry in the registry."""
         with self.registry.editing() as record:
             entry = record["workspaces"].pop(name, None)
             if entry:
                 import glob
                 own = glob.escape(self.registry.own_secrets(entry["op"]))
-                for left in glob.glob(own + "*"):  # its lock, and what a killed writer left, too
+                for left in glob.glob(own + "*"):  # also its lock, and files of a killed writer
                     remove_file(left)
 
     def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
                 change: Mapping[str, Any] | None = None, **more: Any) -> Reply:
-        """Put the ``change`` into the registry, then run an operation on a workspace's name on its
-        host; the first word is the operation's id. The host refuses one of a lower turn: its client
-        was killed."""
+        """Put ``change`` into the registry, then run an operation on a workspace's name on its
+        host. The first word is the operation's id. The host refuses an operation once one of a
+        higher turn has begun: its client was killed."""
         Shadow.reap(temporary_folder())
         with self.registry.editing() as record:
             turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
@@ -5774,25 +5762,25 @@ class ProjectBase:
         return self.host(entry["host"]).call(script, *place, *words, **more)
 
     def discard(self, name: str, entry: Fields, cancel: Cancel | None = None) -> None:
-        """Move the directory into the host's trash, and forget the entry, which is not listed
+        """Move the directory into the host's trash, then forget the entry. It is not listed
         meanwhile."""
         words = [os.urandom(8).hex(), entry["op"]]
         try:
             reply = self.operate(REMOVE, name, entry, words, {"state": "removing"}, cancel=cancel)
             check_reply(reply, entry["host"], f"remove the workspace {name}")
         except CmuxError as error:
-            if not isinstance(error, (ConnectionLost, Cancelled)):  # then it may be removed
+            if not isinstance(error, (ConnectionLost, Cancelled)):  # after those it may be removed
                 self.update(name, state=entry["state"])
             raise
         self.forget(name)
 
     def vacate(self, name: str) -> None:
-        """See that a name is free, under its lock: an entry that is not ready, or half a rename to
-        it, is what a process that was killed left. It is cleared away."""
+        """Make sure that a name is free, under its lock. An entry that is not ready, and half a
+        rename to the name, were left by a killed process: they are cleared away."""
         for other, entry in self.entries().items():
             if entry.get("intent", {}).get("to") == name:
                 lock = self.registry.creation_lock(other)
-                if not lock.wait(Deadline(5)):  # it may wait for the lock we hold
+                if not lock.wait(Deadline(5)):  # its owner may wait for our lock
                     raise WorkspaceExists(f"The workspace {other} is about to get the name {name}.",
                                           "Try again in a moment.")
                 with lock:
@@ -5805,36 +5793,36 @@ class ProjectBase:
             self.discard(name, left)
 
     def settle(self, name: str) -> Fields:
-        """The entry of a workspace, once a push or rename that was cut off is settled: a push that
-        the host has done counts, a rename is undone. Under the workspace's lock."""
+        """The entry of a workspace, after a push or rename that was cut off is settled: a push that
+        the host has finished counts, a rename is undone. Needs the workspace's lock."""
         entry = self.entry(name)
         intent = entry.get("intent")
         if intent:
             words = [os.urandom(8).hex(), intent.get("to", name), name, entry["op"]]
             reply = self.operate(RENAME, name, entry, words)
-            if reply.status not in (20, 22):  # else it is gone, or another directory is in its way
+            if reply.status not in (20, 22):  # else it is gone, or its name is taken
                 check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
             self._end_intent(name, intent["op"] in reply.lines())
         return self.entry(name)
 
     def _end_intent(self, name: str, pushed: bool) -> None:
-        """A push or a rename has ended, or was given up."""
+        """Forget the intent of a push or rename; one that has ``pushed`` counts."""
         with self.registry.editing() as record:
             entry = record["workspaces"][name]
-            intent = entry.pop("intent", {})  # none, where another fork has settled it just now
+            intent = entry.pop("intent", {})  # {}: another fork has just settled it
             if pushed and intent:
                 entry.update(intent, op=entry["op"])
                 entry.get("pulled", {}).pop("left", None)
-                entry["over"] = dict(entry.get("branches", {}))  # what it no longer has
+                entry["over"] = dict(entry.get("branches", {}))
 
     def create(self, name: str, host: str | Sequence[str], ref: str = "HEAD", root: str = "",
                init: bool = True, report: Report | None = None, cancel: Cancel | None = None,
                source: str = "", secrets: Collection[str] | None = None) -> "Workspace":
-        """Make workspace ``name`` on ``host`` (of several the one with the fewest workspaces that
-        can be reached) from commit ``ref``, below its directory ``root`` (default ~/cmux), with
-        what git ignores (packages, caches) in the workspace ``source`` on that host, and run its
-        init hook, with ``secrets`` as exec() has them, unless ``init`` is false. A hook that fails
-        and a host that is passed over are reported, and undo nothing.
+        """Make workspace ``name`` from commit ``ref`` on ``host`` (of several: the one that can be
+        reached and has the fewest workspaces), below its directory ``root`` (default ~/cmux), with
+        the files that git ignores (packages, caches) in the workspace ``source`` of that host. Then
+        run its init hook, with ``secrets`` as for exec(), if ``init``. A hook that fails and a host
+        that is passed over are reported, and undo nothing.
 
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
@@ -5843,7 +5831,7 @@ class ProjectBase:
         self.registry.secrets("", secrets)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
-        # Before the lock: a hundred callers share the failure of a host that is down.
+        # Without the lock: a hundred callers share the failure of a host that is down.
         report, cancel = report or Report(), self.ending.join(cancel)
         report.step(name, "connecting")
         host = self._reach(name, pool, report, cancel)
@@ -5854,8 +5842,8 @@ class ProjectBase:
             place = {"host": host, "root": root, "project": project}
             with noted(self, "new", name, host, ref) as log, contextlib.closing(
                     Upload(self, name, place, ref, report, cancel)) as upload:
-                log.row["op"] = op = os.urandom(8).hex()  # not before: it has no name yet
-                self._make(upload, op, init, source)
+                log.row["op"] = upload.op  # not earlier: no entry had it
+                self._make(upload, init, source)
                 log.size = upload.sent
                 if "init" in self.entry(name):
                     self._run_init(upload, secrets)
@@ -5863,26 +5851,25 @@ class ProjectBase:
 
     def _reach(self, name: str, pool: Sequence[str], report: Report,
                cancel: Cancel | None) -> str:
-        """The host of a pool for a workspace: connected to, one that is down passed over."""
+        """Connect to a host of a pool for a workspace, passing over those that are down."""
         many = len(pool) > 1
-        host = self._fewest(name, pool) if many else pool[0]
-        there = self.host(host)
+        host = self.host(self._fewest(name, pool) if many else pool[0])
         try:
-            there.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
-            if many and there.masters.single():
-                there.call("operation() { :; }", cancel=cancel)
+            host.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
+            if many and host.masters.single():
+                host.call("operation() { :; }", cancel=cancel)
         except ConnectionFailed as error:
             if not many:
                 raise
-            if self._passed.setdefault(host, name) == name:  # else it was reported
-                report.warn(f"{host} is passed over. {error}")
-            return self._reach(name, [one for one in pool if one != host], report, cancel)
-        self._passed.pop(host, None)
-        return host
+            if self._passed.setdefault(host.name, name) == name:  # else it was reported
+                report.warn(f"{host.name} is passed over. {error}")
+            return self._reach(name, [one for one in pool if one != host.name], report, cancel)
+        self._passed.pop(host.name, None)
+        return host.name
 
     def _fewest(self, name: str, pool: Sequence[str]) -> str:
-        """Of several hosts the one with the fewest workspaces of this user. It is noted for all who
-        choose at the same time, until the workspace itself is on record."""
+        """The host with the fewest workspaces of this user. The choice counts for others who choose
+        now, until the workspace itself is in the registry."""
         with self.registry.editing() as record:
             hosts: list[str] = []
             for value in all_projects(lambda error: None):
@@ -5896,22 +5883,22 @@ class ProjectBase:
             record.setdefault("placing", {})[name] = [best, time.time()]
             return best
 
-    def _make(self, upload: Upload, op: str, init: bool, source: str) -> None:
+    def _make(self, upload: Upload, init: bool, source: str) -> None:
         name, host = upload.name, upload.host.name
-        words = [op, upload.tree, self.entry(source)["path"] if source else ""]
+        words = [upload.op, upload.tree, self.entry(source)["path"] if source else ""]
         entry: Fields = {
-            "state": "creating", **upload.entry, "op": op, "created": int(time.time()),
+            "state": "creating", **upload.entry, "op": upload.op, "created": int(time.time()),
             **upload.base()}
-        upload.left_out()
+        upload.note_unsent()
         try:
-            reply = upload.with_base(op, lambda: self.operate(
+            reply = upload.with_base(lambda: self.operate(
                 CREATE, name, entry, words, entry, cancel=upload.cancel))
             if reply.status == 9:
                 raise RemoteFailed(f"Only git knows what is ignored in {source}: it needs git on "
                                    f"{host}, and a repository.", "Leave out --from.")
             check_reply(reply, host, "make the workspace", name, source, "made")
         except CmuxError as error:
-            # else it may exist: the next `new` or `rm` clears it
+            # After those it may exist; the next `new` or `rm` clears it away.
             if not isinstance(error, (ConnectionLost, Cancelled)):
                 self.forget(name)
             raise
@@ -5951,13 +5938,13 @@ class ProjectBase:
                secrets: Collection[str] | None = None) -> "Workspace":
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
         hosts_for()); waits while another process makes it. Raises as create() does, UsageError
-        if it is elsewhere, and WorkspaceMissing if another one is probably meant."""
+        if it is on another host, and WorkspaceMissing if another one is probably meant."""
         entry = self.entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
         if entry is None:
             begun = name in self.registry.read()["workspaces"]  # by another process
-            if self.slip_of(name) and not begun and name != self.default_workspace():
+            if not begun and self.slip_of(name) and name != self.default_workspace():
                 raise self.missing(name)
             report = report or Report()
             try:
@@ -5970,13 +5957,13 @@ class ProjectBase:
         return self.existing(name, host)
 
     def existing(self, name: str, host: str | Sequence[str]) -> "Workspace":
-        """A workspace, if it is on ``host``, or on one of several, where any is given."""
+        """A workspace. Raises UsageError if it is not on ``host``, or one of several."""
         found = self.workspace(name)
         self.check_place(name, found.host.name, host)
         return found
 
     def check_place(self, name: str, place: str, host: str | Sequence[str]) -> None:
-        """Raise UsageError if a workspace is on another host than those given."""
+        """Raise UsageError unless ``place`` is ``host``, one of several, or none is given."""
         pool = pool_of(host)
         if pool and place not in pool:
             raise UsageError(f"The workspace {name} is on {place}, not on {' or '.join(pool)}.",
@@ -5984,9 +5971,9 @@ class ProjectBase:
 
     def remove(self, name: str, force: bool = False, forget: bool = False,
                cancel: Cancel | None = None) -> list[str]:
-        """Remove a workspace; with jobs that run or work that has not been pulled only by
-        ``force``. ``forget``: only locally, its host is gone for good. Returns [name], or [] when
-        there is none. Raises WorkspaceDirty, HostError, RemoteFailed, Cancelled."""
+        """Remove a workspace. Without ``force``, jobs that run and work that has not been pulled
+        raise WorkspaceDirty. ``forget``: only locally, its host is gone for good. Returns [name],
+        or [] when there is none. Raises HostError, RemoteFailed, Cancelled."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
@@ -6016,14 +6003,14 @@ class ProjectBase:
             self._refuse(name, entry, reply.lines())
 
     def running_now(self) -> list[Fields]:
-        """What this machine runs now, oldest first, with its workspace's present name."""
+        """What this machine runs now, oldest first, by the workspaces' present names."""
         names = {entry["op"]: name for name, entry in self.entries().items()}
         return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
                 for row in self.history.now()]
 
     def past(self, name: str | None = None) -> list[Fields]:
-        """The history, oldest first: of all, or of the workspace that has this name now, by any
-        name it had; where none has it, of those that had."""
+        """The history, oldest first: of all workspaces; or of the one that has this name now, also
+        under earlier names; or, if none has it, of those that had it."""
         op = self.entries().get(name, {}).get("op") if name else None
         return [row for row in self.history.rows() if not name or (
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
@@ -6031,7 +6018,8 @@ class ProjectBase:
     @contextlib.contextmanager
     def _moving(self, operation: str, source: str, name: str,
                 cancel: Cancel | None) -> Iterator[Fields]:
-        """The locks of a workspace and of a name, which is free then; the entry for that name."""
+        """Hold the locks of a workspace and of a new name, which is free. Yields the entry for that
+        name."""
         if check_workspace(name) == source:
             raise WorkspaceExists(f"The workspace {name} has that name already.",
                                   "Choose another name.")
@@ -6046,9 +6034,8 @@ class ProjectBase:
 
     def fork(self, source: WorkspaceBase, name: str,
              cancel: Cancel | None = None) -> "Workspace":
-        """A new workspace with the current content and the own secrets of ``source``, made on the
-        host itself. Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled.
-        """
+        """A new workspace with the content and the own secrets of ``source``, copied on the host.
+        Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled."""
         with self._moving("fork", source.name, name, cancel) as entry:
             own, op = self.registry.own_secrets(entry["op"]), os.urandom(8).hex()
             entry.update(state="forking", op=op, branches={}, over={}, created=int(time.time()))
@@ -6065,8 +6052,8 @@ class ProjectBase:
 
     def rename(self, source: WorkspaceBase, name: str,
                cancel: Cancel | None = None) -> "Workspace":
-        """Give a workspace another name, locally and on the host; the new object (the old one is of
-        no more use). Until both are done, it has the old name. Raises as fork() does."""
+        """Give a workspace another name, locally and on the host. Returns the new object; the old
+        one can no longer be used. Until all is done, the old name counts. Raises as fork() does."""
         with self._moving("rename", source.name, name, cancel) as entry:
             op = os.urandom(8).hex()
             words = [op, source.name, name, entry["op"]]
@@ -6082,13 +6069,13 @@ class ProjectBase:
 
     def push(self, name: str, ref: str = "HEAD", force: bool = False,
              report: Report | None = None, cancel: Cancel | None = None) -> bool:
-        """Bring a workspace to another local commit; False when it has that already. Refuses to
-        overwrite work that has not been pulled (WorkspaceDirty); with ``force`` a copy stays in the
+        """Bring a workspace to another local commit; False when it has that already. Raises
+        WorkspaceDirty if it has work that has not been pulled; with ``force`` a copy stays in the
         host's trash until gc. Raises as create() does, too."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry, report = self.settle(name), report or Report()
             with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
-                upload.left_out()
+                upload.note_unsent()
                 stands = entry["base"], entry.get("whole")
                 if not force and (upload.commit, upload.tree) == stands:
                     return False
@@ -6101,12 +6088,12 @@ class ProjectBase:
             return True
 
     def _push(self, upload: Upload, entry: Fields, force: bool) -> None:
-        name, host, op = upload.name, entry["host"], os.urandom(8).hex()
+        name, host, op = upload.name, entry["host"], upload.op
         if not force:
             self._refuse(name, entry, ())
         words = [op, *self.looked_at(name, entry, op), upload.tree, "1" if force else ""]
         self.update(name, intent={"op": op, **upload.base()})
-        reply = upload.with_base(op, lambda: self.operate(
+        reply = upload.with_base(lambda: self.operate(
             PUSH, name, entry, words, cancel=upload.cancel), entry["tree"])
         if reply.status in (5, 25):  # nothing was done
             self._end_intent(name, False)
@@ -6120,12 +6107,12 @@ class ProjectBase:
         for line in reply.lines():
             if line.startswith("kept "):
                 upload.report.warn(f"What was in {name} is kept until gc, on {host}: "
-                                   + show(line[5:]))
+                                   + show(line[5:], PATH_MAX))
 
     def gc(self, only: str | Sequence[str] = (),
            cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
-        """Free trash, leftovers and old bases on every host that has or had a workspace of the
-        project, or on some of them: (bytes by host, the errors of others). Raises UsageError for
+        """Free trash, leftovers and old bases on the hosts that have or had a workspace of the
+        project, or ``only`` on some: (bytes by host, the errors of others). Raises UsageError for
         another host."""
         used = {(entry["host"], entry["root"]) for entry in self.entries().values()}
         known = used.union(map(tuple, self.registry.read().get("places", [])))
@@ -6145,7 +6132,7 @@ class ProjectBase:
                     check_reply(reply, host, "clear up")
                     freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
                     done.add((host, root))
-            except CmuxError as error:  # the other hosts all the same
+            except CmuxError as error:
                 failed.append(error)
         with self.registry.editing() as record:
             record["places"] = [place for place in record.get("places", [])
@@ -6153,7 +6140,7 @@ class ProjectBase:
         return freed, failed
 
     def looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
-        """The words for PULL, CHANGED and PUSH: what the workspace is compared with."""
+        """The words by which PULL, CHANGED and PUSH compare a workspace."""
         tree = entry.get("host_tree", "")
         return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
                 tree if len(tree) == 40 else "",  # the host's ids are SHA-1
@@ -6162,12 +6149,12 @@ class ProjectBase:
 
     def _refuse(self, name: str, entry: Fields, lines: Iterable[str]) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
-        way = f"Bring it home first: {PROGRAM} pull -w {name}."
+        way = f"Pull it first: {PROGRAM} pull -w {name}."
         if lost and all(line.startswith("a job that runs") for line in lost):
             way = f"Wait for it, or end it with stop ({PROGRAM} jobs -w {name})."
         elif not lost:
-            way = (f"Look at it there ({PROGRAM} exec -w {name} -- git status --short); read "
-                   "brings a file.")
+            way = (f"Look at it ({PROGRAM} exec -w {name} -- git status --short); read brings a "
+                   "file.")
         lost += entry.get("pulled", {}).get("left", ())
         if lost:
             some = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
@@ -6185,8 +6172,8 @@ def gone_there(name: str, host: str) -> WorkspaceMissing:
 
 def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "",
                 word: str = "") -> None:
-    """Raise RemoteFailed with the host's own words unless a script ended with status 0 (20: the
-    name ``new`` is taken; 22: the workspace ``name`` has no directory) and printed ``word``."""
+    """Raise RemoteFailed with the host's words unless a script succeeded and printed ``word``;
+    for status 20, the name ``new`` is taken; for 22, ``name`` has no directory."""
     if reply.status == 20 and new:
         raise WorkspaceExists(f"A directory {new} exists already on {host}.",
                               "Choose another name.")
@@ -6200,26 +6187,26 @@ def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "
 
 
 class Report:
-    """Where work in progress is reported. The default is silence; the command line shows it."""
+    """Receives reports of work in progress. This one ignores them; the command line shows them."""
 
     def say(self, text: str) -> None:
         """A step worth a line in verbose mode."""
 
     def note(self, text: str) -> None:
-        """Something that is as it should be, and good to know."""
+        """Something good to know that is no fault."""
 
     def warn(self, text: str) -> None:
         """Something the user should know."""
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
-        """Bytes moved so far for workspace ``what``; ``total()`` estimates all, at a cost."""
+        """``done`` bytes were moved for workspace ``what``; ``total()`` estimates all: slow."""
 
     def step(self, what: str, doing: str) -> None:
-        """What is done for workspace ``what`` from now on."""
+        """The next step for workspace ``what``."""
 
     def output(self, data: bytes, what: str) -> None:
-        """Bytes from the init hook of ``what``, as they come."""
+        """Bytes that the init hook of ``what`` printed."""
 
 
 class Upload:
@@ -6231,7 +6218,7 @@ class Upload:
         self.host, self.entry, self.head = project.host(entry["host"]), entry, ref == "HEAD"
         self.commit, source = project.repository.resolve(ref)
         project.repository.refuse_state(self.commit)
-        self.sent = 0  # bytes of the archive
+        self.op, self.sent = os.urandom(8).hex(), 0  # id of the operation; bytes that were sent
         self.shadow = Shadow(project.repository, self.commit)
         self.close = self.shadow.close
         try:
@@ -6242,8 +6229,8 @@ class Upload:
         self.tree = self.parts.tree
 
     def base(self) -> dict[str, str]:
-        """What the registry keeps of what was sent. ``whole``: with export-ignored files, which
-        older versions left out."""
+        """The registry's fields about what is sent. Entries of older versions, which sent no
+        export-ignored files, have no ``whole``."""
         return {"base": self.commit, "tree": self.tree, "whole": self.tree,
                 "host_tree": self.parts.host_tree}
 
@@ -6254,11 +6241,11 @@ class Upload:
             others = [other for other in record.get(key, []) if other != row]
             record[key] = [row, *others[:most]]
 
-    def with_base(self, op: str, use: Callable[[], Reply], own: str = "") -> Reply:
-        """Run ``use``, the operation ``op``; where the host lacks the base (21), upload it first. A
-        small difference to the workspace's ``own`` base is sent without being asked for."""
+    def with_base(self, use: Callable[[], Reply], own: str = "") -> Reply:
+        """Run ``use``, the operation. Where the host lacks the base (21), upload that and run it
+        again. A small difference to the workspace's ``own`` base is uploaded unasked."""
         if own not in ("", self.tree):
-            self._upload(op, [own], True)
+            self._upload([own], True)
         reply = use()
         if reply.status != 21:
             return reply
@@ -6270,18 +6257,19 @@ class Upload:
             self.report.step(self.name, "being made")
         with lock:
             reply = use() if waited else reply
-            for _ in range(2):  # the second time, all of it
+            for _ in range(2):  # where a delta is of no use, the host then asks for all
                 if reply.status == 21:
                     try:
-                        self._upload(op, [row[5:] for row in reply.lines() if row[:5] == "base "])
+                        self._upload([row[5:] for row in reply.lines() if row[:5] == "base "])
                     finally:
                         self.report.step(self.name, "being unpacked")
                     reply = use()
         return reply
 
     def _nearest(self, offered: Iterable[str]) -> tuple[str, list[Row]]:
-        """The base on the host with which the fewest bytes travel ("" unless less than half), and
-        what differs. It must have been sent there before: a delta names files of its."""
+        """The base on the host to which the smallest delta can be sent, and what differs from it;
+        "" if that is over half of all bytes. Only a base that was sent to the host: a delta names
+        files of it."""
         shadow, host, project = self.shadow, self.host.name, self.project
         sizes = shadow.sizes(self.tree)
         sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
@@ -6290,44 +6278,42 @@ class Upload:
                 if name == host}
         sent.update((entry["tree"], entry["base"]) for entry in project.entries().values()
                     if entry["host"] == host)
-        for tree in offered:
+        odd = any(path.startswith(b".cmux-gone") for path in sizes)
+        for tree in () if odd else sent.keys() & set(offered):
             try:
-                if tree not in sent or b".cmux-gone" in sizes:
-                    continue
                 source = shadow.call("rev-parse", sent[tree] + "^{tree}")
                 if source != tree and Parts(shadow, source).tree != tree:
-                    continue  # the local submodules or LFS files are others now
+                    continue  # its submodules or LFS files have changed locally
                 rows = [row[1:] for row in shadow.changes(tree, self.tree)]
             except GitFailed:
-                continue  # a commit that this repository does not have
-            travel = sum(sizes.get(path, 0) for _, _, path in rows)
-            odd = any(b"\n" in path or path == b".cmux-gone" for _, _, path in rows)
-            if travel < least and not odd:
-                best, least, differs = tree, travel, rows
+                continue  # this repository lacks the commit
+            size = sum(sizes.get(path, 0) for _, _, path in rows)
+            if size < least and not any(b"\n" in path for _, _, path in rows):
+                best, least, differs = tree, size, rows
         return best, differs
 
-    def left_out(self) -> None:
+    def note_unsent(self) -> None:
         """Report, once a command, what the repository has and the host does not get."""
+        parts = self.parts
         with self.project.looking:
-            reported = vars(self.report).setdefault("not_sent", set())
+            reported = vars(self.report).setdefault("unsent", set())
             if self.tree in reported or type(self.report) is Report:  # which shows nothing
                 return
             reported.add(self.tree)
-            parts = self.parts
             below = sum(place.uncommitted(self.shadow, tree) for place, tree in parts.places)
             changed = self.head and self.project.repository.uncommitted(
                 self.shadow, parts.pointers)
-        rows = ((len(parts.modules) - len(parts.places), "submodule", "not checked out here"),
+        rows = ((len(parts.modules) - len(parts.places), "submodule", "not checked out"),
                 (len(parts.pointers) - len(parts.files), "LFS file",
-                 "whose content is not here (their pointers are sent)"),
-                (changed, "uncommitted file", "(--dirty takes them along)"),
+                 "without content (their pointers are sent)"),
+                (changed, "uncommitted file", "(--dirty sends them)"),
                 (below, "uncommitted file", "in submodules"))
         text = [f"{count} {noun}{'s' * (count != 1)} {more}" for count, noun, more in rows if count]
         if text:
             self.report.note(f"Not sent: {', '.join(text)}.")
 
     def _archive(self, parent: str, rows: Sequence[Row]) -> Archive:
-        """The archive of all, or of what differs from a base."""
+        """The archive of all, or of the ``rows`` that differ from a base."""
         apart, tree = list(self.parts.files), self.tree
         if parent:
             apart = [path for mode, _, path in rows if int(mode) and path in self.parts.files]
@@ -6336,37 +6322,37 @@ class Upload:
             tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
         archive = self.shadow.archive(tree, self.parts.stream(apart))
         front = sum(self.parts.pointers[path][3] for path in apart)
-        # About: a header for each file, contents in blocks of 512 bytes.
-        archive.size = functools.lru_cache(None)(lambda: front + sum(
+        # An estimate: a header for each file, contents in blocks of 512 bytes.
+        total = functools.cache(lambda: front + sum(
             512 + -size % 512 + size for size in self.shadow.sizes(tree).values()))
+
+        def show_progress(done: int) -> None:
+            if archive.ended:
+                self.report.step(self.name, "unpacking")
+            else:
+                self.report.progress(self.name, done, total)
+        archive.progress = show_progress
         return archive
 
-    def _upload(self, op: str, offered: Iterable[str], little: bool = False) -> None:
-        """Send the archive (if ``little``, only a small one). It counts when the host's length and
-        checksum are ours."""
+    def _upload(self, offered: Iterable[str], little: bool = False) -> None:
+        """Send the archive (if ``little``, only a small delta). It counts when the host reports its
+        length and checksum."""
         parent, rows = self._nearest(offered)
         if little and not parent:
             return
         with contextlib.closing(self._archive(parent, rows)) as archive:
             if little and not archive.small():
                 return
-            reply = self._send(op, archive, parent)
-        whole = archive.digest.length
+            reply = self._send(archive, parent)
         check_reply(reply, self.host.name, "take the archive")
         if not archive.ended or reply.lines()[-2:] != [archive.digest.line(), ""]:
             raise UploadFailed(f"The archive did not arrive whole on {self.host.name}.",
                                "Try again.")
-        self.sent = archive.total
+        self.sent, whole = archive.total, archive.digest.length
         packed = f", compressed to {human_size(self.sent)}" if self.sent < whole else ""
         self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
 
-    def _send(self, op: str, archive: Archive, parent: str) -> Reply:
-        def show_progress(done: int) -> None:
-            if archive.ended:
-                self.report.step(self.name, "unpacking")
-            else:
-                self.report.progress(self.name, done, archive.size)
-        archive.progress = show_progress
+    def _send(self, archive: Archive, parent: str) -> Reply:
         direct, how = not archive.small(), ""
         if direct:
             answer = self.host.call(GZIP, before=HELD, cancel=self.cancel)
@@ -6374,52 +6360,53 @@ class Upload:
                 how = "gzip"
                 archive.compress()
         try:
-            reply = self.project.operate(UPLOAD, self.name, self.entry, [op, parent, how],
+            reply = self.project.operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
                                          cancel=self.cancel, source=archive, direct=direct)
         except ConnectionLost as lost:
-            archive.check(False)
+            archive.check()
             size = human_size(archive.digest.length)
             cut = UploadFailed(f"The connection to {self.host.name} was lost after {size} of the "
                                "archive.", "Try again; nothing is left half-done.")
             cut.exit_code = 255
             raise cut from lost
-        if archive.ended:  # else the host took no more, and its reply has the reason
-            archive.check()
+        archive.check()
         return reply
 
 
 class WorkspaceBase:
-    """A directory on a host in which commands run: see Workspace, which adds the tools. ``path``
-    there, ``base`` (the commit's id), ``created`` (seconds)."""
+    """A directory on a host in which commands run: see Workspace, which adds the tools. ``path`` on
+    the host, ``base`` (the commit's id), ``created`` (seconds)."""
 
     def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any]) -> None:
         self.project, self.name = project, name
         self.host = project.host(entry["host"])
         self.root: str = entry["root"]
         self.place: str = entry["project"]
-        self.op: str = entry["op"]  # its id: a new name keeps its jobs, a new workspace has none
+        self.op: str = entry["op"]  # its id, which no other of this name had
         self.path: str = check_remote_path(entry["path"])
         self.base: str = entry["base"]
         self.created: float = entry["created"]
-        self.state = state_of(entry)
-        if self.state == "init running":
+        init = entry.get("init")  # pending, its status, or lost
+        self.state = "init failed" if init else "ready"
+        if init == "pending":
             lock = project.registry.creation_lock(name)
             if lock.take():  # the process that ran it was killed
                 lock.free()
-                self.state = "init failed"
+            else:
+                self.state = "init running"
 
     def __repr__(self) -> str:
         return f"Workspace({self.name!r} on {self.host.name!r})"
 
     def describe(self) -> Fields:
-        """What `list --json` prints of it; ``created`` in seconds since 1970."""
+        """Its fields in `list --json`; ``created`` in seconds since 1970."""
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
     def environment(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
                     only: Collection[str] | None) -> bytes:
-        """The header records of a command's environment: ours, the secrets (``only`` these), then
-        ``extra``."""
+        """The header records of a command's environment: CMUX_ variables, the secrets (``only``
+        these), then ``extra``."""
         values = self._values(extra, cancel, only)
         records = [record("_cmux_path" if name == "PATH" else name, value)
                    for name, value in values.items()]
@@ -6437,14 +6424,12 @@ class WorkspaceBase:
             raise UsageError(f"The environment is larger than {human_size(SECRETS_MAX)}.")
         return values
 
-    def run(self, command: str | Sequence[str], stdout: Callable[[bytes], Any],
-            stderr: Callable[[bytes], Any], source: Source | None = None, cwd: str = "",
-            env: Mapping[str, str] | None = None, login: bool = False,
-            timeout: float | None = None, cancel: Cancel | None = None,
+    def run(self, command: str | Sequence[str], stdout: Sink, stderr: Sink,
+            source: Source | None = None, cwd: str = "", env: Mapping[str, str] | None = None,
+            login: bool = False, timeout: float | None = None, cancel: Cancel | None = None,
             secrets: Collection[str] | None = None) -> Outcome:
-        """Run ``command``, its output streamed to the callables (which may raise to end it); see
-        exec() for the rest. ``source`` is for the command line: it streams a descriptor into the
-        command's stdin."""
+        """Run ``command`` and stream its output to the callables, which may raise to end it; see
+        exec() for the rest. ``source``: a stream for the command's stdin."""
         words = command_records(command, login, source is not None)
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
@@ -6454,14 +6439,13 @@ class WorkspaceBase:
             return Outcome(status=None, stopped="confirmed", reason="cancel")
         directory = os.path.join(self.path, cwd) if cwd else self.path
         with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
-            def counted(sink: Callable[[bytes], Any]) -> Callable[[bytes], None]:
-                def take(data: bytes) -> None:
-                    entry.size += len(data)
-                    sink(data)
-                return take
+            def count(sink: Sink, data: bytes) -> None:
+                entry.size += len(data)
+                sink(data)
+            out, err = (functools.partial(count, sink) for sink in (stdout, stderr))
             try:
-                outcome = self.host.run(records, directory, counted(stdout), counted(stderr),
-                                        source, Deadline(timeout), cancel)
+                outcome = self.host.run(records, directory, out, err, source, Deadline(timeout),
+                                        cancel)
             except WorkspaceMissing:
                 raise self._no_directory(cwd)
             entry.code = outcome.exit_code
@@ -6477,18 +6461,17 @@ class WorkspaceBase:
     def exec(self, command: str | Sequence[str], timeout: float | None = None,
              cwd: str = "", env: Mapping[str, str] | None = None,
              stdin: str | bytes | None = None, login: bool = False, limit: int = CAPTURE_MAX,
-             cancel: Cancel | None = None, tee: Callable[[bytes], Any] | None = None,
+             cancel: Cancel | None = None, tee: Sink | None = None,
              secrets: Collection[str] | None = None) -> ExecResult:
         """Run a command and wait for it.
 
-        ``command``: a string is a shell line, a sequence an exact argv. ``timeout`` in seconds; at
-        its end the process tree there is ended and what was printed is kept. ``cwd`` relative to
-        the workspace. ``stdin``: bytes (or a str) for the command (None: /dev/null). ``limit``:
-        bytes kept of each stream. ``tee`` is given the bytes of both as they come. ``secrets``: the
-        names of those that it gets (None: all that are for this workspace). Raises HostError
-        (the connection), UsageError and WorkspaceMissing, never for the command's status, nor for
-        ``cancel``: that ends it as a timeout does, with ``exit_code`` 130, and ``stopped`` (None
-        for a command's own 130).
+        ``command``: a string is a shell line, a sequence an exact argv. ``timeout``: seconds; then
+        its process tree is ended, and its output so far returned. ``cwd``: relative to the
+        workspace. ``stdin``: bytes or a str (None: /dev/null). ``limit``: bytes kept of each
+        stream. ``tee`` gets the bytes of both as they come. ``secrets``: the names of those that it
+        gets (None: all of this workspace). Raises HostError (the connection), UsageError and
+        WorkspaceMissing. A status of the command raises nothing, nor does ``cancel``, which ends it
+        as a timeout does, with ``exit_code`` 130 and ``stopped`` (None for a command's own 130).
         """
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
         sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
@@ -6503,8 +6486,8 @@ class WorkspaceBase:
     @logged("forward")
     def forward(self, port: int, local: int = 0,
                 report: Report | None = None) -> contextlib.closing[Forward]:
-        """Reach ``port`` of the host at ``local`` here (0: the same, or another that is free), as
-        long as this context manager is open; it gives a Forward."""
+        """A context manager that gives a Forward: while it is open, ``port`` of the host is reached
+        at the local port ``local`` (0: the same, or one that is free)."""
         return contextlib.closing(
             Forward(self.host.masters, port, local, (report or Report()).warn))
 
@@ -6512,17 +6495,16 @@ class WorkspaceBase:
     def shell(self, command: str | Sequence[str] = "", cwd: str = "",
               env: Mapping[str, str] | None = None, login: bool = False,
               secrets: Collection[str] | None = None) -> int | None:
-        """The user's login shell there, or a command as exec() has it, on this terminal; its exit
-        status, None if it was cut off.
+        """The user's login shell on the host, or a command as for exec(), on this terminal; its
+        exit status, None if it was cut off.
 
-        The terminal is the session's stdin, so the secrets come another way: a second session
-        writes them into a FIFO that the shell reads once. They are in no argv and on no disk.
+        The terminal is the session's stdin, so a second session writes the secrets into a FIFO that
+        the shell reads once. They are in no argv and on no disk.
         """
         import threading
-        values = {name: as_text(value)
-                  for name, value in self._values(env, None, secrets).items()}
-        values["CMUX_RUNTIME"] = "ssh"
-        text = "".join(f"{name}={quote(value)}; export {name}\n" for name, value in values.items())
+        values = dict(self._values(env, None, secrets), CMUX_RUNTIME=b"ssh")
+        text = "".join(f"{name}={quote(as_text(value))}; export {name}\n"
+                       for name, value in values.items())
         text += f"cd {quote(os.path.join(self.path, cwd))} || exit 125\n"
         if command:
             line, words = check_command(command)
@@ -6532,8 +6514,8 @@ class WorkspaceBase:
             text += 'exec "${SHELL:-/bin/sh}" -l\n'
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
-        ready, patience = Capture(100), SLOT_PATIENCE
-        [session] = self.host.open(Deadline(patience))
+        ready = Capture(100)
+        [session] = self.host.open(Deadline(SLOT_PATIENCE))
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
             exchange = Exchange(session, header, ready, ready, data=encoded(text))
@@ -6544,14 +6526,14 @@ class WorkspaceBase:
                 raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
                                    + show(ready.value(), 200))
             argv, environment, begun, ended = self.host.masters.on_terminal(
-                TAKEOVER % octal, Deadline(patience))
+                TAKEOVER % octal, Deadline(SLOT_PATIENCE))
         except BaseException:
             self.host.done(session)
             raise
 
         def hand_over() -> None:
-            with contextlib.suppress(CmuxError):  # the shell has nothing to read then, and ends
-                exchange.run(Deadline(patience))
+            with contextlib.suppress(CmuxError):  # the shell then reads nothing, and ends
+                exchange.run(Deadline(SLOT_PATIENCE))
             begun()
             self.host.done(session)
         helper = threading.Thread(target=hand_over, daemon=True)
@@ -6561,12 +6543,6 @@ class WorkspaceBase:
         finally:
             ended()
             helper.join(CONTROL_PATIENCE)
-
-
-def state_of(entry: Mapping[str, Any]) -> str:
-    """The state as far as this machine knows: ready; init running; init failed."""
-    init = entry.get("init") or ""
-    return "init running" if init == "pending" else "init failed" if init else "ready"
 
 
 def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture,
@@ -6580,13 +6556,13 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 
 # === 13. Results ===
 # Owns: what comes back from a host: the parser of its stream, the checks, the commits made of it.
-# May touch: the rooms above; git only through a Shadow. Promises: no byte of the host's reaches a
-# work tree, an index, a hook, a config or a referenced object before all of it was read, checked
-# and bounded; a stream that ends early, or lies, leaves no ref (of a copy no file).
+# May touch: the rooms above; git only through a Shadow. Promises: no byte from the host reaches a
+# work tree, an index, a hook, a config or a referenced object before all of them are read, checked
+# and bounded; a stream that ends early, or lies, leaves no ref (a copy: no file).
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
-# What would run or configure tools on this machine after a merge.
+# Files that would run, or configure tools, on this machine after a merge.
 _EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
     \.gitattributes \.gitmodules \.lfsconfig \.githooks \.husky \.pre-commit-config\.yaml \.envrc
     \.vscode \.idea \.zed \.devcontainer \.github \.gitlab-ci\.yml \.circleci Jenkinsfile \.ci
@@ -6598,7 +6574,7 @@ _EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
     \.codex \.cmux \.clangd \.vimrc \.exrc \.nvimrc \.dir-locals\.el \.gdbinit \.lldbinit
     """.split()), re.I)
 _TRY_AGAIN = "Nothing was imported. Try again."
-_REMOVE_IT = "Remove it there, or let .gitignore cover it, and pull again."
+_REMOVE_IT = "Remove it in the workspace, or let .gitignore cover it, and pull again."
 _IGNORE = "Let .gitignore cover what was generated, and pull again."
 
 
@@ -6607,7 +6583,7 @@ def refuse(what: str, hint: str = "") -> ResultRefused:
 
 
 def fold(text: str) -> str:
-    """A name as file systems compare it that ignore case, composition, invisible characters."""
+    """A name as file systems see it that ignore case, composition and invisible characters."""
     if text.isascii():
         return text.lower()
     from unicodedata import normalize
@@ -6624,12 +6600,12 @@ def folds(path: bytes) -> Iterator[tuple[str, str]]:
     text = as_text(path)
     while text:
         key = fold(text)
-        yield (text if key == text else key), text  # one object where they are equal: less memory
+        yield (text if key == text else key), text  # one object for both saves memory
         text = text.rpartition("/")[0]
 
 
 def fold_name(name: str) -> str:
-    """fold(), without the stream, blanks and dots at the end, which NTFS ignores."""
+    """fold(), without a stream (:) and the blanks and dots at the end, which NTFS ignores."""
     return fold(name).split(":")[0].rstrip(" .")
 
 
@@ -6638,15 +6614,18 @@ def is_dot_git(name: str) -> bool:
     return bool(re.match(r"(\.git|git~\d+)\Z", fold_name(name)))
 
 
-def is_special(path: bytes) -> bool:
-    """Whether any file system takes a path for one of the files that git itself obeys."""
+_MODULES = r"\.gitmodules|gi(tmod|7eba).*~\d+"
+
+
+def is_special(path: bytes, names: str = _MODULES + r"|\.gitattributes|\.gitignore|\.mailmap"
+               ) -> bool:
+    """Whether any file system takes a path for one of these files, which git obeys."""
     name = fold_name(as_text(path).rpartition("/")[2])
-    return bool(re.match(r"(\.gitmodules|\.gitattributes|\.gitignore|\.mailmap"
-                         r"|gi(tmod|7eba).*~\d+)\Z", name, re.S))
+    return bool(re.match(rf"({names})\Z", name, re.S))
 
 
 def check_result_path(path: bytes) -> str:
-    """Why a path must be left out; "" if it may come. Refuses one that leaves the tree."""
+    """Why a path must be left out, or "". Raises ResultRefused for one that leaves the tree."""
     text = as_text(path)
     if "\0" in text or not {"", ".", "..", ".git"}.isdisjoint(text.split("/")):
         raise refuse(f"the path {show(text)} leaves the tree, or names a git directory")
@@ -6665,8 +6644,8 @@ def check_result_path(path: bytes) -> str:
 
 
 def why_no_link(path: bytes, target: bytes) -> str:
-    """Why a symbolic link may not come: it leaves the tree, or leads into .git; "" if it may. `..`
-    must come first: after a name, which may be a link, it leads elsewhere than it reads."""
+    """Why a symbolic link must be left out (it leaves the tree, or leads into .git), or "". Every
+    `..` must come first: after a name, which may itself be a link, it may lead anywhere."""
     text = as_text(target)
     parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".")]
     ups = len(list(itertools.takewhile("..".__eq__, parts)))
@@ -6677,7 +6656,7 @@ def why_no_link(path: bytes, target: bytes) -> str:
 
 
 class Wire:
-    """Reads a stream exactly: to a delimiter, or a number of bytes. The end is an error."""
+    """Reads a stream up to a delimiter, or a number of bytes. An end before that is an error."""
 
     def __init__(self, incoming: Incoming, report: Report, name: str) -> None:
         self.take, self.total = incoming.take, 0
@@ -6719,7 +6698,7 @@ class Wire:
 
 
 def after_notes(wire: Wire, notes: list[str]) -> tuple[bytes, bytes]:
-    """The first line that is no note, in two; 20 of those are added."""
+    """The first line that is no note: its first word, and the rest. Adds up to 20 to ``notes``."""
     for noted in range(PULL_PATHS_MAX):
         word, _, rest = wire.upto(b"\n").partition(b" ")
         if word != b"note":
@@ -6729,18 +6708,19 @@ def after_notes(wire: Wire, notes: list[str]) -> tuple[bytes, bytes]:
 
 
 def left_out(paths: Mapping[bytes, str]) -> list[str]:
-    """The notes on paths that cannot come, and why."""
+    """The notes on paths that are left out: path -> why."""
     left = [f"left out: {show(path)[1:-1]} ({why})" for path, why in sorted(paths.items())]
     return left[:20] + ([f"left out: {len(left) - 20} more"] if left[20:] else [])
 
 
 class Commit:
-    """A commit of the host's. ``changes`` against its first parent: path -> mode ("": deleted),
-    content (the host's name for it until that has come, then ours)."""
+    """A commit from the host. ``head``: people and message, for fast-import. ``changes`` against
+    the first parent: path -> mode ("": deleted), content (the host's id, then _import()'s)."""
 
     def __init__(self, parents: list[bytes], author: str, committer: str, message: str) -> None:
-        self.parents, self.author, self.committer = parents, author, committer
-        self.message = message.encode("utf-8", "replace") or b"\n"
+        text = message.encode("utf-8", "replace") or b"\n"
+        self.head = f"author {author}\ncommitter {committer}\ndata {len(text)}\n".encode() + text
+        self.parents = parents
         self.changes: dict[bytes, tuple[str, Any]] = {}
 
 
@@ -6753,7 +6733,7 @@ _ENCODING = re.compile(rb"(?m)^encoding ((?:iso-?8859|latin|windows|cp|koi8|euc|
 
 
 def read_person(line: bytes) -> str:
-    """An author or committer as git writes them, neutralised and bounded."""
+    """An author or committer as git writes it, neutralised and bounded."""
     match = _PERSON.match(line) if len(line) < 1024 else None
     if not match:
         raise refuse("it has a commit without an author, or with a damaged one")
@@ -6761,9 +6741,9 @@ def read_person(line: bytes) -> str:
                   for part in match.group(1, 2))
     sign, hours, minutes = match.group(4, 5, 6)
     ahead = 60 * (60 * int(hours) + int(minutes)) * (1 if sign == b"+" else -1)
-    # A time before 1970 on its own clock ends every local `git log`.
+    # With a time before 1970 by its own clock every local `git log` fails.
     when = max(-ahead, 0, min(int(match.group(3)), 4102444800))
-    # No zone on earth is further off, and git before 2.28 imports none.
+    # No zone on earth is further off, and git before 2.28 refuses one.
     zone = (sign + hours + minutes).decode() if abs(ahead) <= 14 * 3600 else "+0000"
     return f"{name or 'unknown'} <{mail or 'unknown@localhost'}> {when} {zone}"
 
@@ -6783,7 +6763,7 @@ def read_commit(data: bytes) -> Commit:
 class Harvest:
     """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
 
-    strict = True  # all is refused for a link that leads elsewhere, or a file too large for git
+    strict = True  # a link that leads elsewhere, or a file too large for git, refuses all
 
     def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
                  secrets: Mapping[bytes, str], pointers: Mapping[tuple[str, int], str]) -> None:
@@ -6793,16 +6773,17 @@ class Harvest:
         self.pointers = pointers          # sha256, size of LFS content -> its pointer
         self.sizes = {size for _, size in pointers}
         self.commits: dict[bytes, Commit] = {}
-        self.contents: dict[bytes, Any] = {}       # how many changes name it; then our name for it
-        self.links: dict[bytes, list[bytes]] = {}  # content that is a target -> its links
-        self.leaks: dict[str, list[str]] = {}      # our name of a content -> the secrets in it
-        self.pointed: dict[str, str] = {}          # our name of LFS content -> its pointer
-        self.left: dict[bytes, str] = {}           # path that cannot come -> why
-        self.total = self.spread = 0  # bytes of contents; counted for each path
+        # By the host's id: how many changes name a content, later what _import() returned.
+        self.contents: dict[bytes, Any] = {}
+        self.links: dict[bytes, list[bytes]] = {}  # the host's id of a target -> its links
+        self.leaks: dict[str, list[str]] = {}      # id of a content -> the secrets in it
+        self.pointed: dict[str, str] = {}          # id of LFS content -> its pointer
+        self.left: dict[bytes, str] = {}           # path that is left out -> why
+        self.total = self.spread = 0  # bytes of contents: each counted once; for each path
 
     def read(self, base: bytes, everything: bool) -> None:
-        """``base``: the host's id of the base commit, b"" without git; ``everything``: what does
-        not come was deleted."""
+        """``base``: the host's id of the base commit, b"" without git. ``everything``: all files
+        come, and what is missing was deleted."""
         self._read_commits(base)
         if not base:
             person = f"cmux <cmux@localhost> {int(time.time())} +0000"
@@ -6820,10 +6801,7 @@ class Harvest:
 
     def _objects(self, kind: bytes) -> Iterator[tuple[bytes, int]]:
         """(name, size) of each object; the caller reads its bytes."""
-        while True:
-            line = self.wire.upto(b"\n")
-            if not line:
-                return
+        for line in iter(functools.partial(self.wire.upto, b"\n"), b""):
             match = re.match(rb"([0-9a-f]{1,64}) %s (0|[1-9]\d{0,14})\Z" % kind, line)
             if match:
                 yield match.group(1), int(match.group(2))
@@ -6845,17 +6823,13 @@ class Harvest:
             self.commits[name] = commit
 
     def _read_changes(self) -> None:
-        commit, begun, count = None, set(), 0  # type: Commit | None, set[bytes], int
-        while True:
-            row = self.wire.upto(b"\0")
-            if not row:
-                return
+        waiting, commit, count = dict(self.commits), None, 0
+        for row in iter(functools.partial(self.wire.upto, b"\0"), b""):
             match = _CHANGE.match(row)
             if not match:
-                commit = self.commits.get(row)
-                if commit is None or row in begun:
+                commit = waiting.pop(row, None)
+                if not commit:
                     raise refuse(f"its stream has {show(row)} instead of a change")
-                begun.add(row)
                 continue
             path, count = self.wire.upto(b"\0").replace(b"//n", b"\n"), count + 1
             if count > PULL_PATHS_MAX:
@@ -6869,7 +6843,7 @@ class Harvest:
         if mode:
             self.contents[content] = self.contents.get(content, 0) + 1
         why = check_result_path(path)
-        if why and path not in self.known():  # else it is the user's own spelling
+        if why and path not in self.known():  # the user's own names may be odd
             self.left.pop(path, None)
             self.left.update({path: why} if mode else {})
             return
@@ -6898,7 +6872,7 @@ class Harvest:
             raise refuse("its stream lacks contents")
 
     def _import(self, chunks: Iterable[bytes], size: int) -> str:
-        """Give a content to git, and look for secrets in it; its id."""
+        """Pass a content to git, and look for secrets in it. Returns its id."""
         import hashlib
         digest = hashlib.new(self.importer.form, b"blob %d\0" % size)
         plain = hashlib.sha256() if size in self.sizes else None
@@ -6936,91 +6910,9 @@ class Harvest:
         return [target]
 
 
-class Grower:
-    """Makes the commits of a Harvest in a shadow, and looks at each again."""
-
-    def __init__(self, shadow: Shadow, base: str, commits: dict[bytes, Commit]) -> None:
-        self.shadow, self.base, self.commits = shadow, base, commits
-        self.made: dict[bytes, str] = {}
-
-    def grow(self, importer: Importer) -> list[str]:
-        """The ids of the commits, oldest first."""
-        marks = {name: f":{mark}" for mark, name in enumerate(self.commits, 1)}
-        for name, commit in self.commits.items():
-            importer.write((f"commit refs/heads/w\nmark {marks[name]}\nauthor {commit.author}\n"
-                            f"committer {commit.committer}\ndata {len(commit.message)}\n").encode())
-            importer.write(commit.message)
-            parents = dict.fromkeys(marks.get(parent, self.base) for parent in commit.parents)
-            for word, parent in zip(["from"] + ["merge"] * 16, parents):
-                importer.write(f"\n{word} {parent}".encode())
-            # Deletions first: a directory may take the place of a file.
-            for path, (mode, oid) in sorted(commit.changes.items(), key=lambda row: row[1][0] > ""):
-                path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
-                word = f"M {mode} {oid}" if mode else "D"
-                importer.write(b'\n%s "%s"' % (word.encode(), path))
-            importer.write(b"\n\n")
-        ids = importer.finish()
-        self.made = {name: ids[int(mark[1:])] for name, mark in marks.items()}
-        self._look_again()
-        self._compare_names()
-        return list(self.made.values())
-
-    def _look_again(self) -> None:
-        """What differs must be what was wanted, and all of it."""
-        pairs = "".join(f"{self.made[name]} {self.made.get(commit.parents[0], self.base)}\n"
-                        for name, commit in self.commits.items())
-        rows = self.shadow.records(*RAW_DIFF, "--stdin", "--always", stdin=pairs.encode())
-        row = next(rows, b"")
-        for name, commit in self.commits.items():
-            if row != self.made[name].encode():
-                raise refuse("git made something else of it")
-            left, row = set(commit.changes), next(rows, b"")
-            while row.startswith(b":"):
-                _, mode, _, oid, _ = row.decode("ascii").split(" ")
-                path = next(rows)
-                if commit.changes.get(path) != (("", "") if mode == "000000" else (mode, oid)):
-                    raise refuse(f"git made something else of {show(path)}")
-                left.discard(path)
-                row = next(rows, b"")
-            for mode, oid, path in self.shadow.listing(self.made[name]) if left else ():
-                if commit.changes.get(path) == (mode, oid):
-                    left.discard(path)  # it was so before
-            if left:
-                raise refuse("git dropped some of its paths")
-
-    def _compare_names(self) -> None:
-        """No two paths may fold into one, unless they do so in the base. Only commits that name
-        such paths are looked at."""
-        names: dict[str, str] = {}
-        contested: set[str] = set()
-        for commit in self.commits.values():
-            for path in (path for path, (mode, _) in commit.changes.items() if mode):
-                contested.update(key for key, text in folds(path)
-                                 if names.setdefault(key, text) != text)
-        for _, _, path in self.shadow.listing(self.base) if names else ():
-            contested.update(key for key, text in folds(path) if names.get(key, text) != text)
-        own = self._spellings(self.base, contested) if contested else {}
-        for name, commit in self.commits.items():
-            if contested.isdisjoint(key for path in commit.changes for key, _ in folds(path)):
-                continue
-            for key, texts in self._spellings(self.made[name], contested).items():
-                if texts - own.get(key, set()):
-                    raise refuse(" and ".join(map(show, sorted(texts)[:2])) + " are one file where "
-                                 "case or composition do not count")
-
-    def _spellings(self, tree: str, keys: set[str]) -> dict[str, set[str]]:
-        """Which names of a tree fold into each of these keys, where they are several."""
-        found: dict[str, set[str]] = {}
-        for _, _, path in self.shadow.listing(tree):
-            for key, text in folds(path):
-                if key in keys:
-                    found.setdefault(key, set()).add(text)
-        return {key: texts for key, texts in found.items() if len(texts) > 1}
-
-
 class Result(Value):
-    """What a workspace has that its base has not. ``branch``: "" where that is nothing; ``new``: it
-    moved, from ``since`` to ``commit``; ``executes``: changes that would run on this machine."""
+    """The work of a workspace. ``branch``: "" if there is none; ``new``: whether it moved, from
+    ``since`` to ``commit``; ``executes``: changes that would run on this machine."""
     workspace: str
     branch: str
     base: str
@@ -7038,9 +6930,9 @@ class Pull:
     """One pull or diff."""
 
     def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Report | None,
-                 allow: bool, cancel: Cancel | None) -> None:
+                 cancel: Cancel | None) -> None:
         self.workspace, self.shadow, self.report = workspace, shadow, report or Report()
-        self.allow, self.cancel, self.project = allow, cancel, workspace.project
+        self.cancel, self.project = cancel, workspace.project
         self.name, self.base = workspace.name, workspace.base
         self.entry = self.project.entry(self.name)
         self.notes: list[str] = []
@@ -7052,22 +6944,21 @@ class Pull:
             parts = Parts(shadow, tree)
         except GitFailed as error:
             raise GitFailed(
-                f"This repository has not all any more of what {self.name} was made of: {error}",
+                f"This repository lacks a part of what {self.name} was made of: {error}",
                 f"Fetch the commit {self.base[:10]} again; or take the files: {take_files}")
         if "whole" not in self.entry:
             raise GitFailed(
                 f"The workspace {self.name} was made by an older version, which sent no "
-                "export-ignored files: they cannot be compared.",
+                "export-ignored files: it cannot be compared.",
                 f"Take its files: {take_files}; then: {PROGRAM} push --force -w {self.name}")
         self.sent_tree, self.modules = parts.tree, parts.modules
         self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
-        # The paths that the host was given:
-        self.sent = functools.cache(
+        self.sent = functools.cache(  # the paths that the host was sent
             lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
 
     def fetch(self, record: bool = False) -> tuple[list[str], bool]:
         """(the commits of the workspace, oldest first; whether the last is uncommitted work). With
-        ``record``, the host notes what it sends, as ``self.pulled["op"]``."""
+        ``record``, the host records this pull, as ``self.pulled["op"]``."""
         importer, incoming, base = Importer(self.shadow), None, b""
         try:
             self.project.know_secrets(self.workspace.op, self.cancel)
@@ -7088,7 +6979,7 @@ class Pull:
                 return commits[:-1], False  # all of the uncommitted work was left out
             return commits, dirty
         except ResultRefused as error:
-            if base and "Try again" not in error.hint:  # to do it from here could lose work
+            if base and "Try again" not in error.hint:  # done for the user it could lose work
                 error.hint = (
                     f"{error.hint.rstrip('.')}. If only an earlier commit there has it, squash "
                     f"them: {PROGRAM} exec -w {self.name} -- "
@@ -7101,33 +6992,105 @@ class Pull:
                 incoming.close()
 
     def _grow(self, harvest: Harvest, importer: Importer) -> list[str]:
+        """Make the commits of a Harvest, and check what git made. Their ids, oldest first."""
         self._keep_out(harvest)
         for commit in harvest.commits.values() if harvest.leaks else ():
             for path, (_, oid) in commit.changes.items():
                 if oid in harvest.leaks:
                     self.secrets[show(path, PATH_MAX)[1:-1]] = harvest.leaks[oid]
         self._point(harvest)
-        commits = Grower(self.shadow, self.base, harvest.commits).grow(importer)
-        if harvest.spread > PULL_TOTAL_MAX:  # some bytes for a name are a whole file in a work tree
-            old, new = (sum(self.shadow.sizes(tree).values()) for tree in (self.base, commits[-1]))
+        made = self._make(harvest.commits, importer)
+        self._look_again(harvest.commits, made)
+        self._compare_names(harvest.commits, made)
+        ids = list(made.values())
+        if harvest.spread > PULL_TOTAL_MAX:  # one content may have a thousand names
+            old, new = (sum(self.shadow.sizes(tree).values()) for tree in (self.base, ids[-1]))
             if new - old > PULL_TOTAL_MAX:
                 raise refuse("it repeats files until they have more than "
                              + human_size(PULL_TOTAL_MAX))
-        return commits
+        return ids
+
+    def _make(self, commits: Mapping[bytes, Commit], importer: Importer) -> dict[bytes, str]:
+        """The ids of commits that git makes, by the host's."""
+        marks = {name: f":{mark}" for mark, name in enumerate(commits, 1)}
+        for name, commit in commits.items():
+            importer.write(f"commit refs/heads/w\nmark {marks[name]}\n".encode() + commit.head)
+            parents = dict.fromkeys(marks.get(parent, self.base) for parent in commit.parents)
+            for word, parent in zip(["from"] + ["merge"] * 16, parents):
+                importer.write(f"\n{word} {parent}".encode())
+            # Deletions first: a directory may take the place of a file.
+            for path, (mode, oid) in sorted(commit.changes.items(), key=lambda row: row[1][0] > ""):
+                path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
+                word = f"M {mode} {oid}" if mode else "D"
+                importer.write(b'\n%s "%s"' % (word.encode(), path))
+            importer.write(b"\n\n")
+        ids = importer.finish()
+        return {name: ids[int(mark[1:])] for name, mark in marks.items()}
+
+    def _look_again(self, commits: Mapping[bytes, Commit], made: Mapping[bytes, str]) -> None:
+        """Each commit that git made must have exactly the changes that were wanted."""
+        pairs = "".join(f"{made[name]} {made.get(commit.parents[0], self.base)}\n"
+                        for name, commit in commits.items())
+        rows = self.shadow.records(*RAW_DIFF, "--stdin", "--always", stdin=pairs.encode())
+        row = next(rows, b"")
+        for name, commit in commits.items():
+            if row != made[name].encode():
+                raise refuse("git made something else of it")
+            left, row = set(commit.changes), next(rows, b"")
+            while row.startswith(b":"):
+                _, mode, _, oid, _ = row.decode("ascii").split(" ")
+                path = next(rows)
+                if commit.changes.get(path) != (("", "") if mode == "000000" else (mode, oid)):
+                    raise refuse(f"git made something else of {show(path)}")
+                left.discard(path)
+                row = next(rows, b"")
+            for mode, oid, path in self.shadow.listing(made[name]) if left else ():
+                if commit.changes.get(path) == (mode, oid):
+                    left.discard(path)  # it changed nothing
+            if left:
+                raise refuse("git dropped some of its paths")
+
+    def _compare_names(self, commits: Mapping[bytes, Commit], made: Mapping[bytes, str]) -> None:
+        """No two paths may fold into one, unless they do so in the base. Only the trees of commits
+        that name such paths are read."""
+        names: dict[str, str] = {}
+        contested: set[str] = set()
+        for commit in commits.values():
+            for path in (path for path, (mode, _) in commit.changes.items() if mode):
+                contested.update(key for key, text in folds(path)
+                                 if names.setdefault(key, text) != text)
+        for _, _, path in self.shadow.listing(self.base) if names else ():
+            contested.update(key for key, text in folds(path) if names.get(key, text) != text)
+        own = self._spellings(self.base, contested) if contested else {}
+        for name, commit in commits.items():
+            if contested.isdisjoint(key for path in commit.changes for key, _ in folds(path)):
+                continue
+            for key, texts in self._spellings(made[name], contested).items():
+                if texts - own.get(key, set()):
+                    raise refuse(" and ".join(map(show, sorted(texts)[:2])) + " are one file where "
+                                 "case or composition do not count")
+
+    def _spellings(self, tree: str, keys: set[str]) -> dict[str, set[str]]:
+        """The names of a tree that fold into each of these keys, where several do."""
+        found: dict[str, set[str]] = {}
+        for _, _, path in self.shadow.listing(tree):
+            for key, text in folds(path):
+                if key in keys:
+                    found.setdefault(key, set()).add(text)
+        return {key: texts for key, texts in found.items() if len(texts) > 1}
 
     def _check_reply(self, incoming: Incoming) -> None:
         check_reply(incoming.reply(), self.workspace.host.name, f"give the result of {self.name}",
                     name=self.name)
 
     def _begin(self, wire: Wire, incoming: Incoming) -> tuple[bool, bytes, bool]:
-        """Whether the last commit is uncommitted work; the host's id of the base, b"" without git;
-        whether all files come."""
+        """(whether the last commit is uncommitted work; the host's id of the base, b"" without git;
+        whether all files come)"""
         if wire.ended():
             self._check_reply(incoming)
         word, rest = after_notes(wire, self.notes)
         if word == b"large":
-            raise refuse(f"{show(rest)} there has more than {human_size(PULL_FILE_MAX)}",
-                         _REMOVE_IT)
+            raise refuse(f"{show(rest)} has more than {human_size(PULL_FILE_MAX)}", _REMOVE_IT)
         if word == b"git" and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
             return rest[:1] == b"1", rest[2:], False
         if word in (b"files", b"all") and not rest:
@@ -7145,17 +7108,17 @@ class Pull:
             for path in [path for path in changes if path in roots or self._in_module(path)]:
                 found.setdefault(path, set()).add(changes.pop(path))
         for mode, oid, path in self.shadow.listing(self.sent_tree) if found else ():
-            if found.get(path) == {(mode, oid)}:  # a host without git may send all files
+            if found.get(path) == {(mode, oid)}:  # unchanged: a host without git may send all files
                 del found[path]
         harvest.left.update(dict.fromkeys(
-            found, "it lies in a submodule: no commit here can hold it"))
+            found, "it lies in a submodule: no commit of this repository can hold it"))
         left = left_out(harvest.left)
         self.notes += left
         self.pulled["left"] = [note[len("left out: "):] for note in left[:20]]
 
     def _point(self, harvest: Harvest) -> None:
-        """Turn LFS content into its pointer again, wherever LFS manages the path, and note what
-        other content is there."""
+        """Replace LFS content by its pointer wherever LFS manages the path, and note other content
+        at such paths."""
         found = [(commit.changes, path) for commit in harvest.commits.values() if self.lfs
                  for path, (mode, _) in commit.changes.items() if mode in ("100644", "100755")]
         managed = set(self.shadow.lfs_paths(self.base, {path for _, path in found}))
@@ -7167,13 +7130,13 @@ class Pull:
             elif path in managed and oid not in pointers:
                 contents.add(path)
         for path in sorted(contents)[:20]:
-            self.notes.append(f"{show(path)[1:-1]} came home as content: after the merge, "
-                              "`git add` makes an LFS pointer of it")
+            self.notes.append(f"{show(path)[1:-1]} came as content: after the merge, `git add` "
+                              "makes an LFS pointer of it")
 
     def combine(self, commits: list[str], dirty: bool, before: str, over: bool) -> tuple[str, str]:
-        """(the commit of the result, what it stands on): ``before``, which an earlier pull made, or
-        the base, where a push took that out of the workspace (``over``): on top of it, the result
-        would seem to revert it."""
+        """(the commit of the result, what it stands on). That is ``before``, which an earlier pull
+        made; or the base, where a push has since taken ``before`` out of the workspace (``over``):
+        on top of it, the result would seem to revert it."""
         history = commits[:-1] if dirty else commits
         head, tip = (history or [self.base])[-1], (commits or [self.base])[-1]
         if not before:
@@ -7190,24 +7153,24 @@ class Pull:
         return self.shadow.commit(tree, message, *parents), before
 
     def merged(self, before: str) -> bool:
-        """Whether the base has what an earlier pull brought."""
+        """Whether the base has all changes of ``before``, which an earlier pull made."""
         if self.shadow.is_ancestor(before, self.base):
             return True
         stood = self.entry.get("pulled", {}).get("base", "")
         if not stood or not self.shadow.is_ancestor(stood, before):
             stood = self.shadow.common(before, self.base)
         lacks = {path for _, _, _, path in self.shadow.changes(before, self.base)}
-        return bool(stood) and not any(
-            path in lacks for _, _, _, path in self.shadow.changes(stood, before))
+        return bool(stood) and lacks.isdisjoint(
+            path for _, _, _, path in self.shadow.changes(stood, before))
 
     def diff(self, *words: str) -> Iterator[bytes]:
-        # With more than 400 candidates for a rename git writes a warning, hence talks.
+        # talks: over 400 candidates for renames git writes a warning.
         return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff",
                                    "--no-textconv", *words, end=b"\n", talks=True)
 
-    def inspect(self, old: str, new: str) -> list[str]:
-        """The changes that would run on this machine after a merge. Refuses hooks, unless allowed,
-        and submodules that run a command."""
+    def inspect(self, old: str, new: str, allow: bool) -> list[str]:
+        """The changes that would run on this machine after a merge. Refuses submodules that run a
+        command and, unless ``allow``, hooks."""
         hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         found, modules = [], set()
         for before, mode, oid, path in self.shadow.changes(old, new):
@@ -7218,14 +7181,14 @@ class Pull:
             if any("/" not in text if far == "./" else near.startswith(far) or far.startswith(near)
                    for far in hooks):  # or a link above
                 why = "git hook"
-                if not self.allow:
+                if not allow:
                     raise refuse(f"it changes {show(text)}, and this repository runs hooks from "
                                  "there", "Look at it with diff; to take it all the same: --allow.")
             else:
                 why = "file that tools obey" if _EXECUTES.search(text) else \
                     "executable" if mode == "100755" != before else \
                     "symbolic link" if mode == "120000" else ""
-            if is_special(path) and "mod" in fold(text):
+            if is_special(path, _MODULES):
                 modules.add(oid)
             if why:
                 found.append(f"{show(text, PATH_MAX)[1:-1]} ({why})")
@@ -7242,13 +7205,13 @@ class Pull:
             rows = list(self.shadow.records("config", "-z", "--blob", oid, "--list"))
         except GitFailed:
             raise refuse("its .gitmodules is not one that git can read",
-                         "Repair it there, and pull again.")
+                         "Repair it in the workspace, and pull again.")
         if any(re.search(rb"\n([A-Za-z0-9.+]+::|-|!)", row) for row in rows):
             raise refuse("its .gitmodules names a URL or an update that is a command")
 
     def keep(self, ref: str, since: str, tip: str, old: str) -> None:
-        """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. The registry
-        gets both first: after a kill in between, either is known as our own."""
+        """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. First the
+        registry gets both: after a kill, whichever the branch has is known as an earlier pull's."""
         repository = self.project.repository
         with self.project.registry.editing() as record:
             record["workspaces"][self.name].setdefault("branches", {})[ref] = f"{old} {tip}"
@@ -7257,12 +7220,12 @@ class Pull:
             aside = f"{ref}-{old[:8]}"
             if repository.value_of(aside) != old:
                 repository.publish(pack, aside, old, "")
-            self.notes.append(f"{ref[11:]} had work of an earlier pull that what was pushed since "
-                              f"lacks: that is kept as {aside[11:]}")
+            self.notes.append(f"{ref[11:]} had work of an earlier pull that the pushed commit "
+                              f"lacks: it is kept as {aside[11:]}")
         repository.publish(pack, ref, tip, old)
 
-    def bring(self, ref: str) -> Result:
-        """Fetch, and move the branch."""
+    def bring(self, ref: str, allow: bool) -> Result:
+        """Fetch the work, and move the branch."""
         repository, branch = self.project.repository, ref[11:]
         old = repository.value_of(ref)
         own, over = (self.entry.get(key, {}).get(ref, "").split() for key in ("branches", "over"))
@@ -7274,7 +7237,7 @@ class Pull:
                 f"keep it: git branch -m {quote(branch)} NEW")
         commits, dirty = self.fetch(record=True)
         tip, since = self.combine(commits, dirty, "" if merged else old, old in over)
-        executes, moved = self.inspect(since, tip), tip != since
+        executes, moved = self.inspect(since, tip, allow), tip != since
         if moved:
             self.report.step(self.name, "storing")
             self.keep(ref, since, tip, old)
@@ -7283,8 +7246,8 @@ class Pull:
             entry["pulled"] = dict(self.pulled, base=self.base)
             if moved:
                 entry["branches"][ref] = tip
-        rows = self.diff("--stat=100", "--stat-count=500", since, tip) if moved else ()
-        count = self.shadow.call("rev-list", "--count", tip, "^" + since) if moved else "0"
+        rows = self.diff("--stat=100", "--stat-count=500", since, tip)
+        count = self.shadow.call("rev-list", "--count", tip, "^" + since)
         return Result(workspace=self.name, branch=branch if tip != self.base else "",
                       base=self.base, commit=tip, since=since, commits=int(count), new=moved,
                       executes=executes, secrets=self.secrets, notes=self.notes,
@@ -7292,9 +7255,9 @@ class Pull:
 
 
 class Landing(Harvest):
-    """Reads what is copied by name into a directory of its own beside its place, then moves it
-    there. Links are made last: nothing is written through one. Whoever is killed leaves that
-    directory, perhaps with what was to be replaced."""
+    """Reads a copy into a new directory beside its place, then moves it there. Links are made last:
+    nothing is written through one. A killed process leaves that directory, perhaps with what it was
+    about to replace."""
 
     strict = False
 
@@ -7310,7 +7273,7 @@ class Landing(Harvest):
         os.mkdir(self.path, 0o700)
 
     def _look(self) -> bool:
-        """Whether something is there. Raises UsageError if it must stay."""
+        """Whether its place is taken. Raises UsageError if what is there must stay."""
         found, why = os.path.lexists(self.place), ""
         if found and not self.force:
             why = "exists already; to replace it: --force"
@@ -7327,7 +7290,7 @@ class Landing(Harvest):
         return name
 
     def take(self, wire: Wire, notes: list[str]) -> None:
-        """Put together all that comes."""
+        """Read the stream, and put the copy together."""
         super().__init__(wire, None, set, {}, {})  # type: ignore[arg-type]
         word, _ = after_notes(wire, notes)
         self.read(b"", False)
@@ -7339,7 +7302,7 @@ class Landing(Harvest):
             os.mkdir(new + folder, 0o755)
         for path, (mode, name) in sorted(files.items(), key=lambda item: item[1]):  # links: 120000
             if os.path.lexists(new + path):  # where case does not count
-                raise refuse(f"{show(path)} is there twice")
+                raise refuse(f"{show(path)} comes twice")
             if mode == "120000":
                 with open(name, "rb") as stream:
                     os.symlink(stream.read(), new + path)
@@ -7353,31 +7316,35 @@ class Landing(Harvest):
 
     def publish(self) -> None:
         """Move it to its place."""
-        if self._look() and not (os.path.isfile(self.new) and os.path.isfile(self.place)):
+        found, file = self._look(), os.path.isfile(self.new)
+        if found and not (file and os.path.isfile(self.place)):
             os.rename(self.place, self.old)
+        elif file and not self.force:  # a rename would replace what was just made there
+            with contextlib.suppress(OSError):
+                return os.link(self.new, self.place)
+            self._look()  # it is taken now, or this file system has no hard links
         os.rename(self.new, self.place)
 
     def close(self) -> None:
         import shutil
-        if os.path.lexists(self.old) and not os.path.lexists(self.place):
-            os.rename(self.old, self.place)
+        if os.path.lexists(self.old) and os.path.lexists(self.new):  # it was not replaced
+            os.rename(self.old, self.place)  # where that is taken now, all stays
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 @logged("pull")
 def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
          report: Report | None = None, cancel: Cancel | None = None) -> Result:
-    """Bring the workspace's work home as commits on ``branch`` (default cmux/NAME), on top of its
-    base. The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
+    """Fetch the workspace's work as commits on ``branch`` (default cmux/NAME), on top of its base.
+    The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
     project, name = workspace.project, workspace.name
     ref = project.repository.check_branch(branch or "cmux/" + name)
     with project.registry.creation_lock(name).hold(cancel):
-        # A push may have moved it since.
-        workspace = project.kind(project, name, project.settle(name))
+        workspace = project.kind(project, name, project.settle(name))  # a push may have moved it
         with contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
-            work = Pull(workspace, shadow, report, allow, cancel)
+            work = Pull(workspace, shadow, report, cancel)
             try:
-                return work.bring(ref)
+                return work.bring(ref, allow)
             finally:
                 work.report.step(name, "done")
 
@@ -7390,13 +7357,13 @@ def diff(workspace: WorkspaceBase, stat: bool = False, report: Report | None = N
 
 def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | None = None,
                cancel: Cancel | None = None, binary: bool = False) -> Iterator[bytes]:
-    """The same as the bytes are: for git apply, never for a terminal."""
+    """diff() as bytes that git apply takes: never for a terminal."""
     project = workspace.project
-    workspace = project.workspace(workspace.name)  # a push may have moved it since
+    workspace = project.workspace(workspace.name)  # a push may have moved it
     words = ("--stat=100", "--stat-count=500") if stat else ("-p", "--binary")[:1 + binary]
     with noted(project, "diff", workspace.name, workspace.host.name, "", workspace.op), \
             contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
-        work = Pull(workspace, shadow, report, True, cancel)
+        work = Pull(workspace, shadow, report, cancel)
         commits, _ = work.fetch()
         for path, names in work.secrets.items():
             work.report.warn(f"{path} holds the secret {', '.join(names)}.")

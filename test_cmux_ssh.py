@@ -3405,7 +3405,7 @@ def test_a_forced_push_takes_back_nothing_pulled(repo):
     do(repo, "echo 2 >second")
     repo.ok("pull", "--branch", "other")
     moved, aside = repo.ok("pull"), f"cmux/main-{pulled[:8]}"
-    assert f"lacks: that is kept as {aside}" in moved.said and repo.git("rev-parse", aside) == pulled
+    assert f"lacks: it is kept as {aside}" in moved.said and repo.git("rev-parse", aside) == pulled
     assert repo.changed() == "second" and repo.cli("pull").said == ""
 
 
@@ -3448,13 +3448,13 @@ def test_what_is_not_sent_is_said_exactly_each_time(repo):
         os.utime(repo.dir / name, (1, 1))
     for words in (["new", "-H", "box", "one"], ["new", "-H", "box", "two", "three"], ["push", "-w", "one"]):
         said = repo.ok(*words)
-        assert said.said.count("Not sent") == 1 and "Not sent: 1 LFS file whose content is not here" in said.said, said
+        assert said.said.count("Not sent") == 1 and "Not sent: 1 LFS file without content" in said.said, said
         assert "uncommitted" not in said.said, said
     repo.write("README", b"edited\n")
     (repo.dir / "gone").unlink()
     before = (repo.dir / ".git/index").read_bytes()
     for words in (["new", "-H", "box", "four"], ["push", "-w", "one"], ["push", "--force", "-w", "two"]):
-        assert "2 uncommitted files (--dirty takes them along)." in repo.cli(*words).said
+        assert "2 uncommitted files (--dirty sends them)." in repo.cli(*words).said
     assert (repo.dir / ".git/index").read_bytes() == before
     repo.git("checkout", "-q", "a.bin")
     assert "Not sent: 1 LFS file" in repo.cli("push", "-w", "one", "--dirty").said
@@ -3679,6 +3679,16 @@ def test_hooks_of_another_layout(repo, layout, site):
         repo.ok("-C", str(other), "pull", "-w", "w")
     else:
         refused(repo.cli("-C", str(other), "pull", "-w", "w"), 1, "runs hooks from there")
+
+
+def test_one_state_of_the_work_tree_may_be_sent_twice_in_a_second(repo):
+    repo.write("README", b"changed\n")
+    assert in_library(repo, """
+import time
+time.time = lambda: 1.7e9
+repository = cmux_ssh.Project(".").repository
+print(repository.snapshot() == repository.snapshot())
+""") == "True\n"
 
 
 @promise(1)
@@ -4394,6 +4404,8 @@ def test_what_is_no_work_holds_up_no_rm(repo, how):
 
 def test_an_unreadable_or_huge_gitmodules_is_said(repo):
     repo.new()
+    do(repo, "mkdir modules; echo '*.o' >modules/.gitignore")  # which is not read as one
+    repo.ok("pull")
     do(repo, "printf '<<<<<<< HEAD\\n[submodule \"x\"]\\n' >.gitmodules")
     refused(repo.cli("pull"), 1, "not one that git can read")
     do(repo, "{ printf '[submodule \"x\"]\\n url = '; head -c 60000000 /dev/zero | tr '\\0' a; } >.gitmodules")
@@ -4456,6 +4468,17 @@ case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; se
     repo.ok("rm", "main")
 
 
+def test_pulls_in_a_shallow_clone_follow_one_another(repo):
+    repo.save("README", b"two\n")
+    (repo.dir / ".git/shallow").write_text(repo.id("HEAD"))
+    repo.git("reflog", "expire", "--expire=now", "--all")
+    repo.git("gc", "-q", "--prune=now")
+    repo.new()
+    for how in ("echo x >new", "git add -A; git commit -qm made"):
+        do(repo, how)
+        assert repo.ok("pull").said == "" and "Nothing new" in repo.ok("pull").text
+
+
 def test_commits_with_odd_dates_and_encodings_come_home(repo):
     dates = {"@1 -1159": "1970-01-01T00:00:00-11:59", "@0 +0000": "1970-01-01T00:00:00Z", "@99 +1400": "1970-01-01T14:01:39+14:00", "@99 +1401": "1970-01-01T00:01:39Z",
              "@1700000000 +1545": "2023-11-14T22:13:20Z"}
@@ -4477,7 +4500,7 @@ def test_a_base_that_this_repository_has_lost_is_said(repo):
     repo.git("gc", "-q", "--prune=now")
     do(repo, "echo x >x")
     for verb in ("pull", "diff"):
-        refused(repo.cli(verb), 1, "has not all any more of what main was made of")
+        refused(repo.cli(verb), 1, "lacks a part of what main was made of")
     assert repo.cli("rm", "main").code == 1
 
 
@@ -4828,7 +4851,7 @@ def test_a_branch_checked_out_meanwhile_does_not_move(repo, line):
     do(repo, "echo 2 >agents; head -c 1000000 /dev/urandom >large")
     before = repo.id("cmux/main")
     line.trap = ("down", 500_000, lambda: repo.git("checkout", "-q", "cmux/main"))
-    refused(repo.cli("pull"), 1, "is checked out; nothing")
+    refused(repo.cli("pull"), 1, "is checked out: a pull")
     assert line.trap is None and repo.id("cmux/main") == before and not repo.git("status", "--short")
     repo.git("checkout", "-q", "main")
     repo.ok("pull")
@@ -4893,7 +4916,7 @@ def test_submodules_and_lfs_content_travel(site, place):
     family = Family(site)
     before = untouched(family)
     made = family.new(host=place)
-    for words in ("1 submodule not checked out", "1 LFS file whose content is not here"):
+    for words in ("1 submodule not checked out", "1 LFS file without content"):
         assert words in made.said, made
     assert tree_of(family.path()) == family.whole()
     assert family.whole()[b"assets/model.bin"][1] == CONTENT and family.whole()[os.fsencode("%s/%s/deep.c" % (LIB, INNER))]
@@ -4923,7 +4946,7 @@ def test_changes_in_submodules_are_kept_from_rm(site, place):
     assert untouched(family) == before
     for path in (LIB + "/x.c", LIB + "/%s/README" % INNER, LIB + "/untracked", "absent/new"):
         assert "left out: %s" % json.dumps(path)[1:-1].replace('\\"', '"') in pulled.said.replace("\\", ""), (path, pulled)
-    assert pulled.said.count("left out") == 4 and pulled.said.count("came home as content") == 2, pulled
+    assert pulled.said.count("left out") == 4 and pulled.said.count("came as content") == 2, pulled
     changes = ["M\tREADME", "M\tassets/model.bin", "R100\tassets/tool.bin\tassets/moved.bin", "A\tnew.bin", "A\tplain"]
     assert family.git("diff", "-M", "--name-status", "main", "cmux/main").split("\n") == changes
     assert family.pulled("assets/moved.bin").startswith("version https") and family.pulled("plain") == "#!/bin/sh"
@@ -5045,7 +5068,7 @@ def test_a_submodule_that_lies_elsewhere_is_none(site):
         repo.git("update-index", "--add", "--cacheinfo", f"160000,{lib.git('rev-parse', 'HEAD')},{path}")
     repo.git("update-ref", "HEAD", repo.git("commit-tree", "-p", "HEAD", "-m", "gitlinks", repo.git("write-tree")))
     made = repo.new()
-    assert "17 submodules not checked out here, 2 LFS files whose content is not here" in made.said, made
+    assert "17 submodules not checked out, 2 LFS files without content" in made.said, made
     assert {path.name for path in repo.path().iterdir() if (path / "README").exists()} == {"real", "sub0", "sub1"}
     assert repo.far("good.bin") == b"x" and all(repo.far(name)[:7] == b"version" for name in ("link.bin", "size.bin"))
 
@@ -5678,6 +5701,33 @@ def test_cp_replaces_only_with_force(repo, site):
     refused(repo.cli("cp", "--force", ":src", "there"), 2, words="git repository")
     assert copied(repo, "--force", "src/main.c", ":README") == copied(repo, "--force", "file", ":src/main.c") == []
     assert (far / "README").read_bytes() == b"int main;\n" and tree_of(far / "src/main.c") == tree_of(near / "file")
+
+
+def test_a_copy_loses_nothing_that_is_made_in_its_place_meanwhile(repo):
+    repo.new()
+    repo.write("d/src/mine", b"1")
+    assert in_library(repo, """
+import os
+workspace, look, rename = cmux_ssh.Project(".").workspace("main"), cmux_ssh.Landing._look, os.rename
+def look_first(landing):
+    if not look(landing) and hasattr(landing, "new"):
+        open("late", "x").close()
+def move_first(old, new):
+    rename(old, new)
+    if str(new).endswith("/old"):
+        os.makedirs(old + "/late")
+cmux_ssh.Landing._look = look_first
+try:
+    workspace.download("README", "late")
+except cmux_ssh.UsageError as error:
+    print(error)
+cmux_ssh.Landing._look, os.rename = look, move_first
+try:
+    workspace.download("src", "d", True)
+except cmux_ssh.UsageError:
+    print(os.listdir("d/src"))
+""").splitlines() == [f"'{repo.dir}/late' exists already; to replace it: --force.", "['late']"]
+    assert (repo.dir / "late").read_bytes() == b"" and [path.read_bytes() for path in (repo.dir / "d").glob(".cmux-*/old/mine")] == [b"1"]
 
 
 LIES = {  # what a host says of a copy; those that may come, last
