@@ -1399,14 +1399,15 @@ left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only 
   for commit in $base_commit $(pulls | cut -d' ' -f2); do
     ! repo cat-file -e "$commit^{commit}" || brought="$brought $commit"
   done
-  repo for-each-ref --format='%(refname)' | grep -Ev '^refs/(remotes/|cmux/|stash$)' |
-    while read -r ref; do
-      subject=$(repo log -n 1 --format='(%s)' "$ref" --not $brought $top --glob=refs/cmux) ||
-        subject='(damaged)'
-      [ ! "$subject" ] || printf '%s %s\n' "$ref" "$subject"
-    done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
+  refs=$(repo for-each-ref --format='%(refname)') || [ ! "$whole" ] || return 3
+  for ref in $refs; do
+    case $ref in refs/remotes/* | refs/cmux/* | refs/stash) continue;; esac
+    subject=$(repo log -n 1 --format='(%s)' "$ref" --not $brought $top --glob=refs/cmux) ||
+      subject='(damaged)'
+    [ ! "$subject" ] || printf '%s %s\n' "$ref" "$subject"
+  done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
   reflog_commits | head -n 20
-  repo stash list -n 20 --format='stash %gd (%s)'
+  repo stash list -n 20 --format='stash %gd (%s)' || [ ! "$whole" ] || return 3
 }
 sum_refs() {
   { repo for-each-ref; repo rev-parse HEAD; repo rev-parse -q --verify refs/stash; } |
@@ -1558,7 +1559,7 @@ lost_work() {
   esac
   repo=$work/.git; [ -d "$repo" ] || return 0
   [ "$whole" ] || [ "$(sum_refs)" = "${last##* }" ] || echo "the git repository was replaced"
-  left_behind
+  left_behind || return
   [ -z "$whole" ] || repo log -n 20 --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux
 }
 lost_files() {

@@ -4610,7 +4610,8 @@ def test_rm_refuses_commits_and_stashes(repo, harm, told):
     repo.ok("rm", "--force", "main")
 
 
-@each("fails, harm, told", [("diff-index", "echo x >README", "some file"), ("log -n", "git commit -q --allow-empty -m x", "look for changes")])
+@each("fails, harm, told", [("diff-index", "echo x >README", "some file"), ("log -n", "git commit -q --allow-empty -m x", "look for changes"),
+    ("for-each-ref", ":", "look for changes")])
 def test_rm_refuses_where_git_there_fails(repo, fails, harm, told, site):
     repo.new(host=site.inetd("poor", env=replaced(site, git=f'case " $* " in *" {fails} "*) exit 1;; esac')))
     do(repo, AGENT + harm)
