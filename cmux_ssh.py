@@ -2084,19 +2084,19 @@ if TYPE_CHECKING:
 
 
 def find_program(name: str, more: Sequence[str] = ()) -> str:
-    """The absolute path of ``name`` in $PATH, but for its relative entries: a repository must not
-    bring its own ssh or git."""
+    """The absolute path of ``name``, found in the absolute directories of $PATH: a repository must
+    not bring its own ssh or git."""
     if "/" in name:
         try:
             return os.path.abspath(name)
         except FileNotFoundError:
-            raise UsageError(f"The current directory is gone, from which {show(name)} is named.",
-                             "Name it from / on.")
+            raise UsageError(f"{show(name)} is relative to a directory that is gone.",
+                             "Give the absolute path.")
     for entry in (*os.get_exec_path(), *more):
         path = os.path.join(entry, name)
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-    raise UsageError(f"The program {name} is not installed here.",
+    raise UsageError(f"The program {name} is not installed on this machine.",
                      "Install it (Debian: apt-get install git openssh-client openssh-server). For "
                      "another ssh set CMUX_SSH_COMMAND.")
 
@@ -2142,8 +2142,8 @@ def attach(argv: Sequence[str], env: Mapping[str, str]) -> int | None:
 
 @contextlib.contextmanager
 def paged(pager: str) -> Iterator[int]:
-    """A pager on this terminal, started as git starts it: the descriptor that it reads. Whoever
-    leaves it early has seen enough; Ctrl-C is for the pager alone."""
+    """A pager on this terminal, started as git starts it: yields the descriptor that it reads. To
+    leave it early is no error; Ctrl-C is for the pager alone."""
     env = {"LESS": "FRX", "LV": "-c", **os.environ}
     process = spawn(["/bin/sh", "-c", pager], env, stdin=-1, stdout=1, stderr=2, own_group=False)
     assert process.stdin
@@ -2158,7 +2158,8 @@ def paged(pager: str) -> Iterator[int]:
 
 
 def kill_group(process: Process) -> None:
-    """Kill a process, and its group if it has one, unless the number may be another's by now."""
+    """Kill a process and the group that it leads, unless it has been waited for: its number may be
+    another's by now."""
     import signal
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -2168,7 +2169,7 @@ def kill_group(process: Process) -> None:
 
 
 def await_end(process: Process, seconds: float) -> int:
-    """The status of a process that has closed its output."""
+    """The status of a process that is about to end."""
     import subprocess
     try:
         return process.wait(timeout=seconds)
@@ -2182,13 +2183,12 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes. With our
     own ``stderr`` (2) it may use this terminal.
 
-    Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
-    """
-    process = spawn(argv, env, None, -1, stderr, own_group=stderr != 2)
+    Raises UsageError when it cannot start, CmuxError when it is too slow or prints too much,
+    Cancelled."""
     deadline, out, err = Deadline(patience), bytearray(), bytearray()
-    with contextlib.ExitStack() as held:
-        sinks = {held.enter_context(stream).fileno(): sink for stream, sink
-                 in ((process.stdout, out), (process.stderr, err)) if stream}
+    with spawn(argv, env, None, -1, stderr, own_group=stderr != 2) as process:
+        streams = (process.stdout, out), (process.stderr, err)
+        sinks = {stream.fileno(): sink for stream, sink in streams if stream}
         try:
             while sinks:
                 for fd in poll_once(deadline.capped(3600), cancel, *sinks):
@@ -2211,16 +2211,16 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
 def raise_descriptor_limit() -> None:
     """macOS starts programs with 256 descriptors; a session takes four. For the command line."""
     import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4096 if hard < 0 else min(4096, hard)  # no limit is -1, or very large
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # no limit is -1, or very large
+    wanted = 4096 if hard < 0 else min(4096, hard)
     if 0 <= soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def stop_signals() -> None:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that what runs on the host is
-    ended, too. For the main thread of the command line."""
+    """Have SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that what runs on the
+    host is ended, too. For the command line."""
     import signal
     import threading
     if threading.current_thread() is not threading.main_thread():  # main() of an importer
@@ -2229,25 +2229,25 @@ def stop_signals() -> None:
 
     def interrupt(number: int, frame: object) -> None:
         seen.append(number)
-        if len(seen) > 2:  # who insists does not wait for the host's answer
+        if len(seen) > 2:  # whoever insists does not wait for the host's answer
             os._exit(130)
         raise KeyboardInterrupt
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, no status would reach us
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, children have no status
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
 
 
 def die_by_pipe() -> None:
-    """End this process as a writer ends whose reader went away."""
+    """End this process by SIGPIPE, as any writer ends whose reader has gone."""
     import signal
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGPIPE)
 
 
 def at_interrupt(act: Callable[[], None]) -> Callable[[], Any]:
-    """Have Ctrl-C do ``act`` before what it does, in a main thread that has a handler for it.
-    Returns what undoes that."""
+    """Have Ctrl-C call ``act`` first, if this is the main thread and has a handler for it. Returns
+    a function that undoes that."""
     import signal
     import threading
     before: Any = signal.getsignal(signal.SIGINT)
