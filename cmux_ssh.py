@@ -2271,7 +2271,7 @@ def state_home() -> str:
     home = os.environ.get("CMUX_SSH_HOME")
     if home and not os.path.isabs(home):  # another per directory, and secrets in the repository
         raise UsageError(f"CMUX_SSH_HOME is not an absolute path: {show(home)}.",
-                         "Write it out, from / on.")
+                         "Write the whole path, from /.")
     if not home:
         base = os.environ.get("XDG_STATE_HOME", "")
         if not os.path.isabs(base):
@@ -2279,12 +2279,12 @@ def state_home() -> str:
         home = os.path.join(base, "cmux-ssh")
     if not os.path.isabs(home):
         raise UsageError("This user has no home directory.",
-                         "Name a directory for the state: CMUX_SSH_HOME=/a/directory")
+                         "Name a directory for the local state: CMUX_SSH_HOME=/a/directory")
     return os.path.abspath(home)
 
 
 def _trusted(status: os.stat_result) -> bool:
-    """Whether only this user and root can replace what lies in a directory."""
+    """Whether only this user and root can replace the entries of a directory."""
     if status.st_uid not in (0, os.geteuid()):
         return False
     loose = status.st_mode & 0o022
@@ -2297,8 +2297,7 @@ def _trusted(status: os.stat_result) -> bool:
 
 
 def make_private(path: str) -> None:
-    """The directory and those above it, 0700 whatever the umask: one that others can write to is
-    refused."""
+    """Make a directory and those above it, 0700 whatever the umask, which may let others write."""
     if not os.path.isdir(path):
         make_private(os.path.dirname(path))
         with contextlib.suppress(FileExistsError):
@@ -2306,16 +2305,16 @@ def make_private(path: str) -> None:
 
 
 def private_directory(path: str) -> str:
-    """Make ``path`` if need be; return it if it is ours alone, 0700, behind safe ancestors. Raises
-    StateFailed. ssh does not check who owns a control socket, and would hand a foreign one our
-    command lines and descriptors: this check is the whole defence."""
+    """Make ``path`` if it is missing; return it if it is ours alone, 0700, below directories that
+    are safe. Raises StateFailed. ssh does not check who owns a control socket, and would hand our
+    command lines and descriptors to anybody's: this check is the whole defence."""
     home = "set CMUX_SSH_HOME to a directory of your own."
     try:
         make_private(path)
         status = os.lstat(path)
     except OSError as error:
         raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.",
-                          "Put that right, or " + home)
+                          "Mend that, or " + home)
     private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
     if not private or status.st_uid != os.geteuid():
         raise StateFailed(f"The directory {show(path)} is open to others.",
@@ -2371,8 +2370,7 @@ class Lock:
         fork_aware().add(self)
         if self.doing:
             with contextlib.suppress(OSError):  # a full disk
-                os.ftruncate(self.fd, 0)
-                os.pwrite(self.fd, b"%d" % os.getpid(), 0)
+                os.ftruncate(self.fd, os.pwrite(self.fd, b"%d" % os.getpid(), 0))
         return True
 
     def _forked(self) -> None:
@@ -2461,8 +2459,8 @@ def expected(error: BaseException) -> CmuxError | None:
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f", at {show(str(error.filename))}" if error.filename else ""
-        return StateFailed(f"There is no room left here{where}.", "Make room on that disk, or set "
-                           "TMPDIR or CMUX_SSH_HOME to another.")
+        return StateFailed(f"A disk of this machine is full{where}.",
+                           "Make room, or set TMPDIR or CMUX_SSH_HOME to a place on another.")
     return None
 
 
@@ -2522,15 +2520,13 @@ def fits(value: Any, shape: Any) -> bool:
     if isinstance(shape, list):
         wanted = shape * len(value) if len(shape) == 1 else shape
         return len(value) == len(wanted) and all(map(fits, value, wanted))
-    for key, wanted in shape.items():
+
+    def part_fits(key: Any, wanted: Any) -> bool:
         if isinstance(key, re.Pattern):
-            good = all(key.match(name) and fits(value[name], wanted) for name in value)
-        else:
-            name = key.rstrip("?")
-            good = fits(value[name], wanted) if name in value else name != key
-        if not good:
-            return False
-    return True
+            return all(fits(name, key) and fits(part, wanted) for name, part in value.items())
+        name = key.rstrip("?")
+        return fits(value[name], wanted) if name in value else name != key
+    return all(itertools.starmap(part_fits, shape.items()))
 
 
 _ENTRY: Fields = dict.fromkeys("state host root project base tree op".split(), str)
@@ -2579,20 +2575,18 @@ def recall(path: str, shape: Any) -> Fields:
 
 
 def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
-    """Replace a private file as a whole: write aside, fsync, rename. Files that killed writers left
-    are removed after ``age`` seconds; 0 is for who holds the file's lock."""
+    """Replace a private file as a whole: write aside, fsync, rename. What killed writers left is
+    removed when it is ``age`` seconds old; 0 is for a caller that holds the file's lock."""
+    import glob
     import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
         raise StateFailed(f"The state file {show(path)} would become larger than "
                           f"{human_size(STATE_MAX)}.", "Nothing was changed.")
-    folder, name = os.path.split(path)
     temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.new"
     try:
-        for entry in os.listdir(folder):
-            left = os.path.join(folder, entry)
-            if entry.startswith(name + ".") and entry.endswith(".new") and (
-                    not age or age_of(left) > age):
+        for left in glob.glob(glob.escape(path) + ".*.new"):
+            if not age or age_of(left) > age:
                 remove_file(left)
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
             stream.write(data)
@@ -2687,7 +2681,7 @@ def secrets_file(key: str = "global") -> str:
 
 @contextlib.contextmanager
 def editing_secrets(path: str) -> Iterator[Secrets]:
-    """The secrets of a file, to be changed under its lock; written if they may be secrets."""
+    """The secrets of a file, to be changed under its lock, then checked and written."""
     with Lock(path + ".lock", doing="changes " + show(path)):
         stored = read_secrets(path)
         yield stored
@@ -2707,8 +2701,8 @@ def read_secrets(path: str) -> Secrets:
 
 
 class History:
-    """What was done in a project, a JSON line for each operation, which one write appends, and what
-    runs now, a locked file for each. It never fails its caller."""
+    """What was done in a project (a JSON line for each operation, which one write appends), and
+    what runs now (a locked file for each). It never fails its caller."""
 
     def __init__(self, registry: Registry) -> None:
         self.path = registry.path[:-4] + "history"
@@ -2718,7 +2712,7 @@ class History:
     def append(self, row: Mapping[str, Any]) -> None:
         import json
         line = json.dumps(row)
-        if len(line) > HISTORY_LINE:  # the detail is bounded, but odd names swell
+        if len(line) > HISTORY_LINE:  # the detail is bounded, but JSON makes odd names longer
             line = json.dumps(dict(row, detail=""))
         with contextlib.suppress(OSError, StateFailed):
             if not self.swept:
@@ -2731,7 +2725,7 @@ class History:
             lock = Lock(self.path + ".lock")
             if full and lock.take():
                 with lock:
-                    if os.stat(self.path).st_size > HISTORY_MAX:
+                    if os.stat(self.path).st_size > HISTORY_MAX:  # no other process was faster
                         os.rename(self.path, self.path + ".1")
 
     def rows(self) -> Iterator[Fields]:
@@ -2750,7 +2744,7 @@ class History:
         import json
         lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}", passing=True)
         try:
-            if lock.wait(Deadline(1)):  # now() may take the file for a dead one's
+            if lock.wait(Deadline(1)):  # now() may take the file for that of a dead process
                 os.write(lock.fd, json.dumps(row).encode("ascii"))
                 return lock
         except (OSError, StateFailed):
@@ -2784,10 +2778,9 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
 
 
 def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
-    """The values of secrets, commands run now (by the user's shell, as typed by the user).
+    """The values of secrets; their commands are run now (by a shell, as the user typed them).
 
-    Raises CmuxError naming the secret, never its value; Cancelled.
-    """
+    Raises CmuxError, which names the secret, never its value; Cancelled."""
     values: dict[str, bytes] = {}
     for name, entry in secrets.items():
         if "command" in entry:
@@ -2799,17 +2792,15 @@ def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, b
             except CmuxError as error:
                 raise CmuxError(f"The command for the secret {name}: {error}", error.hint)
             if status != 0:
-                raise CmuxError(
-                    f"The command for the secret {name} failed with status {status}.",
-                    f"Run it by hand, or set it again: {PROGRAM} secrets set {name}")
+                raise CmuxError(f"The command for the secret {name} failed with status {status}.",
+                                f"Run it by hand, or set another: {PROGRAM} secrets set {name}")
             values[name] = out.rstrip(b"\n")
         else:
             values[name] = encoded(entry["value"])
         check_secret(name, values[name])
     if sum(map(len, values.values())) > SECRETS_MAX:
-        raise CmuxError(
-            f"The secrets are larger than {human_size(SECRETS_MAX)}.",
-            f"Remove some: {PROGRAM} secrets rm NAME")
+        raise CmuxError(f"The secrets are larger than {human_size(SECRETS_MAX)}.",
+                        f"Remove some: {PROGRAM} secrets rm NAME")
     return values
 
 
