@@ -68,7 +68,6 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     import argparse
     import socket
     import subprocess
-    import threading
     from typing import Any, Callable, Collection, Container, IO, Iterable, Iterator
     from typing import Mapping, Sequence, TypeVar
     AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -2455,9 +2454,12 @@ def read_bytes(path: str, limit: int) -> bytes | None:
 
 def expected(error: BaseException) -> CmuxError | None:
     """The error as one that a user, a network or a host can cause; None for a bug."""
-    if isinstance(error, CmuxError):
-        return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if not isinstance(error, OSError):
+        return error if isinstance(error, CmuxError) else None
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return StateFailed("This process has too many files open.",
+                           "Raise `ulimit -n`, or run fewer at once.")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f", at {show(str(error.filename))}" if error.filename else ""
         return StateFailed(f"A disk of this machine is full{where}.",
                            "Make room, or set TMPDIR or CMUX_SSH_HOME to a place on another.")
@@ -2520,12 +2522,13 @@ def fits(value: Any, shape: Any) -> bool:
     if isinstance(shape, list):
         wanted = shape * len(value) if len(shape) == 1 else shape
         return len(value) == len(wanted) and all(map(fits, value, wanted))
+    parts: Any = value
 
     def part_fits(key: Any, wanted: Any) -> bool:
         if isinstance(key, re.Pattern):
-            return all(fits(name, key) and fits(part, wanted) for name, part in value.items())
+            return all(fits(name, key) and fits(parts[name], wanted) for name in parts)
         name = key.rstrip("?")
-        return fits(value[name], wanted) if name in value else name != key
+        return fits(parts[name], wanted) if name in parts else name != key
     return all(itertools.starmap(part_fits, shape.items()))
 
 
@@ -3100,14 +3103,13 @@ def mux_numbers(packet: bytes) -> list[int]:
 
 
 def connect(path: str) -> socket.socket:
+    """A connection to a control socket."""
     import socket
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(CONTROL_PATIENCE)
-    try:
+    with contextlib.ExitStack() as held:
+        connection = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        connection.settimeout(CONTROL_PATIENCE)
         connection.connect(path)
-    except BaseException:
-        connection.close()
-        raise
+        held.pop_all()
     return connection
 
 
@@ -3130,14 +3132,26 @@ class Session:
         self.host = host
         self.master: Master | None = None
         self.stdin = self.stdout = self.stderr = self.control = -1
-        self.counted = False  # among the operations of its Host that run
-
-    def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
         fork_aware().add(self)
-        self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
-        for fd in (stdin, stdout, stderr):
-            if fd >= 0:
+
+    @contextlib.contextmanager
+    def piped(self, client: int = -1) -> Iterator[list[int]]:
+        """The other ends of new pipes for stdin, stdout and stderr, as long as they are handed
+        over. ``client`` takes the place of the first two."""
+        fds: list[int] = []
+        try:
+            for _ in range(3 if client < 0 else 1):
+                fds += os.pipe()
+            self.stderr, theirs = fds[0], [client, client, fds[1]]
+            if client < 0:
+                self.stdout, self.stdin, theirs = fds[2], fds[5], [fds[4], fds[3], fds[1]]
+            for fd in {self.stdin, self.stdout, self.stderr} - {-1}:
                 os.set_blocking(fd, False)
+            yield theirs
+        except OSError as error:
+            raise expected(error) or error
+        finally:
+            drop(*{*fds} - {self.stdin, self.stdout, self.stderr})
 
     def close_stdin(self) -> None:
         drop(self.stdin)
@@ -3187,10 +3201,10 @@ class MuxSession(Session):
     """A session over a master's control socket, without a process."""
 
     def __init__(self, masters: Masters, slot: Slot, command: str | Target) -> None:
+        self._socket = connect(slot.master.path)
         super().__init__(masters.host)
         self._masters, self._slot, self.master = masters, slot, slot.master
         self._status, self._buffer = -1, b""  # the command's status, once the master reports it
-        self._socket = connect(slot.master.path)
         self.control = self._socket.fileno()
         try:
             self._open(command)
@@ -3199,28 +3213,19 @@ class MuxSession(Session):
             raise
 
     def _open(self, command: str | Target) -> None:
-        """Send the request and its descriptors; read until opened or refused. A master first shows
-        that it lives: once given the socket of a Target it may read it, and no other is asked."""
+        """Send the request and its descriptors; read until opened or refused. The master first has
+        to greet: it may read the socket of a Target as soon as it has it, and then no other master
+        can be asked."""
         import socket
         port, client = command if isinstance(command, tuple) else (0, -1)
         request: Sequence[Any] = (MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command)
-        hello, fds = mux_numbers(self._packet()), []  # type: list[int], list[int]
-        try:
-            if port:
-                request, theirs = (MUX_NEW_FORWARD, 0, "", "localhost", port), [client, client]
-                self.adopt(-1, -1, -1)
-            else:
-                for _ in range(3):
-                    fds += os.pipe()
-                theirs = [fds[0], fds[3], fds[5]]
-                self.adopt(fds[1], fds[2], fds[4])
+        if port:
+            request = MUX_NEW_FORWARD, 0, "", "localhost", port
+        hello, answer = mux_numbers(self._packet()), MUX_FAILURE
+        with contextlib.nullcontext([client, client]) if port else self.piped() as theirs:
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
             for fd in theirs:
-                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
-                self._socket.sendmsg([b"\0"], [rights])
-        finally:
-            drop(*(fd for fd in fds if fd not in (self.stdin, self.stdout, self.stderr)))
-        answer = MUX_FAILURE
+                socket.send_fds(self._socket, [b"\0"], [fd])
         with contextlib.suppress(*[OSError, MasterGone] if port else []):
             answer = mux_numbers(self._packet())[0]
         if answer in (MUX_FAILURE, MUX_DENIED):
@@ -3317,15 +3322,12 @@ class DirectSession(Session):
         else:
             tail.append(command)
         try:
-            self._process = spawn(argv + tail, environment, client, client, -1)
+            with self.piped(client) as (stdin, stdout, stderr):
+                self._process = spawn(argv + tail, environment, stdin, stdout, stderr)
         except BaseException:
+            self.close_pipes()
             turn.free()
             raise
-        streams = (self._process.stdin, self._process.stdout, self._process.stderr)
-        self.adopt(*(os.dup(stream.fileno()) if stream else -1 for stream in streams))
-        for stream in streams:
-            if stream:
-                stream.close()
 
     def begun(self) -> None:
         if self._turn.fd >= 0:
@@ -3759,17 +3761,14 @@ class Masters:
             for session in opened:
                 session.close()
             self.free(slots[len(opened):])
-            master = slot.master
+            master, known = slot.master, expected(error)
             if isinstance(error, SessionRefused):  # it takes fewer, or has not seen one's end yet
                 master.pause = min(REFUSED_MOST, 2 * (master.pause or LOOK_FIRST))
                 master.until = time.monotonic() + master.pause
-            elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise StateFailed("This process has too many files open.",
-                                  "Raise `ulimit -n`, or run fewer at once.")
-            elif isinstance(error, (MasterGone, OSError)):
+            elif isinstance(error, MasterGone) or not known and isinstance(error, OSError):
                 self.abandon(master)
                 raise MasterGone(f"The connection to {self.host} was just closed.", "", self.host)
-            raise
+            raise known or error
 
     def _heed_log(self, master: Master) -> None:
         """Warn of a server that asks for the agent or the screen, which ssh refuses and logs. One
@@ -4288,7 +4287,7 @@ class Host:
         self._ready: list[Session] = []
         self._active = 0  # operations that run now
         self._resting = False  # closed: nothing is opened ahead until the next one
-        self._keeper: threading.Thread | None = None
+        self._keeping = False  # a thread opens sessions ahead
         self._wake = threading.Event()
         self._masters: Masters | None = None
         self._mutex = threading.Lock()
@@ -4333,33 +4332,34 @@ class Host:
                 cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
                 bulk: bool = False) -> Made:
         """What ``work`` returns for a list of sessions of open(). What it leaves in the list is
-        closed. It is tried again after a dropped handshake, a login that needs a person (over a
-        master, then), and, where it may ``repeat``, a lost connection or a full host."""
+        closed. It is tried again after a dropped handshake, a login that needs a person (then over
+        a master), and, where it may ``repeat``, a lost connection or a full host."""
         first: HostError | None = None
-        for number in range(10):
-            sessions = self.open(deadline, cancel, count, bulk)
-            direct = isinstance(sessions[0], DirectSession)
-            try:
-                return work(sessions)
-            except HostError as error:
-                failed = error
-            finally:
-                for session in sessions:
-                    self.done(session)
-            first = first or failed
-            if isinstance(failed, ConnectionDropped):
-                again = self.masters.again(failed, number, deadline, cancel)
-            elif not isinstance(failed, ConnectionLost):
-                again = direct and self.masters.asks(failed)
-            elif isinstance(failed, HostSilent) or not repeat(failed):
-                again = False
-            elif isinstance(failed, HostFull):  # others end meanwhile; who waits holds no process
-                pause = min(8, 0.5 * 1.5 ** number) * (0.5 + os.urandom(1)[0] / 255)
-                again = nap(pause, deadline, cancel)
-            else:
-                again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
-            if not again:
-                break
+        with self._operation():
+            for number in range(10):
+                sessions = self.open(deadline, cancel, count, bulk)
+                direct = isinstance(sessions[0], DirectSession)
+                try:
+                    return work(sessions)
+                except HostError as error:
+                    failed = error
+                finally:
+                    for session in sessions:
+                        session.close()
+                first = first or failed
+                if isinstance(failed, ConnectionDropped):
+                    again = self.masters.again(failed, number, deadline, cancel)
+                elif not isinstance(failed, ConnectionLost):
+                    again = direct and self.masters.asks(failed)
+                elif isinstance(failed, HostSilent) or not repeat(failed):
+                    again = False
+                elif isinstance(failed, HostFull):  # others may end; this holds no process
+                    pause = min(8, 0.5 * 1.5 ** number) * (0.5 + os.urandom(1)[0] / 255)
+                    again = nap(pause, deadline, cancel)
+                else:
+                    again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
+                if not again:
+                    break
         raise first or AssertionError()  # the first lost connection may have done its work
 
     # -- sessions opened ahead: the shell reads, and waits for a header --
@@ -4372,55 +4372,43 @@ class Host:
             return [self.masters.open_direct(BOOT, deadline, cancel)]
         found: list[Session] = []
         with self._mutex:
-            self._active, self._resting = self._active + 1, False
             while self._ready and len(found) < count:
                 session = self._ready.pop()
                 if poll_once(0, session.control):  # it has ended
                     session.close()
                 else:
                     found.append(session)
+        if len(found) < count:
+            for session in found:
+                session.close()
+            found = self.masters.open(BOOT, deadline, cancel, count)
+        return found
+
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        """While one runs, no session is opened ahead; the keeper begins after the last."""
+        with self._mutex:
+            self._active, self._resting = self._active + 1, False
         try:
-            if len(found) < count:
-                for session in found:
-                    session.close()
-                found = self.masters.open(BOOT, deadline, cancel, count)
-            found[0].counted = True
-            return found
-        except BaseException:
+            yield
+        finally:
             with self._mutex:
                 self._active -= 1
-            raise
-
-    def done(self, session: Session) -> None:
-        """Close a session of open()."""
-        session.close()
-        with self._mutex:
-            self._active -= session.counted
-            session.counted = False
-            if self._active:
-                return
-            self._wake.set()
-            if self._warm and self._keeper is None:
-                import threading
-                self._keeper = threading.Thread(target=self._keep, name="cmux-keeper", daemon=True)
-                try:
-                    self._keeper.start()
-                except RuntimeError:  # the interpreter is ending
-                    self._keeper = None
+                if self._warm and not self._active:
+                    self._wake.set()
+                    if not self._keeping:
+                        import threading
+                        with contextlib.suppress(RuntimeError):  # the interpreter is ending
+                            threading.Thread(target=self._keep, daemon=True).start()
+                            self._keeping = True
 
     def _keep(self) -> None:
         """Open sessions ahead between operations; close them after WARM_IDLE seconds unused."""
-        while True:
-            used = self._wake.wait(WARM_IDLE)
+        while self._wake.wait(WARM_IDLE):
             time.sleep(KEEPER_PAUSE)
             self._wake.clear()
-            if not used:
-                self._give_up()
-                with self._mutex:
-                    if not self._wake.is_set():
-                        self._keeper = None  # done() starts another
-                        return
-            try:
+            # The next operation meets the same failure, and reports it.
+            with contextlib.suppress(CmuxError, OSError):
                 while self._active == 0 and not self._resting and len(self._ready) < self._warm:
                     session = self.masters.open_ahead(BOOT)
                     if session is None:
@@ -4429,8 +4417,8 @@ class Host:
                         self._ready.insert(0, session)
                     if self._resting:
                         self._give_up()
-            except (CmuxError, OSError):
-                pass  # the next operation meets the same failure, and reports it
+        self._give_up()
+        self._keeping = False  # the next operation starts another
 
     def close(self) -> None:
         """Close the sessions opened ahead, until the next operation. Masters end when idle."""
@@ -4525,7 +4513,7 @@ class Incoming:
                      trip=0.0)
 
     def close(self) -> None:
-        self.host.done(self.exchange.session)
+        self.exchange.session.close()
 
 
 class CommandRun:
@@ -4626,12 +4614,10 @@ class CommandRun:
         """End it over another session, and report what that sees."""
         try:
             reply, [session] = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
-            try:
+            with contextlib.closing(session):
                 guard = Exchange(session, script_records(GUARD), reply, len,
                                  data=pid.encode() + b"\n", run_id=self.run_id)
                 guard.run(Deadline(STOP_PATIENCE))
-            finally:
-                self.host.done(session)
             return "confirmed" if reply.value() == b"confirmed\n" else "requested"
         except CmuxError:
             return "unknown"
@@ -6527,14 +6513,14 @@ class WorkspaceBase:
             argv, environment, begun, ended = self.host.masters.on_terminal(
                 TAKEOVER % octal, Deadline(patience))
         except BaseException:
-            self.host.done(session)
+            session.close()
             raise
 
         def hand_over() -> None:
             with contextlib.suppress(CmuxError):  # the shell has nothing to read then, and ends
                 exchange.run(Deadline(patience))
             begun()
-            self.host.done(session)
+            session.close()
         helper = threading.Thread(target=hand_over, daemon=True)
         helper.start()
         try:
