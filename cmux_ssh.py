@@ -3454,7 +3454,7 @@ class Masters:
         write_json(self.path(name), {})
 
     def _seen(self, name: str, seconds: float = SEEN_FOR) -> bool:
-        return 0 <= age_of(self.path(name)) < seconds  # a clock may be set back
+        return 0 <= age_of(self.path(name)) < seconds  # below 0 where the clock was set back
 
     def single(self) -> bool:
         """Whether the host takes one session a connection: masters are of no use."""
@@ -3476,9 +3476,7 @@ class Masters:
     def _rest(self) -> float:
         """Seconds until a host that is down is asked again."""
         count, age = self._failed(), age_of(self.path("down.json"))
-        if not count or age < 0:  # a clock may be set back
-            return 0.0
-        return DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - age
+        return DOWN_WAITS[:count][-1] - age if count > 0 and age >= 0 else 0.0
 
     def _remember_failure(self, error: HostError) -> None:
         why = [type(error).__name__, str(error), error.hint]
@@ -3508,22 +3506,22 @@ class Masters:
                     if lock.take():
                         return lock
                 if not self._shaking.sleep(deadline, cancel):
-                    raise self._too_late("Too many connections are being made to")
+                    raise self._too_late("too many connections are being made")
         finally:
             self._shaking.leave()
 
     def again(self, error: HostError, attempt: int, deadline: Deadline,
               cancel: Cancel | None = None) -> bool:
-        """After a handshake that the server dropped (so nothing ran): wait, then True; False when
-        another try is not worth it."""
-        self._mark("dropped")
-        tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else DROPPED_TRIES
-        if isinstance(error, ConnectionDropped) and attempt < tries:
-            pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512)
+        """After a failed try to connect, with which nothing ran: wait and return True if the server
+        dropped the handshake and another try is worth it. Else remember the failure."""
+        if isinstance(error, ConnectionDropped):
+            self._mark("dropped")
+            tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else DROPPED_TRIES
+            pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512) if attempt < tries else 0
             if pause >= 5:
                 self.tell(f"{self.host} turns this address away for now; "
                           f"trying again in {pause:.0f} seconds")
-            if pause <= deadline.capped(pause) and nap(pause, deadline, cancel):
+            if 0 < pause <= deadline.capped(pause) and nap(pause, deadline, cancel):
                 return True
         self._remember_failure(error)
         return False
@@ -3553,23 +3551,23 @@ class Masters:
         """All slots of a new master, or ``count`` on others, if they are free by now. For the
         ``first`` a person may be asked. A dropped handshake is tried again, unless ``once``."""
         reason: HostError | None = None
-        for attempt in itertools.count(len(DROPPED_WAITS) if once else 0):
+        attempt = len(DROPPED_WAITS) if once else 0
+        while True:
             with self.handshake(Deadline(self.patience), cancel):
                 try:
                     return self._try_slots(count) or self._new_master(cancel, first)
                 except NoMultiplexing:
                     self._mark("single")
                     return []
-                except ConnectionDropped as error:
-                    dropped = error
                 except HostError as error:
-                    self._remember_failure(error)
-                    raise
-            if not isinstance(dropped, TurnedAway) and (once or attempt == 1):
-                reason = self._ask_proxy()
-            if not self.again(reason or dropped, attempt, deadline, cancel):
-                raise reason or dropped
-        raise AssertionError
+                    failed = error
+            if isinstance(failed, ConnectionDropped):
+                if not isinstance(failed, TurnedAway) and (once or attempt == 1):
+                    reason = self._ask_proxy()
+                failed = reason or failed
+            if not self.again(failed, attempt, deadline, cancel):
+                raise failed
+            attempt += 1
 
     def _new_master(self, cancel: Cancel | None, first: bool) -> list[Slot]:
         name = "m." + os.urandom(4).hex()
@@ -3578,8 +3576,8 @@ class Masters:
         try:
             try:
                 self._start(master.path, cancel, batch=True)
-            except (HostKeyFailed, AuthenticationFailed) as error:
-                if not (first and error.asks and self.interactive and self.interactive()):
+            except HostError as error:
+                if not (first and self.asks(error) and self.interactive and self.interactive()):
                     raise
                 self._start(master.path, cancel, batch=False)
         except BaseException:
@@ -3697,7 +3695,7 @@ class Masters:
     # -- sessions --
 
     def _too_late(self, why: str) -> ConnectionFailed:
-        return ConnectionFailed(f"{why} {self.host}: no session was to be had in time.",
+        return ConnectionFailed(f"{self.host} had no session free in time: {why}.",
                                 "Try again, or run fewer at once.", self.host)
 
     def open(self, command: str | Target, deadline: Deadline, cancel: Cancel | None = None,
@@ -3720,7 +3718,7 @@ class Masters:
             finally:
                 self.free(slots[count:])
             if deadline.over():
-                raise self._too_late("Others use")
+                raise self._too_late("it refuses more")
         return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Cancel | None = None, now: bool = False) -> None:
@@ -3739,8 +3737,8 @@ class Masters:
         if self.single():
             return None
         slots = self._try_slots(1, half)
-        may = not self._spared and 0 < len(self.masters()) < SPARED_MOST
-        if may and not slots and self._may_launch(1):
+        may = not slots and not self._spared and 0 < len(self.masters()) < SPARED_MOST
+        if may and self._may_launch(1):
             self._spared = True
             self.free(self._one_more(SESSIONS_PER_MASTER, None))
             slots = self._try_slots(1, half)
@@ -3806,7 +3804,7 @@ class Masters:
                 if slots:
                     return slots
                 if not freed.sleep(deadline, cancel, patience.left() or 3600):
-                    raise self._too_late("Running commands use all sessions of")
+                    raise self._too_late("running commands use them all")
             return []
         finally:
             with self._mutex:
@@ -3827,7 +3825,7 @@ class Masters:
         before = self._failed()
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
-            raise self._too_late("Another process is still connecting to")
+            raise self._too_late("another process is still connecting")
         with lock:
             if self.masters() or self.single():
                 return []
