@@ -2818,9 +2818,9 @@ def check_secret(name: str, value: bytes) -> None:
 # === 9. SSH ===
 # Owns: ssh's options, the masters and their control protocol, session slots, the memory of
 # failures. The only room that names ssh and opens sockets. Promises: the host is reached as the
-# user's config says, and nothing of this machine goes along; no more than 8 sessions a master
-# and 8 handshakes a host at once, counted across all processes of this user; a host that is
-# down is asked by one process at a time, ever more rarely; every wait has an end.
+# user's config says, and nothing else of this machine goes to it; no more than 8 sessions a
+# master and 8 handshakes a host at once, counted across all processes of this user; a host that
+# is down is asked by one process at a time, ever more rarely; every wait has an end.
 
 # ssh takes the first value it finds: these beat any config. What each stops was seen on a real
 # sshd. (-S is a socket of ours or none: the user's own master is never used.)
@@ -2853,7 +2853,7 @@ NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_
 # is found decides.
 FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
-     "The key of {host} has changed: somebody may be listening in, or the machine was made anew.",
+     "The key of {host} has changed: somebody may be listening in, or it was installed again.",
      "Ask its owner for the new fingerprint; only then: {forget}"),
     (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
      "The key of {host} is not known on this machine.",
@@ -2870,15 +2870,15 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"Bad (configuration|owner)|line \d+: |unknown key type|Bad number", ConnectionFailed,
      "ssh does not accept its configuration: {said}.", "Correct the file it names."),
     (r"timed out during banner exchange", ConnectionFailed,
-     "{host} took the connection, and then said nothing.",
-     "Its sshd may hang, or another service have that port: try {doctor}."),
+     "{host} accepted the connection, but sent nothing.",
+     "Its sshd may hang, or another service may have that port: try {doctor}."),
     (r"kex_exchange_identification|Connection reset by peer|banner exchange|"
      r"Connection closed by (remote host|UNKNOWN|[0-9a-f.:]+ port)", ConnectionDropped,
      "{host} dropped the connection during the handshake.",
-     "It may be busy (MaxStartups), penalise this address, or its proxy failed: try {doctor}."),
+     "It may be busy (MaxStartups) or penalise this address, or a proxy failed: try {doctor}."),
     (r"break-in attempt", ConnectionFailed,
-     "The server of {host} asked for this machine's agent or screen, which ssh refused it.",
-     "Do not trust that machine before somebody has looked at its sshd."),
+     "The server of {host} asked for this machine's agent or screen, which ssh refused.",
+     "Do not trust that machine until somebody has looked at its sshd."),
     (r"Could not resolve hostname|Connection refused|timed out|No route to host|"
      r"Network is unreachable|Host is down|not responding", ConnectionFailed,
      "{host} does not answer: {said}.",
@@ -2887,9 +2887,9 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
 )
 
 
-# LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
-# for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
-# end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
+# LogVerbose makes ssh log, as debug1, what a server says before its keys are known. We look for the
+# words with which OpenSSH 9.8 and later turn an address away, and for servers that end the whole
+# connection when sessions come and go at once (Dropbear's issues 173, 321).
 TAKEN = ",channels.c:channel_input_open_confirmation():*"  # and so that the port was
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
@@ -2926,8 +2926,8 @@ def ssh_command() -> list[str]:
 
 
 def read_ssh_config(host: str, command: str = "") -> SSHConfig:
-    """Ask ssh how it would reach ``host``, without connecting. Raises HostError. Added is what
-    holds only for a connection that carries ``command`` (OpenSSH 10: Match sessiontype, command).
+    """Ask ssh how it would reach ``host``, without connecting; also what holds only for a
+    connection that carries ``command`` (OpenSSH 10: Match sessiontype, command). Raises HostError.
 
     -N: else a config with ForkAfterAuthentication makes ssh die for want of a command."""
     config = SSHConfig(host=host, command=ssh_command(), values={})
@@ -2947,9 +2947,9 @@ def add_config(config: SSHConfig, argv: list[str]) -> None:
 
 
 def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
-    """The argv of an ssh of ours up to the host. The forced options stand directly behind the
-    program, before those in $CMUX_SSH_COMMAND: the first value wins. (A wrapper, such as sshpass,
-    gets them at its end.)"""
+    """The argv of our ssh up to the host. The forced options stand directly behind the program,
+    before those in $CMUX_SSH_COMMAND: the first value wins. (They end the words of a wrapper, such
+    as sshpass.)"""
     wanted = [*FORCED, *(option for option in FORCED_IF_KNOWN
                          if option.partition("=")[0].lower() in config.values)]
     if {"no", "off", "false"} & set(config.values.get("stricthostkeychecking", ())):
@@ -2966,7 +2966,7 @@ def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
 
 def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV) -> dict[str, str]:
     """Our environment without what the config's SendEnv would send, but with what is ``needed`` (by
-    a master: it opens no session, and so sends nothing)."""
+    default by a master, which opens no session, and so sends nothing)."""
     import fnmatch
     patterns = [fnmatch.translate(word.replace("[", "[[]")) for word
                 in " ".join(config.values.get("sendenv", ())).split() if word[0] != "-"]
@@ -2998,12 +2998,12 @@ def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostErro
 
 
 def look_into(host: str) -> str:
-    """A command for where the cause is unclear. (doctor replaces it.)"""
+    """The command to run where the cause is unclear. (doctor replaces it.)"""
     return f"`{PROGRAM} doctor {quote(host)}`"
 
 
 def forget_key(config: SSHConfig, words: str) -> str:
-    """The command that forgets a changed key. ssh's words hold one, too, but a server can add to
+    """The command that removes a changed key. ssh's words hold one, too, but a server can add to
     them: they only choose among the files of `ssh -G`."""
     port, name = config.first("port"), config.first("hostkeyalias")
     if not name:
@@ -3017,8 +3017,7 @@ def forget_key(config: SSHConfig, words: str) -> str:
 
 
 def log_head(path: str) -> bytes:
-    """The beginning of a log of ssh: a server that asks for channels makes it as long as it likes.
-    """
+    """The beginning of ssh's log, which a server can make as long as it likes."""
     try:
         with open(path, "rb") as stream:
             return stream.read(LOG_MAX * 4)
@@ -3027,8 +3026,8 @@ def log_head(path: str) -> bytes:
 
 
 def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
-    """(ssh's own words in its log, the server's). Only the former may be believed: a server can say
-    "Host key verification failed", too, also as its reason for a disconnect, which comes last."""
+    """(ssh's own words in its log, the server's). Only the first may be believed: a server, too,
+    can send "Host key verification failed", also as its reason for a disconnect, at the end."""
     own: list[bytes] = []
     words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
     heard = [away + reason] if away else []
@@ -3061,6 +3060,7 @@ def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError
 
 
 def proxy_of(config: SSHConfig) -> str:
+    """The option that names a proxy, "" without one."""
     return next((key for key in ("ProxyCommand", "ProxyJump")
                  if config.first(key.lower()) not in ("", "none")), "")
 
@@ -3192,9 +3192,9 @@ class Session:
             "and for a shell that a start-up file runs.", self.host)
 
     def full(self) -> HostFull:
-        """The wrapper gave up after its start mark: only a fork that fails makes it."""
-        return HostFull(f"{self.host} could not start a process for this; it may have too many of "
-                        "this account.", "End some, or run fewer at once (-j).", self.host, False)
+        """The wrapper gave up after its start mark, as it does only where a fork fails."""
+        return HostFull(f"{self.host} could not start a process; your account may have too many.",
+                        "End some, or run fewer at once (-j).", self.host, False)
 
 
 class MuxSession(Session):
@@ -3287,8 +3287,8 @@ class MuxSession(Session):
             return True
 
     def close(self) -> None:
-        """Its slot is free at once: what sshd refuses until it has ended this has not begun, and is
-        tried again."""
+        """The slot is free at once: a session that sshd refuses, because it has not ended this one
+        yet, has not begun, and is tried again."""
         if self.control >= 0:
             self._forked()
             self._masters.free([self._slot])
@@ -3346,7 +3346,7 @@ class DirectSession(Session):
         return await_end(self._process, CONTROL_PATIENCE) != 0
 
     def await_port(self, port: int, cancel: Cancel | None) -> None:
-        """Until the host has taken the connection, which an ssh before 8.7 does not log."""
+        """Wait until the host has taken the connection, which ssh logs since 8.7."""
         patience = Deadline(self._masters.patience)
         try:
             while nap(0.05, patience, cancel):
@@ -3368,8 +3368,8 @@ class DirectSession(Session):
             return self.full()
         if silent and shaking and not begun and status is not None and 0 <= status < 255:
             return self.no_shell()
-        # ssh often writes what ends it after the login to stderr alone, among login noise. It never
-        # reports a proxy's early end.
+        # What ends ssh after the login it often writes to stderr alone, among login noise; the
+        # early end of a proxy nowhere.
         lost = AFTER_LOGIN.search(words) or silent and (heard or not proxy_of(self._config))
         if begun or not shaking or lost:
             return super().failure(begun, sent)
@@ -3415,13 +3415,12 @@ class Masters:
     probe         locked by who connects while no master lives
     down.json     how often in a row connecting has failed, and why
 
-    The age of others says when something was last seen: dropped, a handshake that the server
+    The age of three more is when something was last seen: dropped, a handshake that the server
     dropped; person, a direct connection that could not log in without one; single, a new master's
     first session refused.
 
     The name of a socket is random and never used again. So one that refuses, hangs or hangs up is
-    removed at once: sessions on its master go on, and nobody else uses it.
-    """
+    removed at once: sessions on its master go on, and nobody else uses it."""
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
     alert: Callable[[str], None] = staticmethod(  # the command line sets both
@@ -3444,7 +3443,7 @@ class Masters:
         return f"{self.folder}/{name}"
 
     def ask_config(self, command: str) -> SSHConfig:
-        """What ssh would do now: the file, or the result of a Match exec, may have changed."""
+        """What ssh would do now: a file, or the result of a Match exec, may have changed."""
         self.config = read_ssh_config(self.host, command)
         return self.config
 
@@ -3457,7 +3456,7 @@ class Masters:
         return 0 <= age_of(self.path(name)) < seconds  # below 0 where the clock was set back
 
     def single(self) -> bool:
-        """Whether the host takes one session a connection: masters are of no use."""
+        """Whether the host takes one session a connection, so that masters are of no use."""
         return self._seen("single")
 
     def needs_person(self) -> bool:
@@ -3588,19 +3587,19 @@ class Masters:
         return slots
 
     def _ask_proxy(self) -> HostError | None:
-        """Why the ProxyCommand gives no connection, if it says so. (Under a master ssh sends its
-        stderr to /dev/null.)"""
+        """Why the proxy gives no connection, if it prints that. (A master sends a proxy's stderr to
+        /dev/null.)"""
         if not proxy_of(self.config):
             return None
         _, words, said = look_closely(self, "exec sh -c :")
         return None if "Remote protocol version" in words else proxy_failure(self.config, said)
 
     def _start(self, path: str, cancel: Cancel | None, batch: bool) -> None:
-        """Start `ssh -M -N`, which closes its stdout once it is authenticated, and stays in the
+        """Start `ssh -M -N`, which closes its stdout once it is authenticated, and goes on in the
         background."""
         self._sweep()
         config, log = self.ask_config("exec sh -c :"), path + ".log"
-        other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
+        other = {"SessionType=default": "SessionType=none"}  # ssh dies where it contradicts -N
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
         persist = f"ControlPersist={CONTROL_PERSIST}"
@@ -3634,7 +3633,7 @@ class Masters:
 
     def _sweep(self) -> None:
         """Remove what ended masters left, and the directories of hosts that nobody uses any more.
-        (One in use all the same is made anew.)"""
+        (One that is in use all the same is made again.)"""
         import shutil
         top = os.path.dirname(self.folder)
         with contextlib.suppress(OSError):
@@ -3652,13 +3651,13 @@ class Masters:
         """Those with a control socket."""
         try:
             names = sorted(filter(is_master, os.listdir(self.folder)))
-        except FileNotFoundError:  # a logout or a cleaner of /tmp has taken the directory
+        except FileNotFoundError:  # a logout or a cleaner of /tmp has removed the directory
             names = []
         self._known = {name: self._known.get(name) or Master(self.path(name)) for name in names}
         return list(self._known.values())
 
     def abandon(self, master: Master) -> None:
-        """It hangs or has ended: remove its socket."""
+        """Remove the socket of one that hangs or has ended."""
         remove_file(master.path)
         self._known = {}
 
@@ -3678,7 +3677,7 @@ class Masters:
                         found.append(slot)
                         if len(found) == count:
                             return found
-        self.free(found, 0)  # who waits for two would wake others who do, for ever
+        self.free(found, 0)  # those that wait for two would wake each other for ever
         return []
 
     def free(self, slots: Sequence[Slot], wake: int = 1) -> None:
@@ -3700,8 +3699,8 @@ class Masters:
 
     def open(self, command: str | Target, deadline: Deadline, cancel: Cancel | None = None,
              count: int = 1) -> list[Session]:
-        """``count`` sessions for ``command``, all or none: who holds one and waits for another
-        could wait for ever. Where masters fail, one on a connection of its own."""
+        """``count`` sessions for ``command``, all or none: a caller that holds one and waits for
+        another could wait for ever. Where masters fail, one on a connection of its own."""
         while not self.single():
             slots = self._take_slots(count, deadline, cancel)
             if not slots:
@@ -3730,9 +3729,9 @@ class Masters:
             self.free(self._first_master(1, deadline, cancel))
 
     def open_ahead(self, command: str) -> Session | None:
-        """A session for later, from the upper half of a master's slots: the lower half is for work
-        of now. None if there is none to spare. Where other processes hold them all, one more master
-        is started, only once: where logging in needs a person, each try is a failed login."""
+        """A session for later, in the upper half of a master's slots: the lower half is for the
+        work of now. None if none is free. Where other processes hold them all, one more master is
+        started, but only once: where logging in needs a person, each try is a failed login."""
         half = SESSIONS_PER_MASTER // 2
         if self.single():
             return None
@@ -3784,8 +3783,8 @@ class Masters:
                 self.alert(f"WARNING: {error} {error.hint}")
 
     def _take_slots(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
-        """So many free slots on live masters, or all of a new one, started as they are needed. None
-        where the host turns out to take one session a connection."""
+        """So many free slots on live masters, or all slots of a new one, which is started where it
+        is needed. [] where the host turns out to take one session a connection."""
         slots = self._try_slots(count)
         if slots:
             return slots
@@ -3795,7 +3794,7 @@ class Masters:
         try:
             while not self.single():
                 if not self.masters():
-                    self._wake(sys.maxsize)  # all wait for one who tries, and share the result
+                    self._wake(sys.maxsize)  # all wait for one that tries, and share its result
                     slots = self._first_master(count, deadline, cancel)
                 elif patience.over() and self._may_launch(-(-self._waiting // SESSIONS_PER_MASTER)):
                     self._wake(1)  # another looks meanwhile
@@ -3812,8 +3811,8 @@ class Masters:
             freed.leave()
 
     def _may_launch(self, wanted: int) -> bool:
-        """Whether to start one more master, where so many may be started at once; one after a
-        failure."""
+        """Whether to start one more master, if so many may be started at once; after a failure only
+        one."""
         with self._mutex:
             most = min(1 if self._failed() else wanted, MASTERS_PER_HOST - len(self.masters()))
             may = self._launching < most and self._rest() <= 0
@@ -3836,7 +3835,7 @@ class Masters:
             return self._launch(count, deadline, cancel, True, now > 0)
 
     def _one_more(self, count: int, cancel: Cancel | None) -> list[Slot]:
-        """Start one more master. Its failure is none of ours, since others live, but it keeps all
+        """Start one more master. A failure does not matter, since others live, but it keeps all
         processes from trying again at once."""
         try:
             return self._launch(count, Deadline(0), cancel)
@@ -3880,11 +3879,11 @@ class Masters:
 
 
 def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, str, bytes]:
-    """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
-    words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
+    """Run ``command`` once over a connection of its own, without a question: (its status, ssh's
+    debugging words, what else was on stderr, such as a proxy's). For diagnosis.
 
-    ssh sends a proxy that closes its stdout a SIGHUP before it can write why: it is ignored, for a
-    second."""
+    ssh sends a proxy that closes its stdout a SIGHUP before it can write why: for a second that is
+    ignored."""
     import tempfile
     config, leave = masters.ask_config(command), masters.handshake(Deadline(masters.patience))
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
@@ -3903,8 +3902,8 @@ def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, st
 
 
 class Forward:
-    """A port of the host on this machine: ``url``; ``port`` there, ``local`` here, on 127.0.0.1.
-    Each connection has a session, and a thread that waits for its end."""
+    """A ``port`` of the host, to be reached at the port ``local`` of 127.0.0.1, as ``url``. Each
+    connection has a session, and a thread that waits for its end."""
 
     def __init__(self, masters: Masters, port: int, local: int,
                  tell: Callable[[str], None]) -> None:
@@ -3927,11 +3926,12 @@ class Forward:
             self._listener.close()  # the connection led to it, and would for ever
             why = "the host is this machine"
         else:
-            raise UsageError(f"Port {number} cannot be had here: {why}.", "Choose another.")
+            raise UsageError(f"Port {number} cannot be used on this machine: {why}.",
+                             "Choose another.")
         self.local = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.local}/"
         if why:
-            tell(f"Port {port} cannot be had here: {why}. It is {self.local} instead.")
+            tell(f"Port {port} cannot be used on this machine: {why}. It is {self.local} instead.")
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -3940,8 +3940,8 @@ class Forward:
         self._listener.close()
 
     def _probe(self) -> None:
-        """Say so if nothing there takes a connection. RemoteFailed where sshd does not let it: only
-        an ssh of its own reports that."""
+        """Report it if nothing on the host takes a connection. Raises RemoteFailed where sshd lets
+        none through, which only an ssh of its own reports."""
         try:
             with open(os.devnull, "r+b") as nothing:
                 self._open(nothing).close()

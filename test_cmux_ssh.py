@@ -2760,7 +2760,7 @@ def test_a_host_that_says_nothing_is_given_up_within_the_configured_time(repo, s
     line = site.line("silent", "ConnectTimeout 2")
     line.stall()
     ran = repo.exec("true", host="silent", seconds=40)
-    refused(ran, 255, "silent took the connection, and then said nothing")
+    refused(ran, 255, "silent accepted the connection, but sent nothing")
     assert "doctor silent" in ran.said and line.connections == 1, "it is no drop, which would be tried again"
 
 
@@ -8592,7 +8592,7 @@ def test_forward_says_what_is_in_the_way(repo, site):
             refused(repo.cli("forward", "-w", "b", words), 2, said)
         with forwarding(repo, "-w", "b", str(port)) as (child, made):
             assert made[0]["local"] != port
-    assert f"Port {port} cannot be had here: Address already in use" in child.answer
+    assert f"Port {port} cannot be used on this machine: Address already in use" in child.answer
     server = Server(port)
     with forwarding(repo, "-w", "b", f"{free_port()}:{port}", sh='ulimit -n 60; exec "$@"') as (child, made):
         ends = [socket.create_connection(("127.0.0.1", made[0]["local"])) for _ in range(60)]
@@ -8712,7 +8712,7 @@ DOCTOR = {  # how the host h comes to have the trouble, the exit code, words
     "proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'"), 255, "my proxy is broken"),
     "coder": (lambda site: site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h"), 255, "coder login"),
     "silent": (lambda site: site.at("h", silent_port(site), "ConnectTimeout 2"), 255,
-               "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F "),
+               "but sent nothing. Its sshd may hang, or another service may have that port: try `ssh -F "),
     "late proxy": (lambda site: site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'"), 255, "without a connection: spoken late."),
     "silent proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'exit 1'"), 255, "ended without a connection or a word"),
     "bad config": (lambda site: site.host("h", "Frobnicate yes"), 255, "Correct the file"),
