@@ -2621,11 +2621,14 @@ class Registry:
         return record
 
     def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
-        """What ``read`` returns for a file; called again when that was replaced."""
+        """What ``read`` returns for a file, or a directory; called again when that has changed. Of
+        two changes of a directory within a tick of the clock its time shows only one."""
         mark: object = None
         with contextlib.suppress(OSError):
             status = os.stat(path)
-            mark = status.st_ino, status.st_mtime_ns, status.st_size
+            young = stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime < 2
+            again = young and time.monotonic()
+            mark = status.st_ino, status.st_mtime_ns, status.st_size, again
         if self._cache.get(path, (0, None))[0] != mark:
             self._cache[path] = mark, read(path)
         return self._cache[path][1]
@@ -2664,7 +2667,10 @@ class Registry:
         files = [(self.global_path, "global"), (self.secrets_path, "project")]
         files += [(self.own_secrets(entry["op"]), "workspace " + name)
                   for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
-        return [(name, entry, scope) for path, scope in files
+        # Not a look at each file: this is asked for at each command, and most workspaces have none.
+        present = self._cached(os.path.dirname(self.global_path), lambda folder: set(
+            os.listdir(folder) if os.path.isdir(folder) else ()))
+        return [(name, entry, scope) for path, scope in files if os.path.basename(path) in present
                 for name, entry in self._cached(path, read_secrets).items()]
 
     def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
@@ -2722,9 +2728,11 @@ class History:
                 self.swept = True
                 self.now()  # removes what killed processes left
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            with open(fd, "ab", 0) as stream:
-                stream.write(line.encode("ascii") + b"\n")
-                full = stream.tell() > HISTORY_MAX
+            try:
+                os.write(fd, line.encode("ascii") + b"\n")
+                full = os.fstat(fd).st_size > HISTORY_MAX
+            finally:
+                os.close(fd)
             lock = Lock(self.path + ".lock")
             if full and lock.take():
                 with lock:
@@ -3103,20 +3111,28 @@ def mux_numbers(packet: bytes) -> list[int]:
 
 
 def connect(path: str) -> socket.socket:
-    """A connection to a control socket."""
+    """A connection to a control socket. It never blocks: that saves a poll of each send, too."""
     import socket
-    with contextlib.ExitStack() as held:
-        connection = held.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        connection.settimeout(CONTROL_PATIENCE)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.setblocking(False)
         connection.connect(path)
-        held.pop_all()
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+def receive(control: socket.socket) -> bytes:
+    """What comes next from a master, b"" at the end. Raises OSError after CONTROL_PATIENCE."""
+    poll_once(CONTROL_PATIENCE, control)
+    return control.recv(4096)
 
 
 def end_master(path: str) -> None:
     with contextlib.suppress(OSError), connect(path) as control:
         control.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(MUX_TERMINATE, 0))
-        while control.recv(4096):
+        while receive(control):
             pass
 
 
@@ -3232,14 +3248,13 @@ class MuxSession(Session):
             raise refused(port, self.host) if port else SessionRefused("")
         if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
             raise MasterGone("")
-        self._socket.setblocking(False)
 
     def _packet(self) -> bytes:
         while True:
             packet = self._next()
             if packet is not None:
                 return packet
-            data = self._socket.recv(4096)
+            data = receive(self._socket)
             if not data:
                 raise MasterGone("")
             self._buffer += data
@@ -3252,12 +3267,9 @@ class MuxSession(Session):
         return packet
 
     def control_event(self) -> bool:
-        try:
+        data = b""
+        with contextlib.suppress(OSError):
             data = self._socket.recv(4096)
-        except BlockingIOError:
-            return True
-        except OSError:
-            data = b""
         self._buffer += data
         for packet in iter(self._next, None):
             kind, _, status = mux_numbers(packet)
@@ -3282,7 +3294,7 @@ class MuxSession(Session):
         """Whether this has ended because the whole connection did: a master that lives greets."""
         try:
             with connect(self._slot.master.path) as control:
-                return not control.recv(1)
+                return not receive(control)
         except OSError:
             return True
 
@@ -4150,6 +4162,8 @@ class Exchange:
 
         Raises HostError when the session is lost, or no byte has moved for ``stall`` seconds (for
         CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
+        if not deadline.over() and not (cancel and cancel.is_set):
+            self._write()  # mostly there is room: no poll is needed
         while not (until() if until else self.ended):
             if self.out.closed and not self.lost and self.session.over():
                 self._drain()
@@ -4157,6 +4171,8 @@ class Exchange:
                 raise self.session.failure(self.begun, self.sent)
             if cancel:
                 cancel.check()
+            if self.close_stdin and not self.outgoing and not self.source:
+                self.session.close_stdin()
             wait = deadline.capped(0.2 if self.out.closed else BEAT_MOST)
             if stall is not None:
                 stall = stall if self.source or self.outgoing else CALL_PATIENCE
@@ -4171,8 +4187,6 @@ class Exchange:
                     "Try again.", self.session.host)
             for fd in events:
                 self._event(fd)
-            if self.close_stdin and not self.outgoing and not self.source:
-                self.session.close_stdin()
             if now > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
         return True
@@ -4210,7 +4224,6 @@ class Exchange:
             if not self.session.control_event():
                 self._drain()
         elif fd == self.session.stdin:
-            self.moved = time.monotonic()
             self._write()
         elif self.source and fd == self.source.fd:
             self.outgoing = memoryview(self.source.read())
@@ -4219,9 +4232,12 @@ class Exchange:
 
     def _write(self) -> None:
         part = self.outgoing[:len(self.outgoing) - self._held][:CHUNK]
+        if not part or self.session.stdin < 0:
+            return
         try:
             self.outgoing = self.outgoing[os.write(self.session.stdin, part):]
             self.sent = self.sent or not self.outgoing
+            self.moved = time.monotonic()
         except BlockingIOError:
             pass
         except OSError:  # the host takes no more: its output, or the session's end, says why
