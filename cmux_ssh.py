@@ -4038,10 +4038,10 @@ def socket_folder(name: str) -> str:
 # === 10. Operations ===
 # Owns: one operation on a host from its header to its end marks, and how it is stopped. May
 # touch: descriptors of the sessions above. Promises: exact bytes, exact status; a lost connection
-# is never taken for a status, nor the reverse; a stop is reported as what it was.
+# is never taken for a status, nor the reverse; a stop is reported as it was.
 
 class Stream:
-    """Finds the marks in stdout or stderr, and passes what lies between to ``sink``."""
+    """Finds the marks in stdout or stderr, and passes what lies between them to ``sink``."""
 
     MARK_MAX = 64  # bytes: a letter, two numbers, the newline
     ready = begun = ended = closed = False
@@ -4061,7 +4061,7 @@ class Stream:
             return True
         if not data:
             self.closed = True
-            self._pass(self.held)  # it looked like the beginning of a mark
+            self._pass(self.held)  # only the beginning of a mark, it seemed
             return False
         if not self.ready:
             self.noise += data
@@ -4080,7 +4080,7 @@ class Stream:
                 self._pass(buffer[:at])
                 self.held = buffer[at:]
                 return
-            if end < 0:  # no mark of ours: data, or it would hide all that follows
+            if end < 0:  # too long for a mark: held back, it would hide all that follows
                 self._pass(buffer[:start])
                 buffer = buffer[start:]
             else:
@@ -4108,7 +4108,7 @@ class Stream:
 
 
 class Source:
-    """Bytes for a command's stdin from a descriptor of ours; ``total`` counts them."""
+    """Bytes for a remote stdin, from a local descriptor; ``total`` counts them."""
 
     def __init__(self, fd: int) -> None:
         self.fd, self.total = fd, 0
@@ -4136,14 +4136,13 @@ class Exchange:
         self.outgoing = memoryview(header + (data or b""))
         # How many bytes wait until our wrapper has printed READY.
         self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0
-        self.asked = 0.0  # when those were sent
+        self.asked = 0.0  # when it had
         self.source = source
         self.close_stdin = data is not None  # once everything is written
         self.sent = False  # the whole header
-        self.lost = False  # the session is over, with end marks or not
-        self.moved = time.monotonic()  # when a byte was last sent or received
+        self.lost = False  # the session is over, with end marks or without
+        self.moved = self._beaten = time.monotonic()  # the last byte, the last sign of life
         self.guard: Exchange | None = None
-        self._beaten = self.moved  # when the last sign of life was sent
 
     @property
     def begun(self) -> bool:
@@ -4158,10 +4157,9 @@ class Exchange:
 
     def run(self, deadline: Deadline, cancel: Cancel | None = None,
             until: Callable[[], bool] | None = None, stall: float | None = None) -> bool:
-        """Move bytes. True when ended (or ``until``); False at the deadline; then it can go on.
-
-        Raises HostError when the session is lost, or no byte has moved for ``stall`` seconds (for
-        CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
+        """Move bytes until it has ended, or ``until``: True; or until the deadline: False, and it
+        can go on. Raises HostError when the session is lost, or no byte has moved for ``stall``
+        seconds (for CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
         if not deadline.over() and not (cancel and cancel.is_set):
             self._write()  # mostly there is room: no poll is needed
         while not (until() if until else self.ended):
@@ -4196,7 +4194,7 @@ class Exchange:
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
-            with contextlib.suppress(OSError):  # full, or over: its own events report that
+            with contextlib.suppress(OSError):  # full, or lost: its own events report that
                 os.write(over.session.stdin, sign + b"\n")
 
     def _events(self, seconds: float, cancel: Cancel | None) -> dict[int, int]:
@@ -4212,7 +4210,7 @@ class Exchange:
     def _event(self, fd: int) -> None:
         if fd in (self.out.fd, self.err.fd):
             stream = self.out if fd == self.out.fd else self.err
-            if not stream.ended:  # what follows is dropped
+            if not stream.ended:  # later bytes are dropped
                 self.moved = time.monotonic()
             stream.read()
             if self.out.ready and self._held:
@@ -4245,7 +4243,7 @@ class Exchange:
             self.source, self.close_stdin = None, True
 
     def _drain(self) -> None:
-        """Read what a session that is over has left in our pipes."""
+        """Read what a session that is over has left in the pipes."""
         for stream in (self.out, self.err):
             while not stream.closed and stream.read() and poll_once(0, stream.fd):
                 pass
@@ -4253,7 +4251,8 @@ class Exchange:
 
 
 class Reply(Value):
-    """What one of our scripts answered; ``trip`` is a round trip in seconds, after HELD."""
+    """What one of our scripts answered; ``trip`` is a round trip in seconds, where HELD was sent.
+    """
     status: int
     stdout: bytes
     stderr: bytes
@@ -4263,14 +4262,14 @@ class Reply(Value):
         return as_text(self.stdout).split("\n")
 
     def said(self) -> str:
-        """The last line of its stderr, without the shell's name and line; or the status."""
+        """The last line of its stderr, without the shell's name and line, or else the status."""
         last = neutralise(self.stderr).strip().split("\n")[-1]
         return re.sub(r"^\S+: (line )?\d+: ", "", last) or f"status {self.status}"
 
 
 class Outcome(Value):
-    """How a command ended: ``status`` None if it was stopped first; ``stopped`` as in ExecResult;
-    ``reason`` is None, ``timeout`` or ``cancel``."""
+    """How a command ended: ``status`` is None if it was stopped before; ``stopped`` as in
+    ExecResult; ``reason`` is None, ``timeout`` or ``cancel``."""
     status: int | None
     stopped: str | None
     reason: str | None
@@ -4284,10 +4283,9 @@ class Outcome(Value):
 class Host:
     """A machine that ``ssh NAME`` reaches, for any number of threads; connected on first use.
 
-    ``interactive`` is called once, where a key or a passphrase is needed: may ssh ask a person?
-    The default never asks. ``warm`` sessions are kept ready after the first operation (0: none,
-    for a single command). ``ending`` cancels all. Raises UsageError for a name that cannot be one.
-    """
+    ``interactive`` is called where a key or a passphrase is needed: may ssh ask a person? The
+    default never asks. ``warm`` sessions are kept ready after the first operation (0: none, for a
+    single command). ``ending`` cancels all. Raises UsageError for a name that cannot be one."""
 
     def __init__(self, name: str, interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS, ending: Cancel | None = None) -> None:
@@ -4320,11 +4318,11 @@ class Host:
     def call(self, script: str, *arguments: str, source: Source | None = None,
              direct: bool = False, cancel: Cancel | None = None, limit: int = REPLY_MAX,
              before: bytes = b"", data: bytes | None = None, once: bool = False) -> Reply:
-        """Run one of the remote scripts. Raises HostError; its status is the caller's to judge.
+        """Run one of the remote scripts. Raises HostError; the caller judges its status.
 
-        Scripts may run twice, so a lost connection is tried again, unless ``once``. ``direct`` uses
-        a session for bulk; ``before`` are more header records, ``data`` is all of its stdin.
-        """
+        Scripts may run twice, so after a lost connection it is tried again, unless ``once``.
+        ``direct`` uses a session for bulk; ``before`` are more header records; ``data`` is all of
+        its stdin."""
         records, cancel = before + script_records(script, *arguments), self.ending.join(cancel)
         patience, stall = (None, STALL_PATIENCE) if source or data else (CALL_PATIENCE, None)
 
@@ -4447,7 +4445,7 @@ class Host:
 
     def begin(self, exchange: Exchange, cancel: Cancel | None,
               deadline: Deadline = NEVER) -> None:
-        """Wait until an operation has begun, or the deadline has passed. Raises HostError;
+        """Wait until an operation has begun, or the deadline has passed. Raises HostError, and
         WorkspaceMissing where its directory is missing."""
         direct = isinstance(exchange.session, DirectSession)
         patience = Deadline(deadline.capped(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)))
@@ -4463,11 +4461,11 @@ class Host:
                            f"{START_PATIENCE:.0f} seconds.",
                            "Look at its login shell's start-up files." + more, self.name)
         if exchange.out.refused:
-            raise WorkspaceMissing(f"The directory is not on {self.name} (any more).")
+            raise WorkspaceMissing(f"The directory is missing on {self.name}.")
 
     def _see_our_shell(self, cancel: Cancel | None) -> None:
-        """Raise RemoteShellFailed where a foreign shell reads our stdin: given another session with
-        a closed stdin, it ends, while a slow shell is silent again."""
+        """Raise RemoteShellFailed where a foreign shell reads our stdin: in another session, with a
+        closed stdin, it ends, while a slow shell is silent again."""
         try:
             with contextlib.closing(self.masters.open(BOOT, Deadline(1), cancel)[0]) as session:
                 probe = Exchange(session, b"", len, len, data=b"")
@@ -4479,7 +4477,7 @@ class Host:
             pass
 
     def abandon(self, session: Session) -> None:
-        """Its master may hang: it is not used again, nor are sessions opened ahead."""
+        """Use its master, which may hang, no more, nor the sessions opened ahead."""
         if session.master:
             self.masters.abandon(session.master)
             self.close()
@@ -4490,18 +4488,18 @@ class Host:
         """Run a user's command (``records`` from command_records and the environment).
 
         Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
-        what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
-        """
+        what these two raise, KeyboardInterrupt included, the process tree on the host is ended
+        first."""
         records = record("_cmux_directory", directory) + records
         return CommandRun(self, records, stdout, stderr, source).go(
             deadline, self.ending.join(cancel))
 
 
 class Incoming:
-    """The stdout of one of our scripts, piece by piece, on a session for bulk."""
+    """The stdout of one of our scripts, piece by piece, over a session for bulk."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.cancel, self.host = host.ending.join(cancel), host
+        self.cancel = host.ending.join(cancel)
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
@@ -4509,7 +4507,7 @@ class Incoming:
             records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             host.begin(self.exchange, self.cancel)
-            sessions.clear()  # close() gives it back
+            sessions.clear()  # close() closes it
         host.attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
@@ -4520,7 +4518,7 @@ class Incoming:
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
-        """The end: status and stderr."""
+        """The status and stderr, at the end."""
         while self.take():
             pass
         return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value(),
@@ -4543,8 +4541,8 @@ class CommandRun:
         self.verdict = Capture(100)  # of the guard
 
     def go(self, deadline: Deadline, cancel: Cancel | None) -> Outcome:
-        """Run it to its end. A session that is lost before the header is written whole is replaced:
-        nothing can have begun."""
+        """Run it to its end. Where the session is lost before the whole header is written, nothing
+        can have begun, and it is tried again."""
         def work(sessions: list[Session]) -> Outcome:
             self.exchange = self.guard = None
             reason = "timeout"
@@ -4576,8 +4574,8 @@ class CommandRun:
 
     def _begin(self, sessions: list[Session], deadline: Deadline,
                cancel: Cancel | None) -> Exchange:
-        """Begin the command, and before it, for a streaming stdin, the guard. Each connection of
-        its own holds a handshake until it has begun: only then is the other opened."""
+        """Begin the command, and for a streaming stdin the guard before it. A direct session holds
+        a handshake until it has begun: only then is the other one opened."""
         if self.source:
             self.guard = Exchange(sessions[-1], script_records(GUARD), self.verdict, len,
                                   run_id=self.run_id)
@@ -4602,7 +4600,7 @@ class CommandRun:
     # -- stopping --
 
     def _stop(self, discard: bool = False) -> str:
-        """End the tree on the host: confirmed, requested (not seen to end), or unknown."""
+        """End the tree on the host; "confirmed", "requested" (not seen to end) or "unknown"."""
         exchange, asked = self.exchange, self.guard or self.exchange
         if not exchange or not asked or exchange.outgoing and not exchange.begun:
             return "confirmed"  # the header was never complete: nothing can have begun
@@ -4625,7 +4623,7 @@ class CommandRun:
         return self._stop_again(exchange.out.pid or "-")
 
     def _stop_again(self, pid: str) -> str:
-        """End it over another session, and report what that sees."""
+        """End it over another session, and return what that reports."""
         try:
             reply, [session] = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
             with contextlib.closing(session):
