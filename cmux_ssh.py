@@ -3681,16 +3681,19 @@ class Masters:
 
     def _hold(self, masters: Sequence[Master], count: int, first: int = 0) -> list[Slot]:
         found: list[Slot] = []
-        with self._mutex:
-            now = time.monotonic()
-            for master in masters:
-                for slot in master.slots[first:] if master.until <= now else []:
-                    if slot.fd < 0 and slot.take():
-                        found.append(slot)
-                        if len(found) == count:
-                            return found
-        self.free(found, 0)  # those that wait for two would wake each other for ever
-        return []
+        try:
+            with self._mutex:
+                now = time.monotonic()
+                for master in masters:
+                    for slot in master.slots[first:] if master.until <= now else []:
+                        if slot.fd < 0 and slot.take():
+                            found.append(slot)
+                            if len(found) == count:
+                                return found
+            return []
+        finally:
+            if len(found) < count:
+                self.free(found, 0)  # those that wait for two would wake each other for ever
 
     def free(self, slots: Sequence[Slot], wake: int = 1) -> None:
         """Free these, and wake as many of those who wait for one, and of those who wait for two."""
@@ -3735,9 +3738,10 @@ class Masters:
     def connect(self, deadline: Deadline, cancel: Cancel | None = None, now: bool = False) -> None:
         """Make sure that a master lives, if this host has any. Raises ConnectionFailed, with
         ``now`` at once, where the host was down a moment ago."""
-        if now and self._rest() > 0:
-            raise self._shared_failure()
-        if not self.single() and not self.masters():
+        single = self.single()
+        if now and (single or not self.masters()):
+            self._wait_out(Deadline(0), cancel)
+        if not single and not self.masters():
             self.free(self._first_master(1, deadline, cancel))
 
     def open_ahead(self, command: str) -> Session | None:
@@ -4448,7 +4452,8 @@ class Host:
         """Wait until an operation has begun, or the deadline has passed. Raises HostError, and
         WorkspaceMissing where its directory is missing."""
         direct = isinstance(exchange.session, DirectSession)
-        patience = Deadline(deadline.capped(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)))
+        connecting = self.masters.patience if direct else 0
+        patience = Deadline(deadline.capped(START_PATIENCE + connecting))
         soon, answered = Deadline(patience.capped(SHELL_PATIENCE)), exchange.answered
         if not exchange.run(soon, cancel, answered):
             if not direct and not patience.over() and not exchange.out.ready:
@@ -4551,7 +4556,7 @@ class CommandRun:
                     return self._outcome()
             except Cancelled:
                 reason = "cancel"
-            except (CmuxError, KeyboardInterrupt) as error:
+            except BaseException as error:
                 if not isinstance(error, (HostError, WorkspaceMissing)):
                     self._stop(discard=True)  # a sink or the source failed
                 raise

@@ -2506,11 +2506,16 @@ def test_a_server_that_refuses_a_second_session_per_connection_works(site):
     assert [r.out for r in runs] == [b"%d\n" % n for n in range(4)], runs
 
 
-def test_pipes_that_cannot_be_made_leave_none_open(shared):
-    assert in_library(shared, """
+@each("way", ["a master", "no master", "MaxSessions 1"])
+def test_pipes_that_cannot_be_made_leave_none_open(site, way):
+    site.daemon("full", way if way == "MaxSessions 1" else "")
+    repo = Repo(site)
+    repo.new(host="full")
+    assert in_library(repo, """
 import os, resource
 workspace = cmux_ssh.Project(".", warm=0).workspace("main")
 workspace.exec("true")
+cmux_ssh.end_masters() if sys.argv[1] == "no master" else None
 held = [os.dup(2)]
 resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 def fill():
@@ -2534,7 +2539,7 @@ for spare in range(12):
 for fd in held:
     os.close(fd)
 print(failed > 5, workspace.exec("exit 3").exit_code)
-""") == "True 3\n"
+""", way) == "True 3\n"
 
 
 def test_a_process_that_was_waited_for_is_not_killed(monkeypatch):
