@@ -3269,6 +3269,23 @@ print("fine")
     assert all((base / "whole.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
 
 
+def test_a_second_connection_that_fails_makes_no_host_count_as_down(repo, line, nap):
+    """One lives: all the same `list` had empty cells, and a pool passed the host over."""
+    repo.new(host="far")
+    child = repo.start("batch", "-j", "9", stdin=PIPE)
+    for commands in ([nap] * 8, ["true"]):
+        child.stdin.write(calls(commands, workspace="main"))
+        child.stdin.flush()
+        nap.runs(8)
+        line.refuse = True
+    tried = line.connections
+    until(lambda: line.connections == tried + 3, "it is tried three times")  # for four seconds not again
+    for process in running(nap):
+        kill(process.pid)
+    child.communicate()
+    assert repo.cli("list", "--json").json[0]["changed"] == 0
+
+
 def test_no_master_is_added_for_sessions_ahead_where_none_can_be(repo, site):
     """It is tried once: where logging in needs a person, each try is a failed login and its penalty."""
     with open_agent(repo, "-H", "box") as first:
