@@ -3752,10 +3752,9 @@ class Masters:
         if self.single():
             return None
         slots = self._try_slots(1, half)
-        may = not slots and not self._spared and 0 < len(self.masters()) < SPARED_MOST
-        if may and self._may_launch(1):
+        if not slots and not self._spared and 0 < len(self.masters()) < SPARED_MOST:
             self._spared = True
-            self.free(self._one_more(SESSIONS_PER_MASTER, None))
+            self.free(self._one_more(SESSIONS_PER_MASTER, 1, None))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError, IndexError):
             return self._open_on(slots, command)[0]
@@ -3812,9 +3811,9 @@ class Masters:
                 if not self.masters():
                     self._wake(sys.maxsize)  # all wait for one that tries, and share its result
                     slots = self._first_master(count, deadline, cancel)
-                elif patience.over() and self._may_launch(-(-self._waiting // SESSIONS_PER_MASTER)):
-                    self._wake(1)  # another looks meanwhile
-                    slots = self._one_more(count, cancel)
+                elif patience.over():
+                    wanted = -(-self._waiting // SESSIONS_PER_MASTER)
+                    slots = self._one_more(count, wanted, cancel)
                 slots = slots or self._try_slots(count)
                 if slots:
                     return slots
@@ -3826,14 +3825,6 @@ class Masters:
                 self._waiting -= count
             freed.leave()
 
-    def _may_launch(self, wanted: int) -> bool:
-        """Whether to start one more master, if so many may be started at once; after a failure only
-        one."""
-        with self._mutex:
-            most = min(1 if self._failed() else wanted, MASTERS_PER_HOST - len(self.masters()))
-            may = self._launching < most and self._rest() <= 0
-            self._launching += may
-            return may
 
     def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
         """Connect, one process at a time; the others share its result."""
@@ -3850,9 +3841,16 @@ class Masters:
             self._wait_out(deadline, cancel)
             return self._launch(count, deadline, cancel, True, now > 0)
 
-    def _one_more(self, count: int, cancel: Cancel | None) -> list[Slot]:
-        """Start one more master. A failure does not matter, since others live, but it keeps all
-        processes from trying again at once."""
+    def _one_more(self, count: int, wanted: int, cancel: Cancel | None) -> list[Slot]:
+        """Start one more master, of as many at once as are ``wanted``; after a failure one at a
+        time. A failure does not matter, since others live, but it keeps all processes from trying
+        again at once."""
+        with self._mutex:
+            most = min(1 if self._failed() else wanted, MASTERS_PER_HOST - len(self.masters()))
+            if self._launching >= most or self._rest() > 0:
+                return []
+            self._launching += 1
+        self._wake(1)  # another looks meanwhile
         try:
             return self._launch(count, Deadline(0), cancel)
         except HostError:
@@ -3869,10 +3867,10 @@ class Masters:
         when it has begun on the host; when it has ended). Escape characters are off: a pasted ~C
         would open forwards."""
         self.masters()  # not to give ssh a socket that is gone
-        slots = [] if self.single() else self._take_slots(1, deadline, None)
-        self.free(slots[1:])
         config = self.ask_config(command)
         environment, agent = session_environment(config)
+        slots = [] if self.single() else self._take_slots(1, deadline, None)
+        self.free(slots[1:])
         if slots:
             options = ["-S", slots[0].master.path.replace("%", "%%"), "-o", "ProxyCommand=false"]
             begun, ended = lambda: None, lambda: self.free(slots[:1])
