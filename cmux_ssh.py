@@ -2338,8 +2338,8 @@ def sha256_of(data: bytes | str) -> str:
 
 class Lock:
     """An advisory lock on a file, ``shared`` or not, which the kernel frees when its process dies.
-    The file of a ``passing`` one is removed with it (of a shared one with the last). ``doing`` says
-    what its owner does, to those who wait: then the file holds the owner's process id."""
+    The file of a ``passing`` one is removed with it (of a shared one with the last). ``doing``
+    tells those that wait what its owner does: then the file holds the owner's process id."""
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
     _waiting: dict[tuple[int, str], Waiters] = {}  # by this process (it may fork), and path
@@ -2407,11 +2407,11 @@ class Lock:
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
             owner, holder = self._holder()
             raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
-                              f"Look what it does: ps -p {owner}" if owner else "")
+                              f"See what it does: ps -p {owner}" if owner else "")
         return self
 
     def _holder(self) -> tuple[int, str]:
-        """The process that holds it, 0 where that is not known; and what it does."""
+        """The process that holds it, 0 where that is unknown, and a sentence's end about it."""
         try:
             owner = int(read_bytes(self.path, 20) or b"0")
         except (StateFailed, ValueError):
@@ -2548,9 +2548,8 @@ DOWN = {"count": int, "why": [str, str, str]}
 def read_json(path: str, shape: Any = dict) -> Fields | None:
     """An object of a ``shape`` from a private JSON file of version 1; None without the file.
 
-    Raises StateFailed for any other file, each time. It is not moved away: the next who reads it
-    would go on without secrets, or begin a project anew.
-    """
+    Raises StateFailed for any other file, each time. It is not moved away: its next reader would
+    go on without secrets, or begin a new project."""
     import json
     data = read_bytes(path, STATE_MAX)
     if data is None:
@@ -2602,8 +2601,8 @@ def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
 
 
 class Registry:
-    """What this machine knows of one project: its random id, its workspaces, its secrets. One JSON
-    file of each kind, named by a hash of the repository's path and changed by editing()."""
+    """What this machine knows of one project: its random id, its workspaces, its secrets; JSON
+    files that are named by a hash of the repository's path and changed by editing()."""
 
     def __init__(self, repository: str) -> None:
         self.repository, key = repository, sha256_of(repository)[:20]
@@ -2662,8 +2661,8 @@ class Registry:
         return f"{self.secrets_path[:-4]}{op}.json"
 
     def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
-        """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace,
-        or for any (None); the widest scope first."""
+        """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace
+        or, without ``op``, for all; the widest scope first."""
         files = [(self.global_path, "global"), (self.secrets_path, "project")]
         files += [(self.own_secrets(entry["op"]), "workspace " + name)
                   for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
@@ -2674,7 +2673,7 @@ class Registry:
                 for name, entry in self._cached(path, read_secrets).items()]
 
     def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
-        """What commands get in a workspace, or ``only`` these: the narrower scope wins."""
+        """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
         found = {name: entry for name, entry, _ in self.stored(op)}
         try:
             return found if only is None else {name: found[name] for name in only}
@@ -2684,7 +2683,7 @@ class Registry:
 
 
 def secrets_file(key: str = "global") -> str:
-    """Where the secrets of a project are, or those of all."""
+    """The file of a project's secrets, or of those for all projects."""
     return f"{state_folder('secrets')}/{key}.json"
 
 
@@ -2746,8 +2745,7 @@ class History:
             for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
                 with contextlib.suppress(ValueError, RecursionError):
                     row = json.loads(line.decode("ascii"))
-                    times = [row["time"], row.get("duration", 0)] if fits(row, ROW) else [-1]
-                    if all(0 <= seconds < 1e11 for seconds in times):
+                    if fits(row, ROW) and 0 <= row["time"] < 1e11 > row.get("duration", 0) >= 0:
                         yield row
 
     def begin(self, row: Mapping[str, Any]) -> Lock | None:
