@@ -2501,6 +2501,13 @@ def remove_file(path: str) -> None:
         os.unlink(path)
 
 
+def paths_in(folder: str) -> set[str]:
+    """What lies in a directory, which a logout or a cleaner of /tmp may have removed."""
+    with contextlib.suppress(FileNotFoundError):
+        return {f"{folder}/{name}" for name in os.listdir(folder)}
+    return set()
+
+
 def damaged(path: str, what: str, thing: str = "state file") -> StateFailed:
     move = f"mv {quote(path)} {quote(f'{path}.damaged-{time.time():.0f}')}"
     return StateFailed(f"The {thing} {show(path, 300)} {what}.",
@@ -2667,9 +2674,8 @@ class Registry:
         files += [(self.own_secrets(entry["op"]), "workspace " + name)
                   for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
         # Not a look at each file: this is asked for at each command, and most workspaces have none.
-        present = self._cached(os.path.dirname(self.global_path), lambda folder: set(
-            os.listdir(folder) if os.path.isdir(folder) else ()))
-        return [(name, entry, scope) for path, scope in files if os.path.basename(path) in present
+        present = self._cached(os.path.dirname(self.global_path), paths_in)
+        return [(name, entry, scope) for path, scope in files if path in present
                 for name, entry in self._cached(path, read_secrets).items()]
 
     def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
@@ -2680,6 +2686,7 @@ class Registry:
         except KeyError as missing:
             raise UsageError(f"There is no secret {show(missing.args[0])} for this workspace.",
                              f"See: {PROGRAM} secrets list")
+
 
 
 def secrets_file(key: str = "global") -> str:
@@ -2764,8 +2771,8 @@ class History:
         """What runs now, oldest first. The files of processes that died are removed."""
         import json
         rows: list[Any] = []
-        for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
-            lock = Lock(f"{self.running}/{name}", passing=True)
+        for path in paths_in(self.running):
+            lock = Lock(path, passing=True)
             with contextlib.suppress(OSError, StateFailed, ValueError):
                 row = None if lock.take() else json.loads(read_bytes(lock.path, 64 * 1024) or b"0")
                 lock.free()
@@ -2776,10 +2783,9 @@ class History:
 
 def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
     """The records of all projects; ``report`` gets the error of a bad one."""
-    folder = state_folder("projects")
-    for name in sorted(os.listdir(folder)):
+    for path in sorted(paths_in(state_folder("projects"))):
         try:
-            value = name.endswith(".json") and read_json(os.path.join(folder, name), RECORD)
+            value = path.endswith(".json") and read_json(path, RECORD)
             if value:
                 yield value
         except StateFailed as error:
@@ -3393,7 +3399,8 @@ class DirectSession(Session):
         self._let_go()
 
 
-def is_master(name: str) -> bool:
+def is_master(path: str) -> bool:
+    name = os.path.basename(path)
     return name[:2] == "m." and len(name) == 10
 
 
@@ -3442,7 +3449,7 @@ class Masters:
         self.folder = socket_folder(sha256_of(ascii(config))[:16])
         self._shaking = Waiters()  # for a handshake
         self._mutex = threading.Lock()
-        self._known: dict[str, Master] = {}  # those that were seen last, by name
+        self._known: dict[str, Master] = {}  # those that were seen last, by path
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0  # slots waited for; masters being started
         self._spared = False  # a master for sessions ahead was tried
@@ -3579,8 +3586,7 @@ class Masters:
             attempt += 1
 
     def _new_master(self, cancel: Cancel | None, first: bool) -> list[Slot]:
-        name = "m." + os.urandom(4).hex()
-        master = Master(self.path(name))
+        master = Master(self.path("m." + os.urandom(4).hex()))
         slots = self._hold([master], SESSIONS_PER_MASTER)
         try:
             try:
@@ -3592,7 +3598,7 @@ class Masters:
         except BaseException:
             self.free(slots, 0)  # nobody could use them
             raise
-        self._known = {**self._known, name: master}
+        self._known = {**self._known, master.path: master}
         remove_file(self.path("down.json"))
         return slots
 
@@ -3645,25 +3651,21 @@ class Masters:
         """Remove what ended masters left, and the directories of hosts that nobody uses any more.
         (One that is in use all the same is made again.)"""
         import shutil
-        top = os.path.dirname(self.folder)
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self.folder):
-                ended = name.startswith("m.") and not os.path.lexists(self.path(name[:10]))
-                if ended and age_of(self.path(name)) > 3600:
-                    remove_file(self.path(name))
-            for name in os.listdir(top):
-                if age_of(os.path.join(top, name)) > FOLDER_KEPT:
-                    shutil.rmtree(os.path.join(top, name), ignore_errors=True)
+        for path in paths_in(self.folder):
+            name = os.path.basename(path)[:10]
+            ended = name[:2] == "m." and not os.path.lexists(self.path(name))
+            if ended and age_of(path) > 3600:
+                remove_file(path)
+        for path in paths_in(os.path.dirname(self.folder)):
+            if age_of(path) > FOLDER_KEPT:
+                shutil.rmtree(path, ignore_errors=True)
 
     # -- slots, a lock file each: all processes of this user count --
 
     def masters(self) -> list[Master]:
         """Those with a control socket."""
-        try:
-            names = sorted(filter(is_master, os.listdir(self.folder)))
-        except FileNotFoundError:  # a logout or a cleaner of /tmp has removed the directory
-            names = []
-        self._known = {name: self._known.get(name) or Master(self.path(name)) for name in names}
+        paths = sorted(filter(is_master, paths_in(self.folder)))
+        self._known = {path: self._known.get(path) or Master(path) for path in paths}
         return list(self._known.values())
 
     def abandon(self, master: Master) -> None:
