@@ -3183,13 +3183,9 @@ class Session:
 
     _forked = close = close_pipes  # a child of ours closes its copies, and sends nothing
 
-    def control_event(self) -> bool:
-        """Read the control connection; False when the session is over."""
-        return True
-
     def over(self) -> bool:
-        """Whether its process has ended; a child of that may hold the streams."""
-        return False
+        """Whether it has ended; somebody else may hold the streams."""
+        return True
 
     def begun(self) -> None:
         """The host has answered: authentication is over."""
@@ -3270,19 +3266,22 @@ class MuxSession(Session):
         packet, self._buffer = self._buffer[4:end], self._buffer[end:]
         return packet
 
-    def control_event(self) -> bool:
-        data = b""
-        with contextlib.suppress(OSError):
+    def over(self) -> bool:
+        try:
             data = self._socket.recv(4096)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
         self._buffer += data
         for packet in iter(self._next, None):
             kind, _, status = mux_numbers(packet)
             if kind == MUX_EXIT:
                 self._status = status
-        return bool(data)
+        return not data
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
-        while self._status < 0 and poll_once(1, self.control) and self.control_event():
+        while self._status < 0 and poll_once(1, self.control) and not self.over():
             pass  # the streams may end before the status comes
         if self._status >= 0 and not begun:
             return self.no_shell()
@@ -4031,9 +4030,6 @@ def socket_folder(name: str) -> str:
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
         folder = os.path.join(base, f"cmux-{os.geteuid()}-{sha256_of(home)[:8]}")
-    else:
-        private_directory(home)
-    private_directory(folder)
     return private_directory(os.path.join(folder, name))
 
 
@@ -4221,7 +4217,7 @@ class Exchange:
                 self.session.begun()
             self.lost = self.lost or (self.out.closed and self.err.closed)
         elif fd == self.session.control:
-            if not self.session.control_event():
+            if self.session.over():
                 self._drain()
         elif fd == self.session.stdin:
             self._write()
@@ -4458,11 +4454,11 @@ class Host:
                 self._see_our_shell(cancel)
             if not exchange.run(patience, cancel, answered) and not deadline.over():
                 self.abandon(exchange.session)
-                kind, more = (HostSilent, " The command may still run there.") if (
-                    exchange.sent) else (ConnectionFailed, "")
+                kind = HostSilent if exchange.sent else ConnectionFailed
                 raise kind(f"{self.name} accepted the session, but no shell answered in "
                            f"{START_PATIENCE:.0f} seconds.",
-                           "Look at its login shell's start-up files." + more, self.name)
+                           "Look at its login shell's start-up files."
+                           + " The command may still run there." * exchange.sent, self.name)
         if exchange.out.refused:
             raise WorkspaceMissing(f"The directory is missing on {self.name}.")
 
