@@ -2106,8 +2106,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any 
     """Start a process. ``None`` for a stream means /dev/null; -1 means a pipe.
 
     With ``own_group`` it leads a new session: Ctrl-C at the terminal does not reach it, and
-    kill_group() ends it with its children (an ssh with its ProxyCommand).
-    """
+    kill_group() ends it with its children (an ssh with its ProxyCommand)."""
     import subprocess
     stdin, stdout, stderr = (subprocess.DEVNULL if stream is None else stream
                              for stream in (stdin, stdout, stderr))
