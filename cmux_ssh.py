@@ -2687,7 +2687,6 @@ class Registry:
                              f"See: {PROGRAM} secrets list")
 
 
-
 def secrets_file(key: str = "global") -> str:
     """The file of a project's secrets, or of those for all projects."""
     return f"{state_folder('secrets')}/{key}.json"
