@@ -3575,8 +3575,11 @@ class Masters:
                 except HostError as error:
                     failed = error
             if isinstance(failed, ConnectionDropped):
-                if not isinstance(failed, TurnedAway) and (once or attempt == 1):
-                    reason = self._ask_proxy()
+                why = proxy_of(self.config) and not isinstance(failed, TurnedAway)
+                if why and (once or attempt == 1):  # a master sends a proxy's stderr to /dev/null
+                    _, words, said = look_closely(self, "exec sh -c :")
+                    if "Remote protocol version" not in words:
+                        reason = proxy_failure(self.config, said)
                 failed = reason or failed
             if not self.again(failed, attempt, deadline, cancel):
                 raise failed
@@ -3599,13 +3602,6 @@ class Masters:
         remove_file(self.path("down.json"))
         return slots
 
-    def _ask_proxy(self) -> HostError | None:
-        """Why the proxy gives no connection, if it prints that. (A master sends a proxy's stderr to
-        /dev/null.)"""
-        if not proxy_of(self.config):
-            return None
-        _, words, said = look_closely(self, "exec sh -c :")
-        return None if "Remote protocol version" in words else proxy_failure(self.config, said)
 
     def _start(self, path: str, cancel: Cancel | None, batch: bool) -> None:
         """Start `ssh -M -N`, which closes its stdout once it is authenticated, and goes on in the
