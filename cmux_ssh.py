@@ -3426,7 +3426,7 @@ class Masters:
     m.NAME        a master's control socket; m.NAME.log: what its ssh says
     m.NAME.N      locked while session N of that master is open
     handshake.N   locked while a connection is being made
-    probe         locked by who connects while no master lives
+    probe         locked by the one that connects while no master lives
     down.json     how often in a row connecting has failed, and why
 
     The age of three more is when something was last seen: dropped, a handshake that the server
@@ -3577,9 +3577,9 @@ class Masters:
             if isinstance(failed, ConnectionDropped):
                 why = proxy_of(self.config) and not isinstance(failed, TurnedAway)
                 if why and (once or attempt == 1):  # a master sends a proxy's stderr to /dev/null
-                    _, words, said = look_closely(self, "exec sh -c :")
+                    _, words, stderr = look_closely(self, "exec sh -c :")
                     if "Remote protocol version" not in words:
-                        reason = proxy_failure(self.config, said)
+                        reason = proxy_failure(self.config, stderr)
                 failed = reason or failed
             if not self.again(failed, attempt, deadline, cancel):
                 raise failed
@@ -3615,10 +3615,11 @@ class Masters:
         argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", path.replace("%", "%%"), "-E", log)
         argv = [other.get(word, word) for word in argv] + ["--", self.host]
         patience = self.patience if batch else INTERACTIVE_PATIENCE
-        with open(os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "rb") as said:
+        fd = os.open(log + ".err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(fd, "wb") as stderr:
             try:
                 status, _, _ = run(argv, scrubbed_environment(config), patience=patience,
-                                   cancel=cancel, stderr=said if batch else 2)
+                                   cancel=cancel, stderr=stderr if batch else 2)
             except CmuxError as error:
                 if type(error) is not CmuxError:
                     raise
@@ -3899,13 +3900,13 @@ def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, st
         argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name, *options)
         argv += ["--", config.host, *filter(None, [command])]
         try:
-            status, _, said = run(argv, scrubbed_environment(config), STATE_MAX, masters.patience)
+            status, _, stderr = run(argv, scrubbed_environment(config), STATE_MAX, masters.patience)
         except CmuxError:
-            status, said = 255, b""
+            status, stderr = 255, b""
         finally:
             leave.free()
         words = read_bytes(log.name, STATE_MAX) or b""
-        return status, words.decode("utf-8", "replace"), said
+        return status, words.decode("utf-8", "replace"), stderr
 
 
 class Forward:
@@ -3919,7 +3920,7 @@ class Forward:
         if not (0 < port < 65536 and 0 <= local < 65536):
             raise UsageError("A port is a number from 1 to 65535.")
         self._masters, self.port, self._tell, self._ending = masters, port, tell, Cancel()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         why = ""
         for number in [local] if local else [port, 0]:
             try:
@@ -3954,22 +3955,22 @@ class Forward:
                 self._open(nothing).close()
         except PortRefused as error:
             way = "-W", f"localhost:{self.port}"
-            words = "" if self._told else look_closely(self._masters, "", *way)[1]
+            words = "" if self._reported else look_closely(self._masters, "", *way)[1]
             if re.search("open failed: (administratively prohibited|unknown channel)", words):
                 raise RemoteFailed(
                     f"The sshd of {self._masters.host} lets nobody through to its ports.",
                     "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
                     f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
-            self._say(error)
+            self._report(error)
 
     def _open(self, client: Any) -> Any:
         target = self.port, client.fileno()
         return self._masters.open(target, Deadline(SLOT_PATIENCE), self._ending)[0]
 
-    def _say(self, error: CmuxError) -> None:
+    def _report(self, error: CmuxError) -> None:
         """Once for each kind."""
-        if type(error).__name__ not in self._told and not self._ending.is_set:
-            self._told.add(type(error).__name__)
+        if type(error).__name__ not in self._reported and not self._ending.is_set:
+            self._reported.add(type(error).__name__)
             self._tell(f"{error} {error.hint}".strip())
 
     def _accept(self) -> None:
@@ -4001,7 +4002,7 @@ class Forward:
                 at_once = (1).to_bytes(4, sys.byteorder) + bytes(4)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
                 if isinstance(error, CmuxError):
-                    self._say(error)
+                    self._report(error)
 
 
 def end_masters() -> None:
