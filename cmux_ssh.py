@@ -68,7 +68,6 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     import argparse
     import socket
     import subprocess
-    import threading
     from typing import Any, Callable, Collection, Container, IO, Iterable, Iterator
     from typing import Mapping, Sequence, TypeVar
     AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -2094,19 +2093,19 @@ if TYPE_CHECKING:
 
 
 def find_program(name: str, more: Sequence[str] = ()) -> str:
-    """The absolute path of ``name`` in $PATH, but for its relative entries: a repository must not
-    bring its own ssh or git."""
+    """The absolute path of ``name``, found in the absolute directories of $PATH: a repository must
+    not bring its own ssh or git."""
     if "/" in name:
         try:
             return os.path.abspath(name)
         except FileNotFoundError:
-            raise UsageError(f"The current directory is gone, from which {show(name)} is named.",
-                             "Name it from / on.")
+            raise UsageError(f"{show(name)} is relative to a directory that is gone.",
+                             "Give the absolute path.")
     for entry in (*os.get_exec_path(), *more):
         path = os.path.join(entry, name)
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
-    raise UsageError(f"The program {name} is not installed here.",
+    raise UsageError(f"The program {name} is not installed on this machine.",
                      "Install it (Debian: apt-get install git openssh-client openssh-server). For "
                      "another ssh set CMUX_SSH_COMMAND.")
 
@@ -2117,8 +2116,7 @@ def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any 
     """Start a process. ``None`` for a stream means /dev/null; -1 means a pipe.
 
     With ``own_group`` it leads a new session: Ctrl-C at the terminal does not reach it, and
-    kill_group() ends it with its children (an ssh with its ProxyCommand).
-    """
+    kill_group() ends it with its children (an ssh with its ProxyCommand)."""
     import subprocess
     stdin, stdout, stderr = (subprocess.DEVNULL if stream is None else stream
                              for stream in (stdin, stdout, stderr))
@@ -2152,8 +2150,8 @@ def attach(argv: Sequence[str], env: Mapping[str, str]) -> int | None:
 
 @contextlib.contextmanager
 def paged(pager: str) -> Iterator[int]:
-    """A pager on this terminal, started as git starts it: the descriptor that it reads. Whoever
-    leaves it early has seen enough; Ctrl-C is for the pager alone."""
+    """A pager on this terminal, started as git starts it: yields the descriptor that it reads. To
+    leave it early is no error; Ctrl-C is for the pager alone."""
     env = {"LESS": "FRX", "LV": "-c", **os.environ}
     process = spawn(["/bin/sh", "-c", pager], env, stdin=-1, stdout=1, stderr=2, own_group=False)
     assert process.stdin
@@ -2168,7 +2166,8 @@ def paged(pager: str) -> Iterator[int]:
 
 
 def kill_group(process: Process) -> None:
-    """Kill a process, and its group if it has one, unless the number may be another's by now."""
+    """Kill a process and the group that it leads, unless it has been waited for: its number may be
+    another's by now."""
     import signal
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -2178,7 +2177,7 @@ def kill_group(process: Process) -> None:
 
 
 def await_end(process: Process, seconds: float) -> int:
-    """The status of a process that has closed its output."""
+    """The status of a process that is about to end."""
     import subprocess
     try:
         return process.wait(timeout=seconds)
@@ -2192,13 +2191,12 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes. With our
     own ``stderr`` (2) it may use this terminal.
 
-    Raises UsageError when it cannot start, CmuxError when it is too slow or too loud, Cancelled.
-    """
-    process = spawn(argv, env, None, -1, stderr, own_group=stderr != 2)
+    Raises UsageError when it cannot start, CmuxError when it is too slow or prints too much,
+    Cancelled."""
     deadline, out, err = Deadline(patience), bytearray(), bytearray()
-    with contextlib.ExitStack() as held:
-        sinks = {held.enter_context(stream).fileno(): sink for stream, sink
-                 in ((process.stdout, out), (process.stderr, err)) if stream}
+    with spawn(argv, env, None, -1, stderr, own_group=stderr != 2) as process:
+        streams = (process.stdout, out), (process.stderr, err)
+        sinks = {stream.fileno(): sink for stream, sink in streams if stream}
         try:
             while sinks:
                 for fd in poll_once(deadline.capped(3600), cancel, *sinks):
@@ -2221,16 +2219,16 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
 def raise_descriptor_limit() -> None:
     """macOS starts programs with 256 descriptors; a session takes four. For the command line."""
     import resource
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4096 if hard < 0 else min(4096, hard)  # no limit is -1, or very large
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # no limit is -1, or very large
+    wanted = 4096 if hard < 0 else min(4096, hard)
     if 0 <= soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def stop_signals() -> None:
-    """SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that what runs on the host is
-    ended, too. For the main thread of the command line."""
+    """Have SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that what runs on the
+    host is ended, too. For the command line."""
     import signal
     import threading
     if threading.current_thread() is not threading.main_thread():  # main() of an importer
@@ -2239,25 +2237,25 @@ def stop_signals() -> None:
 
     def interrupt(number: int, frame: object) -> None:
         seen.append(number)
-        if len(seen) > 2:  # who insists does not wait for the host's answer
+        if len(seen) > 2:  # whoever insists does not wait for the host's answer
             os._exit(130)
         raise KeyboardInterrupt
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if ignored, no status would reach us
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, children have no status
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupt)
 
 
 def die_by_pipe() -> None:
-    """End this process as a writer ends whose reader went away."""
+    """End this process by SIGPIPE, as any writer ends whose reader has gone."""
     import signal
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGPIPE)
 
 
 def at_interrupt(act: Callable[[], None]) -> Callable[[], Any]:
-    """Have Ctrl-C do ``act`` before what it does, in a main thread that has a handler for it.
-    Returns what undoes that."""
+    """Have Ctrl-C call ``act`` first, if this is the main thread and has a handler for it. Returns
+    a function that undoes that."""
     import signal
     import threading
     before: Any = signal.getsignal(signal.SIGINT)
@@ -2281,7 +2279,7 @@ def state_home() -> str:
     home = os.environ.get("CMUX_SSH_HOME")
     if home and not os.path.isabs(home):  # another per directory, and secrets in the repository
         raise UsageError(f"CMUX_SSH_HOME is not an absolute path: {show(home)}.",
-                         "Write it out, from / on.")
+                         "Write the whole path, from /.")
     if not home:
         base = os.environ.get("XDG_STATE_HOME", "")
         if not os.path.isabs(base):
@@ -2289,12 +2287,12 @@ def state_home() -> str:
         home = os.path.join(base, "cmux-ssh")
     if not os.path.isabs(home):
         raise UsageError("This user has no home directory.",
-                         "Name a directory for the state: CMUX_SSH_HOME=/a/directory")
+                         "Name a directory for the local state: CMUX_SSH_HOME=/a/directory")
     return os.path.abspath(home)
 
 
 def _trusted(status: os.stat_result) -> bool:
-    """Whether only this user and root can replace what lies in a directory."""
+    """Whether only this user and root can replace the entries of a directory."""
     if status.st_uid not in (0, os.geteuid()):
         return False
     loose = status.st_mode & 0o022
@@ -2307,8 +2305,7 @@ def _trusted(status: os.stat_result) -> bool:
 
 
 def make_private(path: str) -> None:
-    """The directory and those above it, 0700 whatever the umask: one that others can write to is
-    refused."""
+    """Make a directory and those above it, 0700 whatever the umask, which may let others write."""
     if not os.path.isdir(path):
         make_private(os.path.dirname(path))
         with contextlib.suppress(FileExistsError):
@@ -2316,16 +2313,16 @@ def make_private(path: str) -> None:
 
 
 def private_directory(path: str) -> str:
-    """Make ``path`` if need be; return it if it is ours alone, 0700, behind safe ancestors. Raises
-    StateFailed. ssh does not check who owns a control socket, and would hand a foreign one our
-    command lines and descriptors: this check is the whole defence."""
+    """Make ``path`` if it is missing; return it if it is ours alone, 0700, below directories that
+    are safe. Raises StateFailed. ssh does not check who owns a control socket, and would hand our
+    command lines and descriptors to anybody's: this check is the whole defence."""
     home = "set CMUX_SSH_HOME to a directory of your own."
     try:
         make_private(path)
         status = os.lstat(path)
     except OSError as error:
         raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.",
-                          "Put that right, or " + home)
+                          "Mend that, or " + home)
     private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
     if not private or status.st_uid != os.geteuid():
         raise StateFailed(f"The directory {show(path)} is open to others.",
@@ -2350,8 +2347,8 @@ def sha256_of(data: bytes | str) -> str:
 
 class Lock:
     """An advisory lock on a file, ``shared`` or not, which the kernel frees when its process dies.
-    The file of a ``passing`` one is removed with it (of a shared one with the last). ``doing`` says
-    what its owner does, to those who wait: then the file holds the owner's process id."""
+    The file of a ``passing`` one is removed with it (of a shared one with the last). ``doing``
+    tells those that wait what its owner does: then the file holds the owner's process id."""
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
     _waiting: dict[tuple[int, str], Waiters] = {}  # by this process (it may fork), and path
@@ -2381,8 +2378,7 @@ class Lock:
         fork_aware().add(self)
         if self.doing:
             with contextlib.suppress(OSError):  # a full disk
-                os.ftruncate(self.fd, 0)
-                os.pwrite(self.fd, b"%d" % os.getpid(), 0)
+                os.ftruncate(self.fd, os.pwrite(self.fd, b"%d" % os.getpid(), 0))
         return True
 
     def _forked(self) -> None:
@@ -2420,11 +2416,11 @@ class Lock:
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
             owner, holder = self._holder()
             raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
-                              f"Look what it does: ps -p {owner}" if owner else "")
+                              f"See what it does: ps -p {owner}" if owner else "")
         return self
 
     def _holder(self) -> tuple[int, str]:
-        """The process that holds it, 0 where that is not known; and what it does."""
+        """The process that holds it, 0 where that is unknown, and a sentence's end about it."""
         try:
             owner = int(read_bytes(self.path, 20) or b"0")
         except (StateFailed, ValueError):
@@ -2467,12 +2463,15 @@ def read_bytes(path: str, limit: int) -> bytes | None:
 
 def expected(error: BaseException) -> CmuxError | None:
     """The error as one that a user, a network or a host can cause; None for a bug."""
-    if isinstance(error, CmuxError):
-        return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if not isinstance(error, OSError):
+        return error if isinstance(error, CmuxError) else None
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return StateFailed("This process has too many files open.",
+                           "Raise `ulimit -n`, or run fewer at once.")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f", at {show(str(error.filename))}" if error.filename else ""
-        return StateFailed(f"There is no room left here{where}.", "Make room on that disk, or set "
-                           "TMPDIR or CMUX_SSH_HOME to another.")
+        return StateFailed(f"A disk of this machine is full{where}.",
+                           "Make room, or set TMPDIR or CMUX_SSH_HOME to a place on another.")
     return None
 
 
@@ -2511,6 +2510,13 @@ def remove_file(path: str) -> None:
         os.unlink(path)
 
 
+def paths_in(folder: str) -> set[str]:
+    """What lies in a directory, which a logout or a cleaner of /tmp may have removed."""
+    with contextlib.suppress(FileNotFoundError):
+        return {f"{folder}/{name}" for name in os.listdir(folder)}
+    return set()
+
+
 def damaged(path: str, what: str, thing: str = "state file") -> StateFailed:
     move = f"mv {quote(path)} {quote(f'{path}.damaged-{time.time():.0f}')}"
     return StateFailed(f"The {thing} {show(path, 300)} {what}.",
@@ -2532,15 +2538,14 @@ def fits(value: Any, shape: Any) -> bool:
     if isinstance(shape, list):
         wanted = shape * len(value) if len(shape) == 1 else shape
         return len(value) == len(wanted) and all(map(fits, value, wanted))
-    for key, wanted in shape.items():
+    parts: Any = value
+
+    def part_fits(key: Any, wanted: Any) -> bool:
         if isinstance(key, re.Pattern):
-            good = all(key.match(name) and fits(value[name], wanted) for name in value)
-        else:
-            name = key.rstrip("?")
-            good = fits(value[name], wanted) if name in value else name != key
-        if not good:
-            return False
-    return True
+            return all(fits(name, key) and fits(parts[name], wanted) for name in parts)
+        name = key.rstrip("?")
+        return fits(parts[name], wanted) if name in parts else name != key
+    return all(itertools.starmap(part_fits, shape.items()))
 
 
 _ENTRY: Fields = dict.fromkeys("state host root project base tree op".split(), str)
@@ -2559,9 +2564,8 @@ DOWN = {"count": int, "why": [str, str, str]}
 def read_json(path: str, shape: Any = dict) -> Fields | None:
     """An object of a ``shape`` from a private JSON file of version 1; None without the file.
 
-    Raises StateFailed for any other file, each time. It is not moved away: the next who reads it
-    would go on without secrets, or begin a project anew.
-    """
+    Raises StateFailed for any other file, each time. It is not moved away: its next reader would
+    go on without secrets, or begin a new project."""
     import json
     data = read_bytes(path, STATE_MAX)
     if data is None:
@@ -2589,20 +2593,18 @@ def recall(path: str, shape: Any) -> Fields:
 
 
 def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
-    """Replace a private file as a whole: write aside, fsync, rename. Files that killed writers left
-    are removed after ``age`` seconds; 0 is for who holds the file's lock."""
+    """Replace a private file as a whole: write aside, fsync, rename. What killed writers left is
+    removed when it is ``age`` seconds old; 0 is for a caller that holds the file's lock."""
+    import glob
     import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
         raise StateFailed(f"The state file {show(path)} would become larger than "
                           f"{human_size(STATE_MAX)}.", "Nothing was changed.")
-    folder, name = os.path.split(path)
     temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.new"
     try:
-        for entry in os.listdir(folder):
-            left = os.path.join(folder, entry)
-            if entry.startswith(name + ".") and entry.endswith(".new") and (
-                    not age or age_of(left) > age):
+        for left in glob.glob(glob.escape(path) + ".*.new"):
+            if not age or age_of(left) > age:
                 remove_file(left)
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
             stream.write(data)
@@ -2615,8 +2617,8 @@ def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
 
 
 class Registry:
-    """What this machine knows of one project: its random id, its workspaces, its secrets. One JSON
-    file of each kind, named by a hash of the repository's path and changed by editing()."""
+    """What this machine knows of one project: its random id, its workspaces, its secrets; JSON
+    files that are named by a hash of the repository's path and changed by editing()."""
 
     def __init__(self, repository: str) -> None:
         self.repository, key = repository, sha256_of(repository)[:20]
@@ -2634,11 +2636,14 @@ class Registry:
         return record
 
     def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
-        """What ``read`` returns for a file; called again when that was replaced."""
+        """What ``read`` returns for a file, or a directory; called again when that has changed. Of
+        two changes of a directory within a tick of the clock its time shows only one."""
         mark: object = None
         with contextlib.suppress(OSError):
             status = os.stat(path)
-            mark = status.st_ino, status.st_mtime_ns, status.st_size
+            young = stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime < 2
+            again = young and time.monotonic()
+            mark = status.st_ino, status.st_mtime_ns, status.st_size, again
         if self._cache.get(path, (0, None))[0] != mark:
             self._cache[path] = mark, read(path)
         return self._cache[path][1]
@@ -2672,16 +2677,18 @@ class Registry:
         return f"{self.secrets_path[:-4]}{op}.json"
 
     def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
-        """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace,
-        or for any (None); the widest scope first."""
+        """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace
+        or, without ``op``, for all; the widest scope first."""
         files = [(self.global_path, "global"), (self.secrets_path, "project")]
         files += [(self.own_secrets(entry["op"]), "workspace " + name)
                   for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
-        return [(name, entry, scope) for path, scope in files
+        # Not a look at each file: this is asked for at each command, and most workspaces have none.
+        present = self._cached(os.path.dirname(self.global_path), paths_in)
+        return [(name, entry, scope) for path, scope in files if path in present
                 for name, entry in self._cached(path, read_secrets).items()]
 
     def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
-        """What commands get in a workspace, or ``only`` these: the narrower scope wins."""
+        """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
         found = {name: entry for name, entry, _ in self.stored(op)}
         try:
             return found if only is None else {name: found[name] for name in only}
@@ -2691,13 +2698,13 @@ class Registry:
 
 
 def secrets_file(key: str = "global") -> str:
-    """Where the secrets of a project are, or those of all."""
+    """The file of a project's secrets, or of those for all projects."""
     return f"{state_folder('secrets')}/{key}.json"
 
 
 @contextlib.contextmanager
 def editing_secrets(path: str) -> Iterator[Secrets]:
-    """The secrets of a file, to be changed under its lock; written if they may be secrets."""
+    """The secrets of a file, to be changed under its lock, then checked and written."""
     with Lock(path + ".lock", doing="changes " + show(path)):
         stored = read_secrets(path)
         yield stored
@@ -2717,8 +2724,8 @@ def read_secrets(path: str) -> Secrets:
 
 
 class History:
-    """What was done in a project, a JSON line for each operation, which one write appends, and what
-    runs now, a locked file for each. It never fails its caller."""
+    """What was done in a project (a JSON line for each operation, which one write appends), and
+    what runs now (a locked file for each). It never fails its caller."""
 
     def __init__(self, registry: Registry) -> None:
         self.path = registry.path[:-4] + "history"
@@ -2728,20 +2735,22 @@ class History:
     def append(self, row: Mapping[str, Any]) -> None:
         import json
         line = json.dumps(row)
-        if len(line) > HISTORY_LINE:  # the detail is bounded, but odd names swell
+        if len(line) > HISTORY_LINE:  # the detail is bounded, but JSON makes odd names longer
             line = json.dumps(dict(row, detail=""))
         with contextlib.suppress(OSError, StateFailed):
             if not self.swept:
                 self.swept = True
                 self.now()  # removes what killed processes left
             fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            with open(fd, "ab", 0) as stream:
-                stream.write(line.encode("ascii") + b"\n")
-                full = stream.tell() > HISTORY_MAX
+            try:
+                os.write(fd, line.encode("ascii") + b"\n")
+                full = os.fstat(fd).st_size > HISTORY_MAX
+            finally:
+                os.close(fd)
             lock = Lock(self.path + ".lock")
             if full and lock.take():
                 with lock:
-                    if os.stat(self.path).st_size > HISTORY_MAX:
+                    if os.stat(self.path).st_size > HISTORY_MAX:  # no other process was faster
                         os.rename(self.path, self.path + ".1")
 
     def rows(self) -> Iterator[Fields]:
@@ -2751,8 +2760,7 @@ class History:
             for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
                 with contextlib.suppress(ValueError, RecursionError):
                     row = json.loads(line.decode("ascii"))
-                    times = [row["time"], row.get("duration", 0)] if fits(row, ROW) else [-1]
-                    if all(0 <= seconds < 1e11 for seconds in times):
+                    if fits(row, ROW) and 0 <= row["time"] < 1e11 > row.get("duration", 0) >= 0:
                         yield row
 
     def begin(self, row: Mapping[str, Any]) -> Lock | None:
@@ -2760,7 +2768,7 @@ class History:
         import json
         lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}", passing=True)
         try:
-            if lock.wait(Deadline(1)):  # now() may take the file for a dead one's
+            if lock.wait(Deadline(1)):  # now() may take the file for that of a dead process
                 os.write(lock.fd, json.dumps(row).encode("ascii"))
                 return lock
         except (OSError, StateFailed):
@@ -2771,8 +2779,8 @@ class History:
         """What runs now, oldest first. The files of processes that died are removed."""
         import json
         rows: list[Any] = []
-        for name in os.listdir(self.running) if os.path.isdir(self.running) else []:
-            lock = Lock(f"{self.running}/{name}", passing=True)
+        for path in paths_in(self.running):
+            lock = Lock(path, passing=True)
             with contextlib.suppress(OSError, StateFailed, ValueError):
                 row = None if lock.take() else json.loads(read_bytes(lock.path, 64 * 1024) or b"0")
                 lock.free()
@@ -2783,10 +2791,9 @@ class History:
 
 def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
     """The records of all projects; ``report`` gets the error of a bad one."""
-    folder = state_folder("projects")
-    for name in sorted(os.listdir(folder)):
+    for path in sorted(paths_in(state_folder("projects"))):
         try:
-            value = name.endswith(".json") and read_json(os.path.join(folder, name), RECORD)
+            value = path.endswith(".json") and read_json(path, RECORD)
             if value:
                 yield value
         except StateFailed as error:
@@ -2794,10 +2801,9 @@ def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
 
 
 def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
-    """The values of secrets, commands run now (by the user's shell, as typed by the user).
+    """The values of secrets; their commands are run now (by a shell, as the user typed them).
 
-    Raises CmuxError naming the secret, never its value; Cancelled.
-    """
+    Raises CmuxError, which names the secret, never its value; Cancelled."""
     values: dict[str, bytes] = {}
     for name, entry in secrets.items():
         if "command" in entry:
@@ -2809,17 +2815,15 @@ def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, b
             except CmuxError as error:
                 raise CmuxError(f"The command for the secret {name}: {error}", error.hint)
             if status != 0:
-                raise CmuxError(
-                    f"The command for the secret {name} failed with status {status}.",
-                    f"Run it by hand, or set it again: {PROGRAM} secrets set {name}")
+                raise CmuxError(f"The command for the secret {name} failed with status {status}.",
+                                f"Run it by hand, or set another: {PROGRAM} secrets set {name}")
             values[name] = out.rstrip(b"\n")
         else:
             values[name] = encoded(entry["value"])
         check_secret(name, values[name])
     if sum(map(len, values.values())) > SECRETS_MAX:
-        raise CmuxError(
-            f"The secrets are larger than {human_size(SECRETS_MAX)}.",
-            f"Remove some: {PROGRAM} secrets rm NAME")
+        raise CmuxError(f"The secrets are larger than {human_size(SECRETS_MAX)}.",
+                        f"Remove some: {PROGRAM} secrets rm NAME")
     return values
 
 
@@ -2834,9 +2838,9 @@ def check_secret(name: str, value: bytes) -> None:
 # === 9. SSH ===
 # Owns: ssh's options, the masters and their control protocol, session slots, the memory of
 # failures. The only room that names ssh and opens sockets. Promises: the host is reached as the
-# user's config says, and nothing of this machine goes along; no more than 8 sessions a master
-# and 8 handshakes a host at once, counted across all processes of this user; a host that is
-# down is asked by one process at a time, ever more rarely; every wait has an end.
+# user's config says, and nothing else of this machine goes to it; no more than 8 sessions a
+# master and 8 handshakes a host at once, counted across all processes of this user; a host that
+# is down is asked by one process at a time, ever more rarely; every wait has an end.
 
 # ssh takes the first value it finds: these beat any config. What each stops was seen on a real
 # sshd. (-S is a socket of ours or none: the user's own master is never used.)
@@ -2869,7 +2873,7 @@ NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_
 # is found decides.
 FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
-     "The key of {host} has changed: somebody may be listening in, or the machine was made anew.",
+     "The key of {host} has changed: somebody may be listening in, or it was installed again.",
      "Ask its owner for the new fingerprint; only then: {forget}"),
     (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
      "The key of {host} is not known on this machine.",
@@ -2886,15 +2890,15 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
     (r"Bad (configuration|owner)|line \d+: |unknown key type|Bad number", ConnectionFailed,
      "ssh does not accept its configuration: {said}.", "Correct the file it names."),
     (r"timed out during banner exchange", ConnectionFailed,
-     "{host} took the connection, and then said nothing.",
-     "Its sshd may hang, or another service have that port: try {doctor}."),
+     "{host} accepted the connection, but sent nothing.",
+     "Its sshd may hang, or another service may have that port: try {doctor}."),
     (r"kex_exchange_identification|Connection reset by peer|banner exchange|"
      r"Connection closed by (remote host|UNKNOWN|[0-9a-f.:]+ port)", ConnectionDropped,
      "{host} dropped the connection during the handshake.",
-     "It may be busy (MaxStartups), penalise this address, or its proxy failed: try {doctor}."),
+     "It may be busy (MaxStartups) or penalise this address, or a proxy failed: try {doctor}."),
     (r"break-in attempt", ConnectionFailed,
-     "The server of {host} asked for this machine's agent or screen, which ssh refused it.",
-     "Do not trust that machine before somebody has looked at its sshd."),
+     "The server of {host} asked for this machine's agent or screen, which ssh refused.",
+     "Do not trust that machine until somebody has looked at its sshd."),
     (r"Could not resolve hostname|Connection refused|timed out|No route to host|"
      r"Network is unreachable|Host is down|not responding", ConnectionFailed,
      "{host} does not answer: {said}.",
@@ -2903,9 +2907,9 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
 )
 
 
-# LogVerbose makes ssh log, as debug1, what a server says before its keys are known; of that we look
-# for two things. The words with which OpenSSH 9.8 and later turn an address away, and servers that
-# end the whole connection when sessions come and go at once (Dropbear's issues 173, 321).
+# LogVerbose makes ssh log, as debug1, what a server says before its keys are known. We look for the
+# words with which OpenSSH 9.8 and later turn an address away, and for servers that end the whole
+# connection when sessions come and go at once (Dropbear's issues 173, 321).
 TAKEN = ",channels.c:channel_input_open_confirmation():*"  # and so that the port was
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
@@ -2942,8 +2946,8 @@ def ssh_command() -> list[str]:
 
 
 def read_ssh_config(host: str, command: str = "") -> SSHConfig:
-    """Ask ssh how it would reach ``host``, without connecting. Raises HostError. Added is what
-    holds only for a connection that carries ``command`` (OpenSSH 10: Match sessiontype, command).
+    """Ask ssh how it would reach ``host``, without connecting; also what holds only for a
+    connection that carries ``command`` (OpenSSH 10: Match sessiontype, command). Raises HostError.
 
     -N: else a config with ForkAfterAuthentication makes ssh die for want of a command."""
     config = SSHConfig(host=host, command=ssh_command(), values={})
@@ -2963,9 +2967,9 @@ def add_config(config: SSHConfig, argv: list[str]) -> None:
 
 
 def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
-    """The argv of an ssh of ours up to the host. The forced options stand directly behind the
-    program, before those in $CMUX_SSH_COMMAND: the first value wins. (A wrapper, such as sshpass,
-    gets them at its end.)"""
+    """The argv of our ssh up to the host. The forced options stand directly behind the program,
+    before those in $CMUX_SSH_COMMAND: the first value wins. (They end the words of a wrapper, such
+    as sshpass.)"""
     wanted = [*FORCED, *(option for option in FORCED_IF_KNOWN
                          if option.partition("=")[0].lower() in config.values)]
     if {"no", "off", "false"} & set(config.values.get("stricthostkeychecking", ())):
@@ -2982,7 +2986,7 @@ def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
 
 def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV) -> dict[str, str]:
     """Our environment without what the config's SendEnv would send, but with what is ``needed`` (by
-    a master: it opens no session, and so sends nothing)."""
+    default by a master, which opens no session, and so sends nothing)."""
     import fnmatch
     patterns = [fnmatch.translate(word.replace("[", "[[]")) for word
                 in " ".join(config.values.get("sendenv", ())).split() if word[0] != "-"]
@@ -3014,12 +3018,12 @@ def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostErro
 
 
 def look_into(host: str) -> str:
-    """A command for where the cause is unclear. (doctor replaces it.)"""
+    """The command to run where the cause is unclear. (doctor replaces it.)"""
     return f"`{PROGRAM} doctor {quote(host)}`"
 
 
 def forget_key(config: SSHConfig, words: str) -> str:
-    """The command that forgets a changed key. ssh's words hold one, too, but a server can add to
+    """The command that removes a changed key. ssh's words hold one, too, but a server can add to
     them: they only choose among the files of `ssh -G`."""
     port, name = config.first("port"), config.first("hostkeyalias")
     if not name:
@@ -3033,8 +3037,7 @@ def forget_key(config: SSHConfig, words: str) -> str:
 
 
 def log_head(path: str) -> bytes:
-    """The beginning of a log of ssh: a server that asks for channels makes it as long as it likes.
-    """
+    """The beginning of ssh's log, which a server can make as long as it likes."""
     try:
         with open(path, "rb") as stream:
             return stream.read(LOG_MAX * 4)
@@ -3043,8 +3046,8 @@ def log_head(path: str) -> bytes:
 
 
 def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
-    """(ssh's own words in its log, the server's). Only the former may be believed: a server can say
-    "Host key verification failed", too, also as its reason for a disconnect, which comes last."""
+    """(ssh's own words in its log, the server's). Only the first may be believed: a server, too,
+    can send "Host key verification failed", also as its reason for a disconnect, at the end."""
     own: list[bytes] = []
     words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
     heard = [away + reason] if away else []
@@ -3077,6 +3080,7 @@ def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError
 
 
 def proxy_of(config: SSHConfig) -> str:
+    """The option that names a proxy, "" without one."""
     return next((key for key in ("ProxyCommand", "ProxyJump")
                  if config.first(key.lower()) not in ("", "none")), "")
 
@@ -3119,10 +3123,11 @@ def mux_numbers(packet: bytes) -> list[int]:
 
 
 def connect(path: str) -> socket.socket:
+    """A connection to a control socket. It never blocks: that saves a poll of each send, too."""
     import socket
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(CONTROL_PATIENCE)
     try:
+        connection.setblocking(False)
         connection.connect(path)
     except BaseException:
         connection.close()
@@ -3130,10 +3135,16 @@ def connect(path: str) -> socket.socket:
     return connection
 
 
+def receive(control: socket.socket) -> bytes:
+    """What comes next from a master, b"" at the end. Raises OSError after CONTROL_PATIENCE."""
+    poll_once(CONTROL_PATIENCE, control)
+    return control.recv(4096)
+
+
 def end_master(path: str) -> None:
     with contextlib.suppress(OSError), connect(path) as control:
         control.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(MUX_TERMINATE, 0))
-        while control.recv(4096):
+        while receive(control):
             pass
 
 
@@ -3149,14 +3160,26 @@ class Session:
         self.host = host
         self.master: Master | None = None
         self.stdin = self.stdout = self.stderr = self.control = -1
-        self.counted = False  # among the operations of its Host that run
-
-    def adopt(self, stdin: int, stdout: int, stderr: int) -> None:
         fork_aware().add(self)
-        self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
-        for fd in (stdin, stdout, stderr):
-            if fd >= 0:
+
+    @contextlib.contextmanager
+    def piped(self, client: int = -1) -> Iterator[list[int]]:
+        """The other ends of new pipes for stdin, stdout and stderr, as long as they are handed
+        over. ``client`` takes the place of the first two."""
+        fds: list[int] = []
+        try:
+            for _ in range(3 if client < 0 else 1):
+                fds += os.pipe()
+            self.stderr, theirs = fds[0], [client, client, fds[1]]
+            if client < 0:
+                self.stdout, self.stdin, theirs = fds[2], fds[5], [fds[4], fds[3], fds[1]]
+            for fd in {self.stdin, self.stdout, self.stderr} - {-1}:
                 os.set_blocking(fd, False)
+            yield theirs
+        except OSError as error:
+            raise expected(error) or error
+        finally:
+            drop(*{*fds} - {self.stdin, self.stdout, self.stderr})
 
     def close_stdin(self) -> None:
         drop(self.stdin)
@@ -3168,13 +3191,9 @@ class Session:
 
     _forked = close = close_pipes  # a child of ours closes its copies, and sends nothing
 
-    def control_event(self) -> bool:
-        """Read the control connection; False when the session is over."""
-        return True
-
     def over(self) -> bool:
-        """Whether its process has ended; a child of that may hold the streams."""
-        return False
+        """Whether it has ended; somebody else may hold the streams."""
+        return True
 
     def begun(self) -> None:
         """The host has answered: authentication is over."""
@@ -3197,19 +3216,19 @@ class Session:
             "and for a shell that a start-up file runs.", self.host)
 
     def full(self) -> HostFull:
-        """The wrapper gave up after its start mark: only a fork that fails makes it."""
-        return HostFull(f"{self.host} could not start a process for this; it may have too many of "
-                        "this account.", "End some, or run fewer at once (-j).", self.host, False)
+        """The wrapper gave up after its start mark, as it does only where a fork fails."""
+        return HostFull(f"{self.host} could not start a process; your account may have too many.",
+                        "End some, or run fewer at once (-j).", self.host, False)
 
 
 class MuxSession(Session):
     """A session over a master's control socket, without a process."""
 
     def __init__(self, masters: Masters, slot: Slot, command: str | Target) -> None:
+        self._socket = connect(slot.master.path)
         super().__init__(masters.host)
         self._masters, self._slot, self.master = masters, slot, slot.master
         self._status, self._buffer = -1, b""  # the command's status, once the master reports it
-        self._socket = connect(slot.master.path)
         self.control = self._socket.fileno()
         try:
             self._open(command)
@@ -3218,42 +3237,32 @@ class MuxSession(Session):
             raise
 
     def _open(self, command: str | Target) -> None:
-        """Send the request and its descriptors; read until opened or refused. A master first shows
-        that it lives: once given the socket of a Target it may read it, and no other is asked."""
+        """Send the request and its descriptors; read until opened or refused. The master first has
+        to greet: it may read the socket of a Target as soon as it has it, and then no other master
+        can be asked."""
         import socket
         port, client = command if isinstance(command, tuple) else (0, -1)
         request: Sequence[Any] = (MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command)
-        hello, fds = mux_numbers(self._packet()), []  # type: list[int], list[int]
-        try:
-            if port:
-                request, theirs = (MUX_NEW_FORWARD, 0, "", "localhost", port), [client, client]
-                self.adopt(-1, -1, -1)
-            else:
-                for _ in range(3):
-                    fds += os.pipe()
-                theirs = [fds[0], fds[3], fds[5]]
-                self.adopt(fds[1], fds[2], fds[4])
+        if port:
+            request = MUX_NEW_FORWARD, 0, "", "localhost", port
+        hello, answer = mux_numbers(self._packet()), MUX_FAILURE
+        with contextlib.nullcontext([client, client]) if port else self.piped() as theirs:
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
             for fd in theirs:
-                rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fd.to_bytes(4, sys.byteorder))
-                self._socket.sendmsg([b"\0"], [rights])
-        finally:
-            drop(*(fd for fd in fds if fd not in (self.stdin, self.stdout, self.stderr)))
-        answer = MUX_FAILURE
+                socket.send_fds(self._socket, [b"\0"], [fd])
         with contextlib.suppress(*[OSError, MasterGone] if port else []):
             answer = mux_numbers(self._packet())[0]
         if answer in (MUX_FAILURE, MUX_DENIED):
             raise refused(port, self.host) if port else SessionRefused("")
         if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
             raise MasterGone("")
-        self._socket.setblocking(False)
 
     def _packet(self) -> bytes:
         while True:
             packet = self._next()
             if packet is not None:
                 return packet
-            data = self._socket.recv(4096)
+            data = receive(self._socket)
             if not data:
                 raise MasterGone("")
             self._buffer += data
@@ -3265,11 +3274,11 @@ class MuxSession(Session):
         packet, self._buffer = self._buffer[4:end], self._buffer[end:]
         return packet
 
-    def control_event(self) -> bool:
+    def over(self) -> bool:
         try:
             data = self._socket.recv(4096)
         except BlockingIOError:
-            return True
+            return False
         except OSError:
             data = b""
         self._buffer += data
@@ -3277,10 +3286,10 @@ class MuxSession(Session):
             kind, _, status = mux_numbers(packet)
             if kind == MUX_EXIT:
                 self._status = status
-        return bool(data)
+        return not data
 
     def failure(self, begun: bool, sent: bool = False) -> HostError:
-        while self._status < 0 and poll_once(1, self.control) and self.control_event():
+        while self._status < 0 and poll_once(1, self.control) and not self.over():
             pass  # the streams may end before the status comes
         if self._status >= 0 and not begun:
             return self.no_shell()
@@ -3296,13 +3305,13 @@ class MuxSession(Session):
         """Whether this has ended because the whole connection did: a master that lives greets."""
         try:
             with connect(self._slot.master.path) as control:
-                return not control.recv(1)
+                return not receive(control)
         except OSError:
             return True
 
     def close(self) -> None:
-        """Its slot is free at once: what sshd refuses until it has ended this has not begun, and is
-        tried again."""
+        """The slot is free at once: a session that sshd refuses, because it has not ended this one
+        yet, has not begun, and is tried again."""
         if self.control >= 0:
             self._forked()
             self._masters.free([self._slot])
@@ -3336,15 +3345,12 @@ class DirectSession(Session):
         else:
             tail.append(command)
         try:
-            self._process = spawn(argv + tail, environment, client, client, -1)
+            with self.piped(client) as (stdin, stdout, stderr):
+                self._process = spawn(argv + tail, environment, stdin, stdout, stderr)
         except BaseException:
+            self.close_pipes()
             turn.free()
             raise
-        streams = (self._process.stdin, self._process.stdout, self._process.stderr)
-        self.adopt(*(os.dup(stream.fileno()) if stream else -1 for stream in streams))
-        for stream in streams:
-            if stream:
-                stream.close()
 
     def begun(self) -> None:
         if self._turn.fd >= 0:
@@ -3363,7 +3369,7 @@ class DirectSession(Session):
         return await_end(self._process, CONTROL_PATIENCE) != 0
 
     def await_port(self, port: int, cancel: Cancel | None) -> None:
-        """Until the host has taken the connection, which an ssh before 8.7 does not log."""
+        """Wait until the host has taken the connection, which ssh logs since 8.7."""
         patience = Deadline(self._masters.patience)
         try:
             while nap(0.05, patience, cancel):
@@ -3385,8 +3391,8 @@ class DirectSession(Session):
             return self.full()
         if silent and shaking and not begun and status is not None and 0 <= status < 255:
             return self.no_shell()
-        # ssh often writes what ends it after the login to stderr alone, among login noise. It never
-        # reports a proxy's early end.
+        # What ends ssh after the login it often writes to stderr alone, among login noise; the
+        # early end of a proxy nowhere.
         lost = AFTER_LOGIN.search(words) or silent and (heard or not proxy_of(self._config))
         if begun or not shaking or lost:
             return super().failure(begun, sent)
@@ -3400,7 +3406,8 @@ class DirectSession(Session):
         self._let_go()
 
 
-def is_master(name: str) -> bool:
+def is_master(path: str) -> bool:
+    name = os.path.basename(path)
     return name[:2] == "m." and len(name) == 10
 
 
@@ -3429,16 +3436,15 @@ class Masters:
     m.NAME        a master's control socket; m.NAME.log: what its ssh says
     m.NAME.N      locked while session N of that master is open
     handshake.N   locked while a connection is being made
-    probe         locked by who connects while no master lives
+    probe         locked by the one that connects while no master lives
     down.json     how often in a row connecting has failed, and why
 
-    The age of others says when something was last seen: dropped, a handshake that the server
+    The age of three more is when something was last seen: dropped, a handshake that the server
     dropped; person, a direct connection that could not log in without one; single, a new master's
     first session refused.
 
     The name of a socket is random and never used again. So one that refuses, hangs or hangs up is
-    removed at once: sessions on its master go on, and nobody else uses it.
-    """
+    removed at once: sessions on its master go on, and nobody else uses it."""
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
     alert: Callable[[str], None] = staticmethod(  # the command line sets both
@@ -3450,7 +3456,7 @@ class Masters:
         self.folder = socket_folder(sha256_of(ascii(config))[:16])
         self._shaking = Waiters()  # for a handshake
         self._mutex = threading.Lock()
-        self._known: dict[str, Master] = {}  # those that were seen last, by name
+        self._known: dict[str, Master] = {}  # those that were seen last, by path
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0  # slots waited for; masters being started
         self._spared = False  # a master for sessions ahead was tried
@@ -3461,7 +3467,7 @@ class Masters:
         return f"{self.folder}/{name}"
 
     def ask_config(self, command: str) -> SSHConfig:
-        """What ssh would do now: the file, or the result of a Match exec, may have changed."""
+        """What ssh would do now: a file, or the result of a Match exec, may have changed."""
         self.config = read_ssh_config(self.host, command)
         return self.config
 
@@ -3471,10 +3477,10 @@ class Masters:
         write_json(self.path(name), {})
 
     def _seen(self, name: str, seconds: float = SEEN_FOR) -> bool:
-        return 0 <= age_of(self.path(name)) < seconds  # a clock may be set back
+        return 0 <= age_of(self.path(name)) < seconds  # below 0 where the clock was set back
 
     def single(self) -> bool:
-        """Whether the host takes one session a connection: masters are of no use."""
+        """Whether the host takes one session a connection, so that masters are of no use."""
         return self._seen("single")
 
     def needs_person(self) -> bool:
@@ -3493,9 +3499,7 @@ class Masters:
     def _rest(self) -> float:
         """Seconds until a host that is down is asked again."""
         count, age = self._failed(), age_of(self.path("down.json"))
-        if not count or age < 0:  # a clock may be set back
-            return 0.0
-        return DOWN_WAITS[min(count, len(DOWN_WAITS)) - 1] - age
+        return DOWN_WAITS[:count][-1] - age if count > 0 and age >= 0 else 0.0
 
     def _remember_failure(self, error: HostError) -> None:
         why = [type(error).__name__, str(error), error.hint]
@@ -3525,22 +3529,22 @@ class Masters:
                     if lock.take():
                         return lock
                 if not self._shaking.sleep(deadline, cancel):
-                    raise self._too_late("Too many connections are being made to")
+                    raise self._too_late("too many connections are being made")
         finally:
             self._shaking.leave()
 
     def again(self, error: HostError, attempt: int, deadline: Deadline,
               cancel: Cancel | None = None) -> bool:
-        """After a handshake that the server dropped (so nothing ran): wait, then True; False when
-        another try is not worth it."""
-        self._mark("dropped")
-        tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else DROPPED_TRIES
-        if isinstance(error, ConnectionDropped) and attempt < tries:
-            pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512)
+        """After a failed try to connect, with which nothing ran: wait and return True if the server
+        dropped the handshake and another try is worth it. Else remember the failure."""
+        if isinstance(error, ConnectionDropped):
+            self._mark("dropped")
+            tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else DROPPED_TRIES
+            pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512) if attempt < tries else 0
             if pause >= 5:
                 self.tell(f"{self.host} turns this address away for now; "
                           f"trying again in {pause:.0f} seconds")
-            if pause <= deadline.capped(pause) and nap(pause, deadline, cancel):
+            if 0 < pause <= deadline.capped(pause) and nap(pause, deadline, cancel):
                 return True
         self._remember_failure(error)
         return False
@@ -3570,66 +3574,62 @@ class Masters:
         """All slots of a new master, or ``count`` on others, if they are free by now. For the
         ``first`` a person may be asked. A dropped handshake is tried again, unless ``once``."""
         reason: HostError | None = None
-        for attempt in itertools.count(len(DROPPED_WAITS) if once else 0):
+        attempt = len(DROPPED_WAITS) if once else 0
+        while True:
             with self.handshake(Deadline(self.patience), cancel):
                 try:
                     return self._try_slots(count) or self._new_master(cancel, first)
                 except NoMultiplexing:
                     self._mark("single")
                     return []
-                except ConnectionDropped as error:
-                    dropped = error
                 except HostError as error:
-                    self._remember_failure(error)
-                    raise
-            if not isinstance(dropped, TurnedAway) and (once or attempt == 1):
-                reason = self._ask_proxy()
-            if not self.again(reason or dropped, attempt, deadline, cancel):
-                raise reason or dropped
-        raise AssertionError
+                    failed = error
+            if isinstance(failed, ConnectionDropped):
+                why = proxy_of(self.config) and not isinstance(failed, TurnedAway)
+                if why and (once or attempt == 1):  # a master sends a proxy's stderr to /dev/null
+                    _, words, stderr = look_closely(self, "exec sh -c :")
+                    if "Remote protocol version" not in words:
+                        reason = proxy_failure(self.config, stderr)
+                failed = reason or failed
+            if not self.again(failed, attempt, deadline, cancel):
+                raise failed
+            attempt += 1
 
     def _new_master(self, cancel: Cancel | None, first: bool) -> list[Slot]:
-        name = "m." + os.urandom(4).hex()
-        master = Master(self.path(name))
+        master = Master(self.path("m." + os.urandom(4).hex()))
         slots = self._hold([master], SESSIONS_PER_MASTER)
         try:
             try:
                 self._start(master.path, cancel, batch=True)
-            except (HostKeyFailed, AuthenticationFailed) as error:
-                if not (first and error.asks and self.interactive and self.interactive()):
+            except HostError as error:
+                if not (first and self.asks(error) and self.interactive and self.interactive()):
                     raise
                 self._start(master.path, cancel, batch=False)
         except BaseException:
             self.free(slots, 0)  # nobody could use them
             raise
-        self._known = {**self._known, name: master}
+        self._known = {**self._known, master.path: master}
         remove_file(self.path("down.json"))
         return slots
 
-    def _ask_proxy(self) -> HostError | None:
-        """Why the ProxyCommand gives no connection, if it says so. (Under a master ssh sends its
-        stderr to /dev/null.)"""
-        if not proxy_of(self.config):
-            return None
-        _, words, said = look_closely(self, "exec sh -c :")
-        return None if "Remote protocol version" in words else proxy_failure(self.config, said)
 
     def _start(self, path: str, cancel: Cancel | None, batch: bool) -> None:
-        """Start `ssh -M -N`, which closes its stdout once it is authenticated, and stays in the
+        """Start `ssh -M -N`, which closes its stdout once it is authenticated, and goes on in the
         background."""
         self._sweep()
         config, log = self.ask_config("exec sh -c :"), path + ".log"
-        other = {"SessionType=default": "SessionType=none"}  # ssh dies of a contradiction to -N
+        other = {"SessionType=default": "SessionType=none"}  # ssh dies where it contradicts -N
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
         persist = f"ControlPersist={CONTROL_PERSIST}"
         argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", path.replace("%", "%%"), "-E", log)
         argv = [other.get(word, word) for word in argv] + ["--", self.host]
         patience = self.patience if batch else INTERACTIVE_PATIENCE
-        with open(os.open(log + ".err", os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), "rb") as said:
+        fd = os.open(log + ".err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with open(fd, "wb") as stderr:
             try:
                 status, _, _ = run(argv, scrubbed_environment(config), patience=patience,
-                                   cancel=cancel, stderr=said if batch else 2)
+                                   cancel=cancel, stderr=stderr if batch else 2)
             except CmuxError as error:
                 if type(error) is not CmuxError:
                     raise
@@ -3653,31 +3653,27 @@ class Masters:
 
     def _sweep(self) -> None:
         """Remove what ended masters left, and the directories of hosts that nobody uses any more.
-        (One in use all the same is made anew.)"""
+        (One that is in use all the same is made again.)"""
         import shutil
-        top = os.path.dirname(self.folder)
-        with contextlib.suppress(OSError):
-            for name in os.listdir(self.folder):
-                ended = name.startswith("m.") and not os.path.lexists(self.path(name[:10]))
-                if ended and age_of(self.path(name)) > 3600:
-                    remove_file(self.path(name))
-            for name in os.listdir(top):
-                if age_of(os.path.join(top, name)) > FOLDER_KEPT:
-                    shutil.rmtree(os.path.join(top, name), ignore_errors=True)
+        for path in paths_in(self.folder):
+            name = os.path.basename(path)[:10]
+            ended = name[:2] == "m." and not os.path.lexists(self.path(name))
+            if ended and age_of(path) > 3600:
+                remove_file(path)
+        for path in paths_in(os.path.dirname(self.folder)):
+            if age_of(path) > FOLDER_KEPT:
+                shutil.rmtree(path, ignore_errors=True)
 
     # -- slots, a lock file each: all processes of this user count --
 
     def masters(self) -> list[Master]:
         """Those with a control socket."""
-        try:
-            names = sorted(filter(is_master, os.listdir(self.folder)))
-        except FileNotFoundError:  # a logout or a cleaner of /tmp has taken the directory
-            names = []
-        self._known = {name: self._known.get(name) or Master(self.path(name)) for name in names}
+        paths = sorted(filter(is_master, paths_in(self.folder)))
+        self._known = {path: self._known.get(path) or Master(path) for path in paths}
         return list(self._known.values())
 
     def abandon(self, master: Master) -> None:
-        """It hangs or has ended: remove its socket."""
+        """Remove the socket of one that hangs or has ended."""
         remove_file(master.path)
         self._known = {}
 
@@ -3689,16 +3685,19 @@ class Masters:
 
     def _hold(self, masters: Sequence[Master], count: int, first: int = 0) -> list[Slot]:
         found: list[Slot] = []
-        with self._mutex:
-            now = time.monotonic()
-            for master in masters:
-                for slot in master.slots[first:] if master.until <= now else []:
-                    if slot.fd < 0 and slot.take():
-                        found.append(slot)
-                        if len(found) == count:
-                            return found
-        self.free(found, 0)  # who waits for two would wake others who do, for ever
-        return []
+        try:
+            with self._mutex:
+                now = time.monotonic()
+                for master in masters:
+                    for slot in master.slots[first:] if master.until <= now else []:
+                        if slot.fd < 0 and slot.take():
+                            found.append(slot)
+                            if len(found) == count:
+                                return found
+            return []
+        finally:
+            if len(found) < count:
+                self.free(found, 0)  # those that wait for two would wake each other for ever
 
     def free(self, slots: Sequence[Slot], wake: int = 1) -> None:
         """Free these, and wake as many of those who wait for one, and of those who wait for two."""
@@ -3714,13 +3713,13 @@ class Masters:
     # -- sessions --
 
     def _too_late(self, why: str) -> ConnectionFailed:
-        return ConnectionFailed(f"{why} {self.host}: no session was to be had in time.",
+        return ConnectionFailed(f"{self.host} had no session free in time: {why}.",
                                 "Try again, or run fewer at once.", self.host)
 
     def open(self, command: str | Target, deadline: Deadline, cancel: Cancel | None = None,
              count: int = 1) -> list[Session]:
-        """``count`` sessions for ``command``, all or none: who holds one and waits for another
-        could wait for ever. Where masters fail, one on a connection of its own."""
+        """``count`` sessions for ``command``, all or none: a caller that holds one and waits for
+        another could wait for ever. Where masters fail, one on a connection of its own."""
         while not self.single():
             slots = self._take_slots(count, deadline, cancel)
             if not slots:
@@ -3737,29 +3736,29 @@ class Masters:
             finally:
                 self.free(slots[count:])
             if deadline.over():
-                raise self._too_late("Others use")
+                raise self._too_late("it refuses more")
         return [self.open_direct(command, deadline, cancel)]
 
     def connect(self, deadline: Deadline, cancel: Cancel | None = None, now: bool = False) -> None:
         """Make sure that a master lives, if this host has any. Raises ConnectionFailed, with
         ``now`` at once, where the host was down a moment ago."""
-        if now and self._rest() > 0:
-            raise self._shared_failure()
-        if not self.single() and not self.masters():
+        single = self.single()
+        if now and (single or not self.masters()):
+            self._wait_out(Deadline(0), cancel)
+        if not single and not self.masters():
             self.free(self._first_master(1, deadline, cancel))
 
     def open_ahead(self, command: str) -> Session | None:
-        """A session for later, from the upper half of a master's slots: the lower half is for work
-        of now. None if there is none to spare. Where other processes hold them all, one more master
-        is started, only once: where logging in needs a person, each try is a failed login."""
+        """A session for later, in the upper half of a master's slots: the lower half is for the
+        work of now. None if none is free. Where other processes hold them all, one more master is
+        started, but only once: where logging in needs a person, each try is a failed login."""
         half = SESSIONS_PER_MASTER // 2
         if self.single():
             return None
         slots = self._try_slots(1, half)
-        may = not self._spared and 0 < len(self.masters()) < SPARED_MOST
-        if may and not slots and self._may_launch(1):
+        if not slots and not self._spared and 0 < len(self.masters()) < SPARED_MOST:
             self._spared = True
-            self.free(self._one_more(SESSIONS_PER_MASTER, None))
+            self.free(self._one_more(SESSIONS_PER_MASTER, 1, None))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError, IndexError):
             return self._open_on(slots, command)[0]
@@ -3778,17 +3777,14 @@ class Masters:
             for session in opened:
                 session.close()
             self.free(slots[len(opened):])
-            master = slot.master
+            master, known = slot.master, expected(error)
             if isinstance(error, SessionRefused):  # it takes fewer, or has not seen one's end yet
                 master.pause = min(REFUSED_MOST, 2 * (master.pause or LOOK_FIRST))
                 master.until = time.monotonic() + master.pause
-            elif isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                raise StateFailed("This process has too many files open.",
-                                  "Raise `ulimit -n`, or run fewer at once.")
-            elif isinstance(error, (MasterGone, OSError)):
+            elif isinstance(error, MasterGone) or not known and isinstance(error, OSError):
                 self.abandon(master)
                 raise MasterGone(f"The connection to {self.host} was just closed.", "", self.host)
-            raise
+            raise known or error
 
     def _heed_log(self, master: Master) -> None:
         """Warn of a server that asks for the agent or the screen, which ssh refuses and logs. One
@@ -3806,8 +3802,8 @@ class Masters:
                 self.alert(f"WARNING: {error} {error.hint}")
 
     def _take_slots(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
-        """So many free slots on live masters, or all of a new one, started as they are needed. None
-        where the host turns out to take one session a connection."""
+        """So many free slots on live masters, or all slots of a new one, which is started where it
+        is needed. [] where the host turns out to take one session a connection."""
         slots = self._try_slots(count)
         if slots:
             return slots
@@ -3817,37 +3813,29 @@ class Masters:
         try:
             while not self.single():
                 if not self.masters():
-                    self._wake(sys.maxsize)  # all wait for one who tries, and share the result
+                    self._wake(sys.maxsize)  # all wait for one that tries, and share its result
                     slots = self._first_master(count, deadline, cancel)
-                elif patience.over() and self._may_launch(-(-self._waiting // SESSIONS_PER_MASTER)):
-                    self._wake(1)  # another looks meanwhile
-                    slots = self._one_more(count, cancel)
+                elif patience.over():
+                    wanted = -(-self._waiting // SESSIONS_PER_MASTER)
+                    slots = self._one_more(count, wanted, cancel)
                 slots = slots or self._try_slots(count)
                 if slots:
                     return slots
                 if not freed.sleep(deadline, cancel, patience.left() or 3600):
-                    raise self._too_late("Running commands use all sessions of")
+                    raise self._too_late("running commands use them all")
             return []
         finally:
             with self._mutex:
                 self._waiting -= count
             freed.leave()
 
-    def _may_launch(self, wanted: int) -> bool:
-        """Whether to start one more master, where so many may be started at once; one after a
-        failure."""
-        with self._mutex:
-            most = min(1 if self._failed() else wanted, MASTERS_PER_HOST - len(self.masters()))
-            may = self._launching < most and self._rest() <= 0
-            self._launching += may
-            return may
 
     def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
         """Connect, one process at a time; the others share its result."""
         before = self._failed()
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
         if not lock.wait(deadline, cancel):
-            raise self._too_late("Another process is still connecting to")
+            raise self._too_late("another process is still connecting")
         with lock:
             if self.masters() or self.single():
                 return []
@@ -3857,9 +3845,16 @@ class Masters:
             self._wait_out(deadline, cancel)
             return self._launch(count, deadline, cancel, True, now > 0)
 
-    def _one_more(self, count: int, cancel: Cancel | None) -> list[Slot]:
-        """Start one more master. Its failure is none of ours, since others live, but it keeps all
-        processes from trying again at once."""
+    def _one_more(self, count: int, wanted: int, cancel: Cancel | None) -> list[Slot]:
+        """Start one more master, of as many at once as are ``wanted``; after a failure one at a
+        time. A failure does not matter, since others live, but it keeps all processes from trying
+        again at once."""
+        with self._mutex:
+            most = min(1 if self._failed() else wanted, MASTERS_PER_HOST - len(self.masters()))
+            if self._launching >= most or self._rest() > 0:
+                return []
+            self._launching += 1
+        self._wake(1)  # another looks meanwhile
         try:
             return self._launch(count, Deadline(0), cancel)
         except HostError:
@@ -3876,10 +3871,10 @@ class Masters:
         when it has begun on the host; when it has ended). Escape characters are off: a pasted ~C
         would open forwards."""
         self.masters()  # not to give ssh a socket that is gone
-        slots = [] if self.single() else self._take_slots(1, deadline, None)
-        self.free(slots[1:])
         config = self.ask_config(command)
         environment, agent = session_environment(config)
+        slots = [] if self.single() else self._take_slots(1, deadline, None)
+        self.free(slots[1:])
         if slots:
             options = ["-S", slots[0].master.path.replace("%", "%%"), "-o", "ProxyCommand=false"]
             begun, ended = lambda: None, lambda: self.free(slots[:1])
@@ -3902,11 +3897,11 @@ class Masters:
 
 
 def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, str, bytes]:
-    """Run ``command`` over a connection of its own with ssh's debugging words: (status, those
-    words, what else was on stderr: a ProxyCommand's). For diagnosis; never asks, is tried once.
+    """Run ``command`` once over a connection of its own, without a question: (its status, ssh's
+    debugging words, what else was on stderr, such as a proxy's). For diagnosis.
 
-    ssh sends a proxy that closes its stdout a SIGHUP before it can write why: it is ignored, for a
-    second."""
+    ssh sends a proxy that closes its stdout a SIGHUP before it can write why: for a second that is
+    ignored."""
     import tempfile
     config, leave = masters.ask_config(command), masters.handshake(Deadline(masters.patience))
     with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
@@ -3915,18 +3910,18 @@ def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, st
         argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name, *options)
         argv += ["--", config.host, *filter(None, [command])]
         try:
-            status, _, said = run(argv, scrubbed_environment(config), STATE_MAX, masters.patience)
+            status, _, stderr = run(argv, scrubbed_environment(config), STATE_MAX, masters.patience)
         except CmuxError:
-            status, said = 255, b""
+            status, stderr = 255, b""
         finally:
             leave.free()
         words = read_bytes(log.name, STATE_MAX) or b""
-        return status, words.decode("utf-8", "replace"), said
+        return status, words.decode("utf-8", "replace"), stderr
 
 
 class Forward:
-    """A port of the host on this machine: ``url``; ``port`` there, ``local`` here, on 127.0.0.1.
-    Each connection has a session, and a thread that waits for its end."""
+    """A ``port`` of the host, to be reached at the port ``local`` of 127.0.0.1, as ``url``. Each
+    connection has a session, and a thread that waits for its end."""
 
     def __init__(self, masters: Masters, port: int, local: int,
                  tell: Callable[[str], None]) -> None:
@@ -3935,7 +3930,7 @@ class Forward:
         if not (0 < port < 65536 and 0 <= local < 65536):
             raise UsageError("A port is a number from 1 to 65535.")
         self._masters, self.port, self._tell, self._ending = masters, port, tell, Cancel()
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         why = ""
         for number in [local] if local else [port, 0]:
             try:
@@ -3949,11 +3944,12 @@ class Forward:
             self._listener.close()  # the connection led to it, and would for ever
             why = "the host is this machine"
         else:
-            raise UsageError(f"Port {number} cannot be had here: {why}.", "Choose another.")
+            raise UsageError(f"Port {number} cannot be used on this machine: {why}.",
+                             "Choose another.")
         self.local = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.local}/"
         if why:
-            tell(f"Port {port} cannot be had here: {why}. It is {self.local} instead.")
+            tell(f"Port {port} cannot be used on this machine: {why}. It is {self.local} instead.")
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -3962,29 +3958,29 @@ class Forward:
         self._listener.close()
 
     def _probe(self) -> None:
-        """Say so if nothing there takes a connection. RemoteFailed where sshd does not let it: only
-        an ssh of its own reports that."""
+        """Report it if nothing on the host takes a connection. Raises RemoteFailed where sshd lets
+        none through, which only an ssh of its own reports."""
         try:
             with open(os.devnull, "r+b") as nothing:
                 self._open(nothing).close()
         except PortRefused as error:
             way = "-W", f"localhost:{self.port}"
-            words = "" if self._told else look_closely(self._masters, "", *way)[1]
+            words = "" if self._reported else look_closely(self._masters, "", *way)[1]
             if re.search("open failed: (administratively prohibited|unknown channel)", words):
                 raise RemoteFailed(
                     f"The sshd of {self._masters.host} lets nobody through to its ports.",
                     "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
                     f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
-            self._say(error)
+            self._report(error)
 
     def _open(self, client: Any) -> Any:
         target = self.port, client.fileno()
         return self._masters.open(target, Deadline(SLOT_PATIENCE), self._ending)[0]
 
-    def _say(self, error: CmuxError) -> None:
+    def _report(self, error: CmuxError) -> None:
         """Once for each kind."""
-        if type(error).__name__ not in self._told and not self._ending.is_set:
-            self._told.add(type(error).__name__)
+        if type(error).__name__ not in self._reported and not self._ending.is_set:
+            self._reported.add(type(error).__name__)
             self._tell(f"{error} {error.hint}".strip())
 
     def _accept(self) -> None:
@@ -4016,7 +4012,7 @@ class Forward:
                 at_once = (1).to_bytes(4, sys.byteorder) + bytes(4)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
                 if isinstance(error, CmuxError):
-                    self._say(error)
+                    self._report(error)
 
 
 def end_masters() -> None:
@@ -4039,19 +4035,16 @@ def socket_folder(name: str) -> str:
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
         folder = os.path.join(base, f"cmux-{os.geteuid()}-{sha256_of(home)[:8]}")
-    else:
-        private_directory(home)
-    private_directory(folder)
     return private_directory(os.path.join(folder, name))
 
 
 # === 10. Operations ===
 # Owns: one operation on a host from its header to its end marks, and how it is stopped. May
 # touch: descriptors of the sessions above. Promises: exact bytes, exact status; a lost connection
-# is never taken for a status, nor the reverse; a stop is reported as what it was.
+# is never taken for a status, nor the reverse; a stop is reported as it was.
 
 class Stream:
-    """Finds the marks in stdout or stderr, and passes what lies between to ``sink``."""
+    """Finds the marks in stdout or stderr, and passes what lies between them to ``sink``."""
 
     MARK_MAX = 64  # bytes: a letter, two numbers, the newline
     ready = begun = ended = closed = False
@@ -4071,7 +4064,7 @@ class Stream:
             return True
         if not data:
             self.closed = True
-            self._pass(self.held)  # it looked like the beginning of a mark
+            self._pass(self.held)  # only the beginning of a mark, it seemed
             return False
         if not self.ready:
             self.noise += data
@@ -4090,7 +4083,7 @@ class Stream:
                 self._pass(buffer[:at])
                 self.held = buffer[at:]
                 return
-            if end < 0:  # no mark of ours: data, or it would hide all that follows
+            if end < 0:  # too long for a mark: held back, it would hide all that follows
                 self._pass(buffer[:start])
                 buffer = buffer[start:]
             else:
@@ -4118,7 +4111,7 @@ class Stream:
 
 
 class Source:
-    """Bytes for a command's stdin from a descriptor of ours; ``total`` counts them."""
+    """Bytes for a remote stdin, from a local descriptor; ``total`` counts them."""
 
     def __init__(self, fd: int) -> None:
         self.fd, self.total = fd, 0
@@ -4146,14 +4139,13 @@ class Exchange:
         self.outgoing = memoryview(header + (data or b""))
         # How many bytes wait until our wrapper has printed READY.
         self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0
-        self.asked = 0.0  # when those were sent
+        self.asked = 0.0  # when it had
         self.source = source
         self.close_stdin = data is not None  # once everything is written
         self.sent = False  # the whole header
-        self.lost = False  # the session is over, with end marks or not
-        self.moved = time.monotonic()  # when a byte was last sent or received
+        self.lost = False  # the session is over, with end marks or without
+        self.moved = self._beaten = time.monotonic()  # the last byte, the last sign of life
         self.guard: Exchange | None = None
-        self._beaten = self.moved  # when the last sign of life was sent
 
     @property
     def begun(self) -> bool:
@@ -4168,10 +4160,11 @@ class Exchange:
 
     def run(self, deadline: Deadline, cancel: Cancel | None = None,
             until: Callable[[], bool] | None = None, stall: float | None = None) -> bool:
-        """Move bytes. True when ended (or ``until``); False at the deadline; then it can go on.
-
-        Raises HostError when the session is lost, or no byte has moved for ``stall`` seconds (for
-        CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
+        """Move bytes until it has ended, or ``until``: True; or until the deadline: False, and it
+        can go on. Raises HostError when the session is lost, or no byte has moved for ``stall``
+        seconds (for CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
+        if not deadline.over() and not (cancel and cancel.is_set):
+            self._write()  # mostly there is room: no poll is needed
         while not (until() if until else self.ended):
             if self.out.closed and not self.lost and self.session.over():
                 self._drain()
@@ -4179,6 +4172,8 @@ class Exchange:
                 raise self.session.failure(self.begun, self.sent)
             if cancel:
                 cancel.check()
+            if self.close_stdin and not self.outgoing and not self.source:
+                self.session.close_stdin()
             wait = deadline.capped(0.2 if self.out.closed else BEAT_MOST)
             if stall is not None:
                 stall = stall if self.source or self.outgoing else CALL_PATIENCE
@@ -4193,8 +4188,6 @@ class Exchange:
                     "Try again.", self.session.host)
             for fd in events:
                 self._event(fd)
-            if self.close_stdin and not self.outgoing and not self.source:
-                self.session.close_stdin()
             if now > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
         return True
@@ -4204,7 +4197,7 @@ class Exchange:
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
-            with contextlib.suppress(OSError):  # full, or over: its own events report that
+            with contextlib.suppress(OSError):  # full, or lost: its own events report that
                 os.write(over.session.stdin, sign + b"\n")
 
     def _events(self, seconds: float, cancel: Cancel | None) -> dict[int, int]:
@@ -4220,7 +4213,7 @@ class Exchange:
     def _event(self, fd: int) -> None:
         if fd in (self.out.fd, self.err.fd):
             stream = self.out if fd == self.out.fd else self.err
-            if not stream.ended:  # what follows is dropped
+            if not stream.ended:  # later bytes are dropped
                 self.moved = time.monotonic()
             stream.read()
             if self.out.ready and self._held:
@@ -4229,10 +4222,9 @@ class Exchange:
                 self.session.begun()
             self.lost = self.lost or (self.out.closed and self.err.closed)
         elif fd == self.session.control:
-            if not self.session.control_event():
+            if self.session.over():
                 self._drain()
         elif fd == self.session.stdin:
-            self.moved = time.monotonic()
             self._write()
         elif self.source and fd == self.source.fd:
             self.outgoing = memoryview(self.source.read())
@@ -4241,9 +4233,12 @@ class Exchange:
 
     def _write(self) -> None:
         part = self.outgoing[:len(self.outgoing) - self._held][:CHUNK]
+        if not part or self.session.stdin < 0:
+            return
         try:
             self.outgoing = self.outgoing[os.write(self.session.stdin, part):]
             self.sent = self.sent or not self.outgoing
+            self.moved = time.monotonic()
         except BlockingIOError:
             pass
         except OSError:  # the host takes no more: its output, or the session's end, says why
@@ -4251,7 +4246,7 @@ class Exchange:
             self.source, self.close_stdin = None, True
 
     def _drain(self) -> None:
-        """Read what a session that is over has left in our pipes."""
+        """Read what a session that is over has left in the pipes."""
         for stream in (self.out, self.err):
             while not stream.closed and stream.read() and poll_once(0, stream.fd):
                 pass
@@ -4259,7 +4254,8 @@ class Exchange:
 
 
 class Reply(Value):
-    """What one of our scripts answered; ``trip`` is a round trip in seconds, after HELD."""
+    """What one of our scripts answered; ``trip`` is a round trip in seconds, where HELD was sent.
+    """
     status: int
     stdout: bytes
     stderr: bytes
@@ -4269,14 +4265,14 @@ class Reply(Value):
         return as_text(self.stdout).split("\n")
 
     def said(self) -> str:
-        """The last line of its stderr, without the shell's name and line; or the status."""
+        """The last line of its stderr, without the shell's name and line, or else the status."""
         last = neutralise(self.stderr).strip().split("\n")[-1]
         return re.sub(r"^\S+: (line )?\d+: ", "", last) or f"status {self.status}"
 
 
 class Outcome(Value):
-    """How a command ended: ``status`` None if it was stopped first; ``stopped`` as in ExecResult;
-    ``reason`` is None, ``timeout`` or ``cancel``."""
+    """How a command ended: ``status`` is None if it was stopped before; ``stopped`` as in
+    ExecResult; ``reason`` is None, ``timeout`` or ``cancel``."""
     status: int | None
     stopped: str | None
     reason: str | None
@@ -4290,10 +4286,9 @@ class Outcome(Value):
 class Host:
     """A machine that ``ssh NAME`` reaches, for any number of threads; connected on first use.
 
-    ``interactive`` is called once, where a key or a passphrase is needed: may ssh ask a person?
-    The default never asks. ``warm`` sessions are kept ready after the first operation (0: none,
-    for a single command). ``ending`` cancels all. Raises UsageError for a name that cannot be one.
-    """
+    ``interactive`` is called where a key or a passphrase is needed: may ssh ask a person? The
+    default never asks. ``warm`` sessions are kept ready after the first operation (0: none, for a
+    single command). ``ending`` cancels all. Raises UsageError for a name that cannot be one."""
 
     def __init__(self, name: str, interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS, ending: Cancel | None = None) -> None:
@@ -4326,11 +4321,11 @@ class Host:
     def call(self, script: str, *arguments: str, source: Source | None = None,
              direct: bool = False, cancel: Cancel | None = None, limit: int = REPLY_MAX,
              before: bytes = b"", data: bytes | None = None, once: bool = False) -> Reply:
-        """Run one of the remote scripts. Raises HostError; its status is the caller's to judge.
+        """Run one of the remote scripts. Raises HostError; the caller judges its status.
 
-        Scripts may run twice, so a lost connection is tried again, unless ``once``. ``direct`` uses
-        a session for bulk; ``before`` are more header records, ``data`` is all of its stdin.
-        """
+        Scripts may run twice, so after a lost connection it is tried again, unless ``once``.
+        ``direct`` uses a session for bulk; ``before`` are more header records; ``data`` is all of
+        its stdin."""
         records, cancel = before + script_records(script, *arguments), self.ending.join(cancel)
         patience, stall = (None, STALL_PATIENCE) if source or data else (CALL_PATIENCE, None)
 
@@ -4352,33 +4347,34 @@ class Host:
                 cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
                 bulk: bool = False) -> Made:
         """What ``work`` returns for a list of sessions of open(). What it leaves in the list is
-        closed. It is tried again after a dropped handshake, a login that needs a person (over a
-        master, then), and, where it may ``repeat``, a lost connection or a full host."""
+        closed. It is tried again after a dropped handshake, a login that needs a person (then over
+        a master), and, where it may ``repeat``, a lost connection or a full host."""
         first: HostError | None = None
-        for number in range(10):
-            sessions = self.open(deadline, cancel, count, bulk)
-            direct = isinstance(sessions[0], DirectSession)
-            try:
-                return work(sessions)
-            except HostError as error:
-                failed = error
-            finally:
-                for session in sessions:
-                    self.done(session)
-            first = first or failed
-            if isinstance(failed, ConnectionDropped):
-                again = self.masters.again(failed, number, deadline, cancel)
-            elif not isinstance(failed, ConnectionLost):
-                again = direct and self.masters.asks(failed)
-            elif isinstance(failed, HostSilent) or not repeat(failed):
-                again = False
-            elif isinstance(failed, HostFull):  # others end meanwhile; who waits holds no process
-                pause = min(8, 0.5 * 1.5 ** number) * (0.5 + os.urandom(1)[0] / 255)
-                again = nap(pause, deadline, cancel)
-            else:
-                again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
-            if not again:
-                break
+        with self._operation():
+            for number in range(10):
+                sessions = self.open(deadline, cancel, count, bulk)
+                direct = isinstance(sessions[0], DirectSession)
+                try:
+                    return work(sessions)
+                except HostError as error:
+                    failed = error
+                finally:
+                    for session in sessions:
+                        session.close()
+                first = first or failed
+                if isinstance(failed, ConnectionDropped):
+                    again = self.masters.again(failed, number, deadline, cancel)
+                elif not isinstance(failed, ConnectionLost):
+                    again = direct and self.masters.asks(failed)
+                elif isinstance(failed, HostSilent) or not repeat(failed):
+                    again = False
+                elif isinstance(failed, HostFull):  # others may end; this holds no process
+                    pause = min(8, 0.5 * 1.5 ** number) * (0.5 + os.urandom(1)[0] / 255)
+                    again = nap(pause, deadline, cancel)
+                else:
+                    again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
+                if not again:
+                    break
         raise first or AssertionError()  # the first lost connection may have done its work
 
     # -- sessions opened ahead: the shell reads, and waits for a header --
@@ -4391,63 +4387,53 @@ class Host:
             return [self.masters.open_direct(BOOT, deadline, cancel)]
         found: list[Session] = []
         with self._mutex:
-            self._active, self._resting = self._active + 1, False
             while self._ready and len(found) < count:
                 session = self._ready.pop()
                 if poll_once(0, session.control):  # it has ended
                     session.close()
                 else:
                     found.append(session)
+        if len(found) < count:
+            for session in found:
+                session.close()
+            found = self.masters.open(BOOT, deadline, cancel, count)
+        return found
+
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        """While one runs, no session is opened ahead; the keeper begins after the last."""
+        with self._mutex:
+            self._active, self._resting = self._active + 1, False
         try:
-            if len(found) < count:
-                for session in found:
-                    session.close()
-                found = self.masters.open(BOOT, deadline, cancel, count)
-            found[0].counted = True
-            return found
-        except BaseException:
+            yield
+        finally:
             with self._mutex:
                 self._active -= 1
-            raise
-
-    def done(self, session: Session) -> None:
-        """Close a session of open()."""
-        session.close()
-        with self._mutex:
-            self._active -= session.counted
-            session.counted = False
-            if self._active:
-                return
-            self._wake.set()
-            if self._warm and self._keeper is None:
-                import threading
-                self._keeper = threading.Thread(target=self._keep, name="cmux-keeper", daemon=True)
-                try:
-                    self._keeper.start()
-                except RuntimeError:  # the interpreter is ending
-                    self._keeper = None
+                if self._warm and not self._active:
+                    self._wake.set()
+                    if not self._keeper:
+                        import threading
+                        keeper = threading.Thread(target=self._keep, name="cmux-keeper",
+                                                  daemon=True)
+                        with contextlib.suppress(RuntimeError):  # the interpreter is ending
+                            keeper.start()
+                            self._keeper = keeper
 
     def _keep(self) -> None:
         """Open sessions ahead between operations; close them after WARM_IDLE seconds unused."""
-        while True:
-            used = self._wake.wait(WARM_IDLE)
+        while self._wake.wait(WARM_IDLE) and not self._resting:
             time.sleep(KEEPER_PAUSE)
             self._wake.clear()
-            if not used or self._resting:
-                self._give_up()
-                with self._mutex:
-                    if not self._wake.is_set():
-                        self._keeper = None
-                        return
-            try:
+            # The next operation meets the same failure, and reports it.
+            with contextlib.suppress(CmuxError, OSError):
                 while self._active == 0 and not self._resting and len(self._ready) < self._warm:
                     session = self.masters.open_ahead(BOOT)
                     if session is None:
                         break
                     with self._mutex:
                         self._ready.insert(0, session)
-            except (CmuxError, OSError):
-                pass  # the next operation meets the same failure, and reports it
+        self._give_up()
+        self._keeper = None
 
     def close(self) -> None:
         """Close the sessions opened ahead, until the next operation. Masters end when idle."""
@@ -4465,27 +4451,28 @@ class Host:
 
     def begin(self, exchange: Exchange, cancel: Cancel | None,
               deadline: Deadline = NEVER) -> None:
-        """Wait until an operation has begun, or the deadline has passed. Raises HostError;
+        """Wait until an operation has begun, or the deadline has passed. Raises HostError, and
         WorkspaceMissing where its directory is missing."""
         direct = isinstance(exchange.session, DirectSession)
-        patience = Deadline(deadline.capped(START_PATIENCE + (CONNECT_PATIENCE if direct else 0)))
+        connecting = self.masters.patience if direct else 0
+        patience = Deadline(deadline.capped(START_PATIENCE + connecting))
         soon, answered = Deadline(patience.capped(SHELL_PATIENCE)), exchange.answered
         if not exchange.run(soon, cancel, answered):
             if not direct and not patience.over() and not exchange.out.ready:
                 self._see_our_shell(cancel)
             if not exchange.run(patience, cancel, answered) and not deadline.over():
                 self.abandon(exchange.session)
-                kind, more = (HostSilent, " The command may still run there.") if (
-                    exchange.sent) else (ConnectionFailed, "")
+                kind = HostSilent if exchange.sent else ConnectionFailed
                 raise kind(f"{self.name} accepted the session, but no shell answered in "
                            f"{START_PATIENCE:.0f} seconds.",
-                           "Look at its login shell's start-up files." + more, self.name)
+                           "Look at its login shell's start-up files."
+                           + " The command may still run there." * exchange.sent, self.name)
         if exchange.out.refused:
-            raise WorkspaceMissing(f"The directory is not on {self.name} (any more).")
+            raise WorkspaceMissing(f"The directory is missing on {self.name}.")
 
     def _see_our_shell(self, cancel: Cancel | None) -> None:
-        """Raise RemoteShellFailed where a foreign shell reads our stdin: given another session with
-        a closed stdin, it ends, while a slow shell is silent again."""
+        """Raise RemoteShellFailed where a foreign shell reads our stdin: in another session, with a
+        closed stdin, it ends, while a slow shell is silent again."""
         try:
             with contextlib.closing(self.masters.open(BOOT, Deadline(1), cancel)[0]) as session:
                 probe = Exchange(session, b"", len, len, data=b"")
@@ -4497,7 +4484,7 @@ class Host:
             pass
 
     def abandon(self, session: Session) -> None:
-        """Its master may hang: it is not used again, nor are sessions opened ahead."""
+        """Use its master, which may hang, no more, nor the sessions opened ahead."""
         if session.master:
             self.masters.abandon(session.master)
             self.close()
@@ -4508,18 +4495,18 @@ class Host:
         """Run a user's command (``records`` from command_records and the environment).
 
         Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
-        what these raise (KeyboardInterrupt, too) the process tree on the host is ended first.
-        """
+        what these two raise, KeyboardInterrupt included, the process tree on the host is ended
+        first."""
         records = record("_cmux_directory", directory) + records
         return CommandRun(self, records, stdout, stderr, source).go(
             deadline, self.ending.join(cancel))
 
 
 class Incoming:
-    """The stdout of one of our scripts, piece by piece, on a session for bulk."""
+    """The stdout of one of our scripts, piece by piece, over a session for bulk."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.cancel, self.host = host.ending.join(cancel), host
+        self.cancel = host.ending.join(cancel)
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
@@ -4527,7 +4514,7 @@ class Incoming:
             records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             host.begin(self.exchange, self.cancel)
-            sessions.clear()  # close() gives it back
+            sessions.clear()  # close() closes it
         host.attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
@@ -4538,14 +4525,14 @@ class Incoming:
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
-        """The end: status and stderr."""
+        """The status and stderr, at the end."""
         while self.take():
             pass
         return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value(),
                      trip=0.0)
 
     def close(self) -> None:
-        self.host.done(self.exchange.session)
+        self.exchange.session.close()
 
 
 class CommandRun:
@@ -4561,8 +4548,8 @@ class CommandRun:
         self.verdict = Capture(100)  # of the guard
 
     def go(self, deadline: Deadline, cancel: Cancel | None) -> Outcome:
-        """Run it to its end. A session that is lost before the header is written whole is replaced:
-        nothing can have begun."""
+        """Run it to its end. Where the session is lost before the whole header is written, nothing
+        can have begun, and it is tried again."""
         def work(sessions: list[Session]) -> Outcome:
             self.exchange = self.guard = None
             reason = "timeout"
@@ -4571,7 +4558,7 @@ class CommandRun:
                     return self._outcome()
             except Cancelled:
                 reason = "cancel"
-            except (CmuxError, KeyboardInterrupt) as error:
+            except BaseException as error:
                 if not isinstance(error, (HostError, WorkspaceMissing)):
                     self._stop(discard=True)  # a sink or the source failed
                 raise
@@ -4594,8 +4581,8 @@ class CommandRun:
 
     def _begin(self, sessions: list[Session], deadline: Deadline,
                cancel: Cancel | None) -> Exchange:
-        """Begin the command, and before it, for a streaming stdin, the guard. Each connection of
-        its own holds a handshake until it has begun: only then is the other opened."""
+        """Begin the command, and for a streaming stdin the guard before it. A direct session holds
+        a handshake until it has begun: only then is the other one opened."""
         if self.source:
             self.guard = Exchange(sessions[-1], script_records(GUARD), self.verdict, len,
                                   run_id=self.run_id)
@@ -4620,7 +4607,7 @@ class CommandRun:
     # -- stopping --
 
     def _stop(self, discard: bool = False) -> str:
-        """End the tree on the host: confirmed, requested (not seen to end), or unknown."""
+        """End the tree on the host; "confirmed", "requested" (not seen to end) or "unknown"."""
         exchange, asked = self.exchange, self.guard or self.exchange
         if not exchange or not asked or exchange.outgoing and not exchange.begun:
             return "confirmed"  # the header was never complete: nothing can have begun
@@ -4643,15 +4630,13 @@ class CommandRun:
         return self._stop_again(exchange.out.pid or "-")
 
     def _stop_again(self, pid: str) -> str:
-        """End it over another session, and report what that sees."""
+        """End it over another session, and return what that reports."""
         try:
             reply, [session] = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
-            try:
+            with contextlib.closing(session):
                 guard = Exchange(session, script_records(GUARD), reply, len,
                                  data=pid.encode() + b"\n", run_id=self.run_id)
                 guard.run(Deadline(STOP_PATIENCE))
-            finally:
-                self.host.done(session)
             return "confirmed" if reply.value() == b"confirmed\n" else "requested"
         except CmuxError:
             return "unknown"
@@ -6529,14 +6514,14 @@ class WorkspaceBase:
             argv, environment, begun, ended = self.host.masters.on_terminal(
                 TAKEOVER % octal, Deadline(SLOT_PATIENCE))
         except BaseException:
-            self.host.done(session)
+            session.close()
             raise
 
         def hand_over() -> None:
             with contextlib.suppress(CmuxError):  # the shell then reads nothing, and ends
                 exchange.run(Deadline(SLOT_PATIENCE))
             begun()
-            self.host.done(session)
+            session.close()
         helper = threading.Thread(target=hand_over, daemon=True)
         helper.start()
         try:

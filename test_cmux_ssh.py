@@ -2360,11 +2360,16 @@ def small_host(site, *more):
     return site.inetd("bare", shell="busybox", env={"PATH": posix_tools(site.dir / "busybox-bin", *more)})
 
 
-def test_pipes_that_cannot_be_made_leave_none_open(shared):
-    assert in_library(shared, """
+@each("way", ["a master", "no master", "MaxSessions 1"])
+def test_pipes_that_cannot_be_made_leave_none_open(site, way):
+    site.daemon("full", way if way == "MaxSessions 1" else "")
+    repo = Repo(site)
+    repo.new(host="full")
+    assert in_library(repo, """
 import os, resource
 workspace = here(warm=0)
 workspace.exec("true")
+cmux_ssh.end_masters() if sys.argv[1] == "no master" else None
 held = [os.dup(2)]
 resource.setrlimit(resource.RLIMIT_NOFILE, (held[0] + 40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 def fill():
@@ -2388,7 +2393,7 @@ for spare in range(12):
 for fd in held:
     os.close(fd)
 print(failed > 5, workspace.exec("exit 3").exit_code)
-""") == "True 3\n"
+""", way) == "True 3\n"
 
 
 def test_a_process_that_was_waited_for_is_not_killed(monkeypatch):
@@ -3058,6 +3063,23 @@ print("fine")
 """, str(site.dir / "other")) == "fine\n"
     bases = site.far_home() / "cmux" / ".cmux" / "bases"
     assert all((base / "whole.tar").is_file() for base in bases.iterdir()), list(bases.iterdir())
+
+
+def test_a_second_connection_that_fails_makes_no_host_count_as_down(repo, line, nap):
+    """One lives: all the same `list` had empty cells, and a pool passed the host over."""
+    repo.new(host="far")
+    child = repo.start("batch", "-j", "9", stdin=PIPE)
+    for commands in ([nap] * 8, ["true"]):
+        child.stdin.write(calls(commands, workspace="main"))
+        child.stdin.flush()
+        nap.runs(8)
+        line.refuse = True
+    tried = line.connections
+    until(lambda: line.connections == tried + 3, "it is tried three times")  # for four seconds not again
+    for process in running(nap):
+        kill(process.pid)
+    child.communicate()
+    assert repo.cli("list", "--json").json[0]["changed"] == 0
 
 
 def test_no_master_is_tried_twice_for_sessions_ahead(repo, site):
@@ -8134,7 +8156,7 @@ def test_forward_says_what_is_in_the_way(repo, site):
             refused(repo.cli("forward", "-w", "b", words), 2, said)
         with forwarding(repo, "-w", "b", str(port)) as (child, made):
             assert made[0]["local"] != port
-    assert f"Port {port} cannot be had here: Address already in use" in child.answer
+    assert f"Port {port} cannot be used on this machine: Address already in use" in child.answer
     server = Server(port)
     with forwarding(repo, "-w", "b", f"{free_port()}:{port}", sh='ulimit -n 60; exec "$@"') as (child, made):
         ends = [socket.create_connection(("127.0.0.1", made[0]["local"])) for _ in range(60)]
@@ -8256,7 +8278,7 @@ DOCTOR = {  # how the host h comes to have the trouble, doctor's exit code, its 
     "proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'"), 255, "my proxy is broken"),
     "coder": (lambda site: site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h"), 255, "coder login"),
     "silent": (lambda site: behind_line(site, "ConnectTimeout 2", stall=True), 255,
-               "then said nothing. Its sshd may hang, or another service have that port: try `ssh -F ", "h took the connection, and then said nothing"),
+               "but sent nothing. Its sshd may hang, or another service may have that port: try `ssh -F ", "h accepted the connection, but sent nothing"),
     "hangs up": (lambda site: behind_line(site, refuse=True), 255, "h ", "doctor h"),
     "late proxy": (lambda site: site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'"), 255, "without a connection: spoken late."),
     "silent proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'exit 1'"), 255, "ended without a connection or a word", "h dropped the connection"),
