@@ -9570,7 +9570,7 @@ class Terminal(Report):
 
     def warn(self, text: str) -> None:
         if self.verbosity >= 0:
-            self.line(neutralise(as_called(text)))
+            self.line(as_called(text))
 
     def step(self, what: str, doing: str) -> None:
         import threading
@@ -9586,11 +9586,11 @@ class Terminal(Report):
             self.step(what, doing)
         elif self.redraws and now - was[1] >= 1:  # sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52s left
             rate, whole = done / (now - was[1]), total() if total else 0
-            text = f"{doing} {human_size(done)}"
-            text += f" of ~{human_size(whole)}" if whole > done else ""
-            text += f", {human_size(rate)}/s"
-            text += f", ~{human_age((whole - done) / rate)} left" if whole > done and rate else ""
-            self.lanes[what] = (text, was[1])
+            size, left = human_size(done), ""
+            if whole > done > 0:
+                size += f" of ~{human_size(whole)}"
+                left = f", ~{human_age((whole - done) / rate)} left"
+            self.lanes[what] = (f"{doing} {size}, {human_size(rate)}/s{left}", was[1])
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
@@ -9699,7 +9699,7 @@ def draw(fd: int, text: str) -> None:
 
 def err_out(text: str) -> None:
     with contextlib.suppress(CmuxError):  # a full or closed stderr cannot be reported
-        draw(2, f"{PROGRAM}: {text}\n")
+        draw(2, f"{PROGRAM}: {neutralise(text)}\n")
 
 
 def in_colour() -> bool:
@@ -9727,9 +9727,10 @@ def quiet_terminal() -> None:
         Terminal.current.pause()
 
 
-def print_text(text: str) -> None:
+def print_text(text: str | bytes) -> None:
+    """Print a text and a newline, or bytes as they are."""
     quiet_terminal()
-    write_out(1, (text + "\n").encode("utf-8", "replace"))
+    write_out(1, text if isinstance(text, bytes) else encoded(text + "\n"))
 
 
 def print_json(value: object) -> None:
@@ -9737,13 +9738,22 @@ def print_json(value: object) -> None:
     print_text(json.dumps(value))
 
 
-def answer(options: Options, value: object, *lines: str) -> int:
-    """Print a result: the value with --json; else, without -q, the lines."""
+def render(options: Options, value: object, text: str | bytes, warning: str = "",
+           code: int = 0) -> int:
+    """Print a result: the value with --json, else the text and the warning; the exit code."""
     if options.json:
         print_json(value)
-    elif lines and options.verbosity >= 0:
-        print_text("\n".join(lines))
-    return 0
+        return code
+    if text:
+        print_text(text)
+    if warning:
+        options.terminal.warn(warning)
+    return code
+
+
+def answer(options: Options, value: object, *lines: str) -> int:
+    """The same for what -q leaves out."""
+    return render(options, value, "\n".join(lines) if options.verbosity >= 0 else "")
 
 
 def may_ask() -> bool:
@@ -10024,23 +10034,24 @@ def command_new(options: Options) -> int:
     return report_all(errors)
 
 
-def print_table(*rows: Sequence[object]) -> None:
-    print_text("\n".join(table_lines(rows, terminal_width())))
-
-
-def table_lines(rows: Sequence[Sequence[object]], width: int) -> list[str]:
-    """A line for each row; None is a dash. Where they do not fit, the last column is cut, to 8
-    characters at least, or left out; then the widest yield."""
-    cells = [["-" if value is None else neutralise(str(value)).replace("\n", " ")
-              for value in row] for row in rows]
+def table(heads: str, rows: Iterable[Fields], width: int = 0) -> str:
+    """A line for each row, of its members named like ``heads``; None is a dash. Where they do not
+    fit, the last column is cut, to 8 characters at least, or left out; then the widest yield."""
+    width, names = width or terminal_width(), heads.split()
+    cells = [["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
+              for value in (row.get(name.lower(), "") for name in names)] for row in rows]
+    if not cells:
+        return ""
+    cells.insert(0, names)
     *widths, last = [max(map(len, column)) for column in zip(*cells)]
     rest = width - sum(widths) - 2 * len(widths)
     if rest >= min(8, last):
         widths.append(min(rest, last))
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
         widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of equals, the later
-    return ["  ".join((text if len(text) <= size else text[:size - 3] + "...").ljust(size)
-                      for text, size in zip(row, widths)).rstrip() for row in cells]
+    return "\n".join("  ".join(
+        (text if len(text) <= size else text[:size - 3] + "...").ljust(size)
+        for text, size in zip(row, widths)).rstrip() for row in cells)
 
 
 def command_history(options: Options) -> int:
@@ -10048,15 +10059,13 @@ def command_history(options: Options) -> int:
     if options.json:
         for row in rows:
             print_json(row)
-    elif rows:
-        print_table(("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL"), *(
-            (time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
-             row.get("workspace", ""), row["operation"], f"{row.get('duration') or 0:.2f} s",
-             row.get("exit_code", ""), human_size(row["bytes"]) if row.get("bytes") else "",
-             row.get("detail", "")) for row in rows))
-    else:
-        options.terminal.warn("Nothing is on record yet.")
-    return 0
+        return 0
+    text = table("WHEN WORKSPACE WHAT TOOK CODE BYTES DETAIL", (
+        {**row, "when": time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
+         "what": row["operation"], "took": f"{row.get('duration') or 0:.2f} s",
+         "code": row.get("exit_code", ""),
+         "bytes": human_size(row["bytes"]) if row.get("bytes") else ""} for row in rows))
+    return render(options, None, text, "" if text else "Nothing is on record yet.")
 
 
 class View:
@@ -10122,17 +10131,18 @@ class View:
                     for what, text, since in doing]})
         return rows
 
-    def lines(self, width: int) -> list[str]:
-        table: list[Sequence[object]] = [
-            ("WORKSPACE", "HOST", "CHANGED", "LAST", "FOR", "RUNNING")]
+    def table(self, width: int) -> str:
+        shown = []
         for row in self.rows():
-            cells = [row[key] for key in ("workspace", "host", "changed", "last_exit_code")]
-            for item in row["running"] or [{"for": None, "detail": row["error"] or "", "what": ""}]:
-                own = "" if item["what"] in ("", "exec") else item["what"] + " "
-                since = "" if item["for"] is None else human_age(item["for"])
-                table.append((*cells, since, own + item["detail"]))
-                cells = [""] * 4
-        return table_lines(table, width)
+            facts = dict(row, last=row["last_exit_code"], running=row["error"] or "")
+            for item in row["running"] or [{}]:
+                if item:
+                    own = "" if item["what"] == "exec" else item["what"] + " "
+                    since = "" if item["for"] is None else human_age(item["for"])
+                    facts.update({"for": since, "running": own + item["detail"]})
+                shown.append(facts)
+                facts = {}
+        return table("WORKSPACE HOST CHANGED LAST FOR RUNNING", shown, width)
 
 
 def command_top(options: Options) -> int:
@@ -10140,7 +10150,7 @@ def command_top(options: Options) -> int:
     top = View(options.host, project)
     if options.json or not (os.isatty(0) and os.isatty(1)):
         top.ask(TOP_PATIENCE)
-        return answer(options, top.rows(), *top.lines(1 << 16))
+        return render(options, top.rows(), top.table(1 << 16))
     import termios
     import tty
     saved = termios.tcgetattr(0)
@@ -10152,7 +10162,7 @@ def command_top(options: Options) -> int:
             top.ask()
             size = shutil.get_terminal_size()
             title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q leaves)"
-            lines = [title, "", *top.lines(size.columns)][:size.lines - 1]
+            lines = [title, "", *top.table(size.columns).split("\n")][:size.lines - 1]
             draw(1, "\x1b[H%s\x1b[J" % "".join(f"\x1b[K{line}\r\n" for line in lines))
             if select.select([0], [], [], TOP_EVERY)[0] and os.read(0, 1) in b"qQ":  # or its end
                 return 0
@@ -10275,20 +10285,15 @@ def command_list(options: Options) -> int:
                  behind=workspace.project.repository.behind(workspace.base),
                  jobs=len(seen["running"]) if "running" in seen else None)
             for workspace, seen in view.look()]
-    if options.json:
-        print_json(rows)
-    elif not rows:
-        where = f" on {' or '.join(options.host)}" if options.host else " yet"
-        options.terminal.warn(f"No workspaces{where}. Make one: {PROGRAM} new NAME -H HOST")
-    elif options.verbosity < 0:
-        print_text("\n".join(row["name"] for row in rows))
-    else:
-        counted = ("behind", "changed", "jobs")
-        print_table(("NAME", "HOST", "STATE", *map(str.upper, counted), "AGE", "BASE"), *(
-            (f"{row['project']}/" * options.all_projects + row["name"], row["host"], row["state"],
-             *(row[key] for key in counted), human_age(time.time() - row["created"]),
-             row["base"][:10]) for row in rows))
-    return 0
+    text = "\n".join(row["name"] for row in rows)
+    if options.verbosity >= 0:
+        text = table("NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", (
+            {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
+             "age": human_age(time.time() - row["created"]), "base": row["base"][:10]}
+            for row in rows))
+    where = f" on {' or '.join(options.host)}" if options.host else " yet"
+    return render(options, rows, text, "" if text else
+                  f"No workspaces{where}. Make one: {PROGRAM} new NAME -H HOST")
 
 
 def human_age(seconds: float) -> str:
@@ -10561,12 +10566,7 @@ def command_tool(options: Options) -> int:
     if "job" in given:
         arguments["job"] = job_of(options, workspace)
     result = call_tool(workspace, name, arguments)
-    if options.json:
-        print_json(result["jobs"] if name == "jobs" else result)
-    else:
-        quiet_terminal()
-        TOOL_TEXT[name](result, options.terminal)
-    return TOOL_CODE[name](result) if name in TOOL_CODE else 0
+    return render(options, result["jobs"] if name == "jobs" else result, *tool_text(name, result))
 
 
 def command_write(options: Options) -> int:
@@ -10614,21 +10614,35 @@ def command_edit(options: Options) -> int:
     return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
 
 
-def text_rows(rows: list[str], result: Fields, terminal: Terminal) -> None:
-    if rows:
-        write_out(1, encoded("\n".join(rows + [""])))
-    if result["truncated"]:
-        terminal.warn("There are more; narrow the pattern, or raise --limit.")
+def tool_text(name: str, result: Fields) -> tuple[str | bytes, str, int]:
+    """What a tool's result is without --json: the text, a warning, the exit code."""
+    if name == "read":
+        return field_bytes("content", result), "", 0
+    if name == "jobs":
+        return (*jobs_text(result["jobs"]), 0)
+    if name == "stop":
+        line = f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']]}"
+        return (line, "", 0) if result["stopped"] == "confirmed" else ("", line, 1)
+    if name == "wait":
+        how = ("" if result["exit_code"] is not None else
+               "still running" if result["state"] == "running" else
+               "lost: it ended without a record (was the host restarted?)")
+        return "", f"The job {result['job']} is {how}." if how else "", wait_code(result)
+    if name not in ("glob", "grep"):
+        return "", "", 0
+    rows = result["paths"] if name == "glob" else [
+        "%(path)s:%(line)d:%(text)s" % match for match in result["matches"]]
+    more = "There are more; narrow the pattern, or raise --limit." * result["truncated"]
+    return "\n".join(rows), more, int(name == "grep" and not rows)
 
 
-def text_jobs(result: Fields, terminal: Terminal) -> None:
-    if not result["jobs"]:
-        return terminal.warn("No jobs here. Start one: %s exec --detach -- CMD" % PROGRAM)
-    many = ["workspace"] * ("workspace" in result["jobs"][0])
-    print_table((*map(str.upper, many), "JOB", "STATE", "AGE", "COMMAND"), *(
-        (*(row[key] for key in many), row["job"], job_state(row),
-         human_age(time.time() - row["started"]) if row["started"] else "?", row["command"])
-        for row in result["jobs"]))
+def jobs_text(jobs: Sequence[Fields], heads: str = "") -> tuple[str, str]:
+    """A table of jobs, with columns before its own; a warning if there are none."""
+    text = table(heads + "JOB STATE AGE COMMAND", (
+        {**job, "state": job_state(job),
+         "age": human_age(time.time() - job["started"]) if job["started"] else "?"}
+        for job in jobs))
+    return text, "" if text else f"No jobs. Start one: {PROGRAM} exec --detach -- CMD"
 
 
 def command_jobs(options: Options) -> int:
@@ -10643,34 +10657,12 @@ def command_jobs(options: Options) -> int:
         if "error" in seen:
             code = 255
             options.terminal.line(f"{workspace.name}: {seen['error']}")
-    print_json(rows) if options.json else text_jobs({"jobs": rows}, options.terminal)
-    return code
+    return render(options, rows, *jobs_text(rows, "WORKSPACE "), code)
 
 
 def job_state(row: Mapping[str, Any]) -> str:
     """running, lost, exited 0, stopped 143"""
     return f"{row['state']} {row['exit_code']}".replace(" None", "")
-
-
-TOOL_TEXT: dict[str, Callable[[Fields, Terminal], None]] = {
-    "jobs": text_jobs,
-    "read": lambda result, terminal: write_out(1, field_bytes("content", result)),
-    "stop": lambda result, terminal: (
-        print_text if result["stopped"] == "confirmed" else terminal.warn)(
-            f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']]}"),
-    "wait": lambda result, terminal: None if result["exit_code"] is not None else terminal.warn(
-        "The job %s is %s." % (result["job"], "still running" if result["state"] == "running" else
-                               "lost: it ended without a record (was the host restarted?)")),
-    "glob": lambda result, terminal: text_rows(result["paths"], result, terminal),
-    "grep": lambda result, terminal: text_rows(
-        ["%(path)s:%(line)d:%(text)s" % match for match in result["matches"]], result, terminal),
-}
-# What they end with, where that is not 0.
-TOOL_CODE: dict[str, Callable[[Fields], int]] = {
-    "grep": lambda result: 0 if result["matches"] else 1,
-    "stop": lambda result: 0 if result["stopped"] == "confirmed" else 1,
-    "wait": wait_code,
-}
 
 
 def command_logs(options: Options) -> int:
@@ -10924,7 +10916,7 @@ def typed_program() -> str:
 
 def report_error(error: CmuxError) -> None:
     quiet_terminal()
-    err_out(neutralise(f"{str(error).strip()} {as_called(error.hint)}").strip())
+    err_out(f"{str(error).strip()} {as_called(error.hint)}".strip())
 
 
 def report_all(errors: Collection[CmuxError]) -> int:
