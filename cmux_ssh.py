@@ -9984,9 +9984,13 @@ class Labelled(Outlet):
             self.live.put(lambda: write_out(self.fd, text, True, self.patience))
 
 
+def stdin_is_null() -> bool:
+    return os.path.samestat(os.fstat(0), os.stat(os.devnull))
+
+
 def open_stdin() -> Source | None:
     """Our stdin for the command; None for a terminal, /dev/null, and a pipe that has ended."""
-    if os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull)):
+    if os.isatty(0) or stdin_is_null():
         return None
     ended = not poll_once(0, 0).get(0, select.POLLIN) & select.POLLIN
     return None if ended else Source(0)
@@ -10433,43 +10437,44 @@ def stored_secrets(options: Options) -> Any:
 
 
 def command_secrets_set(options: Options) -> int:
-    if "=" in options.name:
-        name = show(options.name.partition("=")[0])[1:-1]
-        raise UsageError("A secret's value is not taken from the command line: others see that.",
-                         f"Pipe it: ... | {PROGRAM} secrets set {name}")
-    name = check_variable(options.name, secret=True)
-    way, entry = f"%s | {PROGRAM} secrets set {name}", {"command": options.command}
+    name, equals, _ = options.name.partition("=")
+    pipe = f"{PROGRAM} secrets set {show(name)[1:-1]}"
+    if equals:
+        raise UsageError("A secret's value is not taken from the command line, which others see.",
+                         f"Pipe it: ... | {pipe}")
+    check_variable(name, secret=True)
+    entry, typed = {"command": options.command}, os.isatty(0)
     if options.command is None:
-        if os.isatty(0):
-            import getpass
-            value, pipe = b"", "Pipe it: " + way % "..."
-            try:
-                value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
-            except UnicodeDecodeError:
-                raise UsageError("What was typed is not text in this terminal's encoding.", pipe)
-            except EOFError:
-                pass
-            if len(value) >= 4095:
-                raise UsageError("A terminal passes on no more than 4095 bytes of a line.", pipe)
-            given = bool(value)
-        else:
-            value = read_all(0, SECRET_MAX + 2)
-            value = value[:-1] if value.endswith(b"\n") else value
-            given = not os.path.samestat(os.fstat(0), os.stat(os.devnull))
-        if not given:
+        value = typed_value(name, pipe) if typed else read_all(0, SECRET_MAX + 2)
+        if not value and (typed or stdin_is_null()):
             raise UsageError(f"No value was given for {name} on stdin.",
-                             "For an empty one: " + way % "printf ''")
-        entry = {"value": as_text(value)}
+                             f"For an empty one: printf '' | {pipe}")
+        entry = {"value": as_text(value.removesuffix(b"\n"))}
     with stored_secrets(options) as stored:
         stored[name] = entry
     return answer(options, [name])
 
 
+def typed_value(name: str, pipe: str) -> bytes:
+    """What a person types as the value of a secret."""
+    import getpass
+    try:
+        value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
+    except UnicodeDecodeError:
+        raise UsageError("What was typed is not text in this terminal's encoding.",
+                         f"Pipe it: ... | {pipe}")
+    except EOFError:
+        return b""
+    if len(value) >= 4095:
+        raise UsageError("A terminal passes on no more than 4095 bytes of a line.",
+                         f"Pipe it: ... | {pipe}")
+    return value
+
+
 def read_all(fd: int, limit: int) -> bytes:
     """All bytes until the end. Raises UsageError for more than ``limit``."""
-    data, chunk = bytearray(), b"x"  # bytes would be copied with each chunk
-    while chunk:
-        chunk = read_some(fd)
+    data = bytearray()  # bytes would be copied with each chunk
+    while chunk := read_some(fd):
         data += chunk
         if len(data) > limit:
             raise UsageError(f"What comes on stdin is larger than {human_size(limit)}.")
@@ -10516,19 +10521,16 @@ def parse_dotenv(text: str) -> dict[str, str]:
 def command_secrets_list(options: Options) -> int:
     project, name = Project(options.directory), one_workspace(options)
     stored = project.registry.stored(project.entry(name)["op"] if name else None)
-    rows = []
+    rows, lines = [], []
     for name, entry, where in sorted(stored, key=lambda row: row[0]):
         scope, _, workspace = where.partition(" ")
         kind = "command" if "command" in entry else "value"
         rows.append(dict({"workspace": workspace} if workspace else {}, name=name, kind=kind,
                          scope=scope))
         facts = [where] * (scope != "project") + ["from a command"] * (kind == "command")
-        if not options.json:
-            shown = facts and options.verbosity >= 0
-            print_text(name + (f"  ({', '.join(facts)})" if shown else ""))
-    if options.json:
-        print_json(rows)
-    return 0
+        shown = f"  ({', '.join(facts)})" if facts and options.verbosity >= 0 else ""
+        lines.append(name + shown)
+    return render(options, rows, "\n".join(lines))
 
 
 def command_secrets_rm(options: Options) -> int:
@@ -10793,22 +10795,22 @@ def line_args(verb: Verb) -> list[Arg]:
     return [arg for arg in verb.args if arg.face != "json"] + known
 
 
-def usage(group: str = "") -> str:
-    """The help without a command: all commands, or those that begin with ``group``."""
+def usage(group: str) -> str:
+    """The help on all commands, or on those that begin with ``group``."""
     rows = []
     for name, verb in VERBS.items():
         if name.startswith(group):
             rows += [GROUPS[name] + ":"] if name in GROUPS else []
             rows.append(f"  {name:<14} {verb.text}")
-    return f"""usage: {PROGRAM} {group + " " if group else ""}COMMAND [options]
+    return f"""usage: {PROGRAM} {group}COMMAND [options]
 
 SSH workspaces for coding agents: work happens on HOST, your keys stay here.
 
 {chr(10).join(rows)}
 
-Options of most commands, also before the command: -C DIR (the repository),
--H HOST, -w NAME (the workspace), --json, -q, -v. All of a command with -h:
-  {PROGRAM} {group or "exec"} -h
+All options of a command: {PROGRAM} {group}COMMAND -h
+Most commands take, also before their name: -C DIR (the repository), -H HOST,
+-w NAME (the workspace), --json, -q, -v.
 Exit codes: of exec the command's own, 124 timeout, 125 this tool failed,
 130 interrupted, 255 host unreachable or lost; of the others 0, 1, 2, 130, 255."""
 
@@ -10830,7 +10832,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
              for arg in line_args(verb) if arg.word]
     parser = Parser(
         prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
-        description=verb.text, epilog=" ".join(["example:", PROGRAM, verb.name, verb.example]),
+        description=verb.text, epilog=f"example: {PROGRAM} {verb.name} {verb.example}".rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for arg in line_args(verb):
         text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
@@ -10844,31 +10846,21 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
                             nargs=None if arg.word in ("", "1") else arg.word,
                             action="append" if arg.flags and arg.kinds == ["texts"] else "store")
         parser.add_argument(*(arg.flags or [arg.name]), help=text, **settings)
+    parser.set_defaults(**{arg.name: [] if arg.kinds == ["texts"] else arg.default or False
+                           for arg in COMMON})  # also those that the command lacks
     return parser
 
 
-def parse(words: Sequence[str]) -> Options:
+def parse(name: str, words: list[str]) -> Options:
     """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
-    name, rest, tail = words[0], list(words[1:]), []  # type: str, list[str], list[str]
-    if name == "secrets":
-        rest = command_first(rest)
-        if rest[:1] in (["-h"], ["--help"]):
-            print_text(usage(name))
-            raise SystemExit(0)
-        name, rest = " ".join([name, *rest[:1]]), rest[1:]
     if name not in VERBS:
         import difflib
         near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
         raise UsageError(f"There is no command {show(name)}.",
                          f"See `{' '.join([PROGRAM, *near, '-h'])}`.")
-    if name == "exec" and "--" in rest:
-        at = rest.index("--")
-        rest, tail = rest[:at], rest[at + 1:]
-    options = parser_of(VERBS[name]).parse_args(rest)
-    for arg in COMMON:  # also those that the command lacks
-        options.__dict__.setdefault(arg.name, arg.default)
-    options.host, options.workspace = options.host or [], options.workspace or []
-    options.verb, options.verbosity = name, int(options.verbose) - int(options.quiet)
+    at = words.index("--") if name == "exec" and "--" in words else len(words)
+    options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
+    options.verb, options.verbosity = name, options.verbose - options.quiet
     options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
     CALLED["project"] = "" if options.directory == "." else " -C " + quote(options.directory)
     # A call of batch or mcp names its own.
@@ -10960,12 +10952,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if words[:1] in (["-h"], ["--help"], ["help"]):
             words = [*words[1:], "-h"]
-        if words in ([], ["-h"]):
-            print_text(usage())
+        if words[:1] == ["secrets"]:  # its commands have two words
+            rest = command_first(words[1:])
+            words = [" ".join(["secrets", *rest[:1]]), *rest[1:]]
+        of_many = re.match(r"(secrets |)(-h|--help)\Z", words[0] if words else "-h")
+        if of_many:
+            print_text(usage(of_many[1]))
             return 0 if words else 2
         if words[0] == "__complete" and words[2:]:
             return complete(words[1], words[2:])
-        options = parse(words)
+        options = parse(words[0], words[1:])
         raise_descriptor_limit()
         stop_signals()
         try:
