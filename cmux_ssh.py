@@ -9507,8 +9507,8 @@ if TYPE_CHECKING:
     Options = argparse.Namespace
 
 class Terminal(Report):
-    """What a person sees on stderr while work goes on: a lane for each workspace, drawn in place
-    if that is a terminal. All else is printed by put(), above them, or takes them away first."""
+    """What a person sees on stderr during work: a lane for each workspace, redrawn in place on a
+    terminal. Other output goes above them, by put(), or takes them away first."""
 
     current: Terminal | None = None  # of this process
 
@@ -9519,15 +9519,15 @@ class Terminal(Report):
         self.notes = self.bars or notes or verbosity > 0  # exec is silent in a pipe
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
-        self.lanes: dict[str, tuple[str, float]] = {}  # what is done, since when (0: no work)
+        self.lanes: dict[str, tuple[str, float]] = {}  # the step, and when it began (0: no work)
         self.width, self.drawn, self.paused, self.began = 0, 0, False, 0.0
-        self.sinks: dict[str, Outlet] = {}  # of what init hooks print
+        self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
         Masters.tell, Masters.alert, Lock.tell = self.note, self.warn, self.note
 
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
-        """in_parallel() of ``work(name)``, a workspace or a row of exec, for each."""
+        """in_parallel() of ``work(name)`` for each: a Workspace, or a row of exec."""
         self.many |= len(names) > 1
         self.lanes, self.width = dict.fromkeys(names, ("waiting", 0.0)), max(map(len, names))
 
@@ -9597,7 +9597,7 @@ class Terminal(Report):
             self.sinks.setdefault(what, self.sink_of(what, 2))(data)
 
     def sink_of(self, name: str, fd: int, patience: Patience | None = None) -> Outlet:
-        """For what a command prints: labelled, if there are several."""
+        """A sink for a command's output, labelled if there are several."""
         if self.many:
             return Labelled(fd, f"{name.ljust(self.width)} | ", self, patience)
         self.pause()
@@ -9610,7 +9610,7 @@ class Terminal(Report):
             self.paused = True
 
     def close(self) -> None:
-        self.closed.set()  # for threads that go on
+        self.closed.set()  # threads may go on reporting
         self.pause()
 
     def clear(self) -> None:
@@ -9636,9 +9636,8 @@ class Terminal(Report):
         self.drawn = len(lines)
 
     def _lines(self, columns: int, room: int) -> list[str]:
-        """A line for each workspace; where that is too many, for those at work, and a count."""
-        rows, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
-        count = []
+        """A line for each workspace; if there are too many, for those at work, and a count."""
+        rows, lines, count = [(name, *lane) for name, lane in list(self.lanes.items())], [], []
         if len(rows) > room:
             busy = [row for row in rows if row[2]]
             ended = [doing for _, doing, since in rows if not since and doing != "waiting"]
@@ -9653,7 +9652,7 @@ class Terminal(Report):
 
 
 class Patience:
-    """How long a reader of our output is waited for: until the deadline, or an event of one of
+    """How long to wait for the reader of our output: until the deadline, or an event of one of
     ``ends``, and then for ``grace`` seconds. What it has not taken by then is dropped."""
 
     def __init__(self, grace: float, *ends: tuple[Any, int]) -> None:
@@ -9661,7 +9660,7 @@ class Patience:
         self.lost: set[int] = set()  # descriptors that nobody reads
 
     def takes(self, fd: int) -> bool:
-        """Wait until ``fd`` takes bytes (a pipe: PIPE_BUF); False if that is given up."""
+        """Wait until ``fd`` takes bytes (a pipe: PIPE_BUF); False if it does not."""
         room = (fd, select.POLLOUT)
         if fd not in self.lost and fd not in poll_once(self.deadline.left(), room, *self.ends):
             if not poll_once(self.grace, room):
@@ -9669,7 +9668,7 @@ class Patience:
         return fd not in self.lost
 
     def full(self, fd: int) -> None:
-        """``fd`` took nothing after all: a terminal with room for half a line end."""
+        """Wait: ``fd`` took nothing after all, as a terminal with room for half a line end."""
         time.sleep(0.05)
         if self.deadline.over() or poll_once(0, *self.ends):
             self.lost.add(fd)
@@ -9677,7 +9676,7 @@ class Patience:
 
 def write_out(fd: int, data: bytes, harmless: bool = False,
               patience: Patience | None = None) -> None:
-    """Bytes to our stdout or stderr: raw into a pipe or file, neutralised on a terminal."""
+    """Write to our stdout or stderr: raw bytes into a pipe or file, harmless text to a terminal."""
     if not harmless and os.isatty(fd):
         data = neutralise(data).encode("utf-8", "replace")
     view, patience = memoryview(data), patience or Patience(0)
@@ -9693,7 +9692,7 @@ def write_out(fd: int, data: bytes, harmless: bool = False,
 
 
 def draw(fd: int, text: str) -> None:
-    """Harmless text, perhaps with escape sequences of ours."""
+    """Write harmless text, perhaps with our own escape sequences."""
     write_out(fd, text.encode("utf-8", "replace"), harmless=True)
 
 
@@ -9713,8 +9712,8 @@ def terminal_width() -> int:
 
 
 def answer_out(data: bytes, ending: Cancel) -> None:
-    """Bytes to stdout for an MCP client. If it reads none when it has closed stdin, or when
-    ``ending`` is set, they are given up."""
+    """Write to an MCP client; PipeClosed if it has closed stdin, or ``ending`` is set, and it
+    reads nothing more."""
     patience = Patience(MCP_GRACE, (0, 0), (ending, select.POLLIN))  # of stdin only its end
     write_out(1, data, patience=patience)
     if patience.lost:
@@ -9722,7 +9721,6 @@ def answer_out(data: bytes, ending: Cancel) -> None:
 
 
 def quiet_terminal() -> None:
-    """Take the lanes away."""
     if Terminal.current:
         Terminal.current.pause()
 
@@ -9752,7 +9750,7 @@ def render(options: Options, value: object, text: str | bytes, warning: str = ""
 
 
 def answer(options: Options, value: object, *lines: str) -> int:
-    """The same for what -q leaves out."""
+    """The same, without the lines if -q was given."""
     return render(options, value, "\n".join(lines) if options.verbosity >= 0 else "")
 
 
@@ -9771,15 +9769,14 @@ def open_project(options: Options) -> Project:
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
-# -- the commands: command_VERB(), else command_tool(), takes the parsed options and returns an
-# exit code --
+# -- the commands: command_VERB(options), or command_tool(options), returns the exit code --
 
 def command_exec(options: Options) -> int:
     return Execution(options).run()
 
 
 class Execution:
-    """A command in one workspace, or in several at once: a row for each."""
+    """A command in one workspace, or in several at once, with a row for each."""
 
     def __init__(self, options: Options) -> None:
         self.options, self.cancel = options, Cancel()
@@ -9809,7 +9806,7 @@ class Execution:
                  "-t takes no --json, --detach, --timeout, -n, nor several workspaces.", ""),
                 (options.all and options.workspace, "--all takes no -w.", ""),
                 (options.no_secrets and options.secrets,
-                 "--no-secrets hands over none, --secret one.", "Give one of the two."),
+                 "--no-secrets and --secret exclude each other.", "Give one of the two."),
                 (options.detach and options.timeout, "--detach takes no --timeout.",
                  f"End the job with: {PROGRAM} stop ID"),
                 (options.detach and many, "--detach takes one workspace.",
@@ -9817,7 +9814,7 @@ class Execution:
                 (unread and many, "With several workspaces exec passes stdin on to none of them.",
                  "Add -n, or run it once for each."),
                 (unread, "A job takes no stdin.",
-                 f"Write it first (... | {PROGRAM} write -w {self.names[0]} FILE), and then "
+                 f"Write it first (... | {PROGRAM} write -w {quote(self.names[0])} FILE), and then "
                  "exec --detach -- 'CMD <FILE'; or add -n.")):
             if bad:
                 raise UsageError(text, hint)
@@ -9829,10 +9826,10 @@ class Execution:
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
-            if isinstance(row, PipeClosed) or isinstance(row, CmuxError) and self.plain:
-                raise row
-            if isinstance(row, CmuxError):  # not begun
-                rows[at] = exec_failure(self.names[at], None, row, began)
+            if isinstance(row, CmuxError):
+                if self.plain or isinstance(row, PipeClosed):
+                    raise row
+                rows[at] = exec_failure(self.names[at], None, row, began)  # it has not begun
         if self.options.json:
             print_json(rows if self.many else rows[0])
         elif self.many:
@@ -9846,22 +9843,22 @@ class Execution:
         return max(int(row.get("exit_code", 0)) for row in rows)
 
     def _row(self, name: str) -> Fields:
-        options, began = self.options, time.monotonic()
+        options, terminal, began = self.options, self.terminal, time.monotonic()
         patience, host = Patience(0.5, (self.cancel, select.POLLIN)), None
         out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
-                    self.terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
+                    terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
         try:
             host = self.project.entries().get(name, {}).get("host")
             workspace = self._workspace(name)
             if options.detach:
                 job = workspace.start(cancel=self.cancel, **self.call)
                 if not options.no_stdin and data_waits():  # of a slow writer
-                    self.terminal.warn("The job does not read what came on stdin.")
+                    terminal.warn("The job does not read what came on stdin.")
                 return {"job": job, "workspace": name}
             if self.many:
-                self.terminal.step(name, "running")
+                terminal.step(name, "running")
             else:
-                self.terminal.pause()
+                terminal.pause()
             source = None if options.no_stdin or self.many else open_stdin()
             patience.deadline = Deadline(options.timeout)
             outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=self.cancel,
@@ -9874,9 +9871,8 @@ class Execution:
         except CmuxError as error:
             if self.plain:
                 raise
-            row = exec_failure(name, host, error, began)
-            row.update(json_fields({"stdout": out.value(), "stderr": err.value()}))
-            return row
+            partial = json_fields({"stdout": out.value(), "stderr": err.value()})
+            return {**exec_failure(name, host, error, began), **partial}
         finally:
             if not options.json:
                 out.end()
@@ -9915,11 +9911,11 @@ class Execution:
 
 STOPPED = {"confirmed": "its processes have ended",
            "requested": "its end was requested, not seen",
-           "unknown": "whether it still runs is unknown"}
+           "unknown": "it may still run"}
 
 
 def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Fields:
-    """The object of `exec --json` for a command that did not run, or was lost."""
+    """What `exec --json` prints for a command that did not run, or was lost."""
     return {"workspace": name, "host": getattr(error, "host", None) or host,
             "exit_code": exec_code(error), "stdout": "", "stderr": "", "timed_out": False,
             "duration": round(time.monotonic() - began, 3), "truncated": False,
@@ -9932,7 +9928,7 @@ def exec_code(error: CmuxError) -> int:
 
 
 def data_waits() -> bool:
-    """Whether stdin, a file, pipe or socket, has bytes to read."""
+    """Whether stdin, if it is a file, pipe or socket, has bytes to read."""
     import fcntl
     import termios
     mode, size = os.fstat(0).st_mode, os.fstat(0).st_size
@@ -9943,14 +9939,14 @@ def data_waits() -> bool:
 
 
 class Outlet:
-    """A sink to our stdout or stderr, used where a Capture may be, too."""
+    """A sink to our stdout or stderr, in the place of a Capture."""
 
     truncated = False
 
     def __init__(self, fd: int, patience: Patience | None = None) -> None:
         self.text = TerminalText() if os.isatty(fd) else None
         self.fd, self.patience = fd, patience
-        if self.text and patience:  # opened once more: others need ``fd`` to block
+        if self.text and patience:  # opened again: ``fd`` itself has to block, for others
             with contextlib.suppress(OSError):
                 self.fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
@@ -9966,7 +9962,7 @@ class Outlet:
 
 
 class Labelled(Outlet):
-    """A sink that writes whole lines, each behind a label."""
+    """A sink that writes whole lines, each after a label."""
 
     def __init__(self, fd: int, label: str, live: Terminal, patience: Patience | None) -> None:
         super().__init__(fd, patience)
@@ -9976,7 +9972,7 @@ class Labelled(Outlet):
         *lines, self.held = (self.held + data).split(b"\n")
         if self.held and last or len(self.held) > CHUNK:
             lines, self.held = lines + [self.held], b""
-        if self.text:  # a carriage return leads back to behind the label
+        if self.text:  # a carriage return goes back to the end of the label
             lines = [self.text(line.rstrip(b"\r")).encode().replace(b"\r", b"\r" + self.label)
                      for line in lines]
         if lines:
@@ -10011,7 +10007,7 @@ def state_to_send(options: Options, repository: Repository) -> Any:
     if options.dirty and options.ref != "HEAD":
         raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
     if options.allow and not options.dirty:
-        raise UsageError("--allow goes with --dirty.", "A commit is sent as it is.")
+        raise UsageError("--allow goes with --dirty.", "A commit is always sent whole.")
     return repository.snapshot(options.allow or []) if options.dirty else options.ref
 
 
@@ -10032,7 +10028,7 @@ def command_new(options: Options) -> int:
             continue
         rows.append(made.describe())
         lines.append(f"{name}  {made.host.name}:{made.path}")
-        if options.verbosity < 0 and made.state == "init failed":  # not said above
+        if options.verbosity < 0 and made.state == "init failed":  # not reported above
             report_error(RemoteFailed(f"The init hook of {name} failed."))
     answer(options, rows, *lines)
     return report_all(errors)
@@ -10073,8 +10069,8 @@ def command_history(options: Options) -> int:
 
 
 class View:
-    """What the hosts say of the workspaces of projects (all, or those on some hosts): asked side
-    by side, so that no host holds up the others."""
+    """The state of the workspaces of projects, on all hosts or on some. Each workspace is asked
+    in a thread of its own, so that no host delays the others."""
 
     def __init__(self, hosts: Container[str], *projects: Project) -> None:
         self.hosts, self.projects = hosts, projects
@@ -10082,13 +10078,13 @@ class View:
         self.asked: set[str] = set()
 
     def look(self) -> list[tuple[Workspace, Fields]]:
-        """The workspaces, and what is known of them by now."""
+        """The workspaces, and what is known of each."""
         return [(workspace, self.seen.get(workspace.op, {}))
                 for project in self.projects for workspace in project.workspaces()
                 if not self.hosts or workspace.host.name in self.hosts]
 
     def ask(self, seconds: float = 0) -> None:
-        """Ask each that has answered its last question; wait so long for the answers."""
+        """Ask all but those still to answer; wait up to ``seconds`` for the answers."""
         import threading
         for workspace, _ in self.look():
             if workspace.op not in self.asked:
@@ -10117,22 +10113,21 @@ class View:
 
     def rows(self) -> list[Fields]:
         now, (project,) = time.time(), self.projects
-        going_on = project.running_now()
+        operations = project.running_now()
         last = {row.get("op"): row.get("exit_code") for row in project.history.rows()
                 if row["operation"] == "exec"}
         rows = []
         for workspace, seen in self.look():
-            name = workspace.name
-            doing = [(row["operation"], str(row.get("detail", "")), row["time"])
-                     for row in going_on if row.get("workspace") == name]
-            doing += [(job["job"], job["command"], job["started"])
-                      for job in seen.get("running", ())]
+            running = [(row["operation"], str(row.get("detail", "")), row["time"])
+                       for row in operations if row.get("workspace") == workspace.name]
+            running += [(job["job"], job["command"], job["started"])
+                        for job in seen.get("running", ())]
             rows.append({
-                "workspace": name, "host": workspace.host.name,
+                "workspace": workspace.name, "host": workspace.host.name,
                 "changed": seen.get("changed"), "error": seen.get("error"),
                 "last_exit_code": last.get(workspace.op), "running": [
                     {"what": what, "detail": text, "for": round(now - since, 1) if since else None}
-                    for what, text, since in doing]})
+                    for what, text, since in running]})
         return rows
 
     def table(self, width: int) -> str:
@@ -10155,6 +10150,7 @@ def command_top(options: Options) -> int:
     if options.json or not (os.isatty(0) and os.isatty(1)):
         top.ask(TOP_PATIENCE)
         return render(options, top.rows(), top.table(1 << 16))
+    import shutil
     import termios
     import tty
     saved = termios.tcgetattr(0)
@@ -10162,13 +10158,12 @@ def command_top(options: Options) -> int:
     try:
         tty.setcbreak(0)
         while True:
-            import shutil
             top.ask()
             size = shutil.get_terminal_size()
-            title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q leaves)"
+            title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q quits)"
             lines = [title, "", *top.table(size.columns).split("\n")][:size.lines - 1]
             draw(1, "\x1b[H%s\x1b[J" % "".join(f"\x1b[K{line}\r\n" for line in lines))
-            if select.select([0], [], [], TOP_EVERY)[0] and os.read(0, 1) in b"qQ":  # or its end
+            if poll_once(TOP_EVERY, 0) and os.read(0, 1) in b"qQ":  # b"": the terminal is gone
                 return 0
     except KeyboardInterrupt:
         return 0
@@ -10184,8 +10179,7 @@ def command_completion(options: Options) -> int:
 
 
 def complete(shell: str, words: Sequence[str]) -> int:
-    """`__complete SHELL WORD...`, for the scripts below: a line for each completion of the last
-    word."""
+    """`__complete SHELL WORD...`, for the scripts below: print the completions of the last word."""
     for word, text in candidates(words[:-1], words[-1]).items():
         if word.startswith(words[-1]):
             print_text(f"{word}\t{text}" if shell == "fish" else word)
@@ -10206,8 +10200,8 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
             plain.append(word)
             name = " ".join(plain[:1 + (plain[0] == "secrets")])
             known = line_args(VERBS[name]) if name in VERBS else COMMON
-    if "--" in before or name == "exec" and plain[1:]:
-        return {}  # words of the remote command
+    if "--" in before or name == "exec" and plain[1:]:  # words of the remote command
+        return {}
     if pending:
         return values_of(pending, directory)
     if last.startswith("-"):
@@ -10222,7 +10216,7 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
 
 
 def values_of(name: str, directory: str) -> dict[str, str]:
-    """What the argument ``name`` may be in the project of ``directory``."""
+    """The values that the argument ``name`` can have in the project of ``directory``."""
     names: Iterable[str] = ()
     if name == "shell":
         names = COMPLETIONS
@@ -10231,15 +10225,15 @@ def values_of(name: str, directory: str) -> dict[str, str]:
     elif name in ("workspace", "name", "names"):
         names = Project(directory).entries()
     elif name == "secrets":
-        names = [name for name, _, _ in Project(directory).registry.stored()]
+        names = [secret for secret, _, _ in Project(directory).registry.stored()]
     elif name == "job":
-        return {job: str(row["command"])
-                for job, row in Project(directory).registry.read().get("jobs", {}).items()}
+        jobs = Project(directory).registry.read().get("jobs", {})
+        return {job: str(row["command"]) for job, row in jobs.items()}
     return dict.fromkeys(sorted(names), "")
 
 
 def config_hosts() -> list[str]:
-    """The hosts that the user's ssh config names, without patterns."""
+    """The hosts in the user's ssh config, without patterns."""
     try:
         with open(os.path.expanduser("~/.ssh/config"), errors="replace") as stream:
             rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
@@ -10249,8 +10243,8 @@ def config_hosts() -> list[str]:
             if name.isprintable() and not re.search(r"[*?!\"']|^$", name)]
 
 
-# Both scripts run only the program that made them, never the file named on the line: it may be
-# anybody's. zsh uses bash's by its bashcompinit. `-o default`: file names else.
+# Both scripts run only the program that made them, never the file named on the line, which may be
+# anybody's. zsh runs bash's script through bashcompinit. `-o default`: else file names.
 COMPLETIONS = {"bash": r"""_cmux_ssh() {
   local at=1 IFS=$' \t\n'
   COMPREPLY=()
@@ -10274,13 +10268,13 @@ COMPLETIONS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + COMPLETIO
 
 
 def command_list(options: Options) -> int:
-    projects = []  # ssh asks nobody anything for a list
+    projects = []  # none is interactive: ssh asks no question for a list
     if not options.all_projects:
         projects.append(Project(options.directory, warm=0))
     for record in all_projects(report_error) if options.all_projects else ():
         try:
             projects.append(Project(re.sub(r"/\.git\Z", "", record.get("repository", "/")), warm=0))
-        except CmuxError as error:  # it has gone
+        except CmuxError as error:  # the repository is gone
             report_error(error)
     view = View(options.host, *projects)
     if options.verbosity >= 0:
@@ -10308,14 +10302,14 @@ def human_age(seconds: float) -> str:
 
 
 def one_workspace(options: Options) -> str:
-    """The name of a workspace, a word or with -w; "" if none was given."""
+    """The workspace that is named, by a word or with -w; else ""."""
     if len(options.workspace) > 1:
         raise UsageError("More than one workspace is named.", "Name one, as a word or with -w.")
     return "".join(options.workspace)
 
 
 def named(options: Options, project: Project) -> str:
-    """The same; else the branch's."""
+    """The workspace that is named; else that of the branch."""
     return check_workspace(one_workspace(options) or project.default_workspace())
 
 
@@ -10343,7 +10337,7 @@ def command_rm(options: Options) -> int:
 
 
 def existing_workspace(options: Options) -> Workspace:
-    """The workspace that is named; else that of the job, or of the branch, or the only one."""
+    """The workspace that is named; else that of the job, that of the branch, or the only one."""
     project = open_project(options)
     entries, name = project.entries(), one_workspace(options)
     if not name:
@@ -10372,7 +10366,7 @@ def command_pull(options: Options) -> int:
     lines = [f"{branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}",
              result.stat]
     if result.executes:
-        lines += ["These would run, or be obeyed, on this machine after a merge:",
+        lines += ["After a merge these can run on this machine, or configure its tools:",
                   *(f"  {path}" for path in result.executes[:200])]
     answer(options, None, *lines)
     branch = quote(branch)
@@ -10429,7 +10423,7 @@ def command_diff(options: Options) -> int:
 
 
 def stored_secrets(options: Options) -> Any:
-    """Those of the scope that is named, to be changed in a with statement."""
+    """The secrets of the scope that is named, for a with statement that changes them."""
     name = one_workspace(options)
     if options.everywhere and not name:  # also outside a repository
         return editing_secrets(secrets_file())
@@ -10494,9 +10488,9 @@ def command_secrets_import(options: Options) -> int:
 
 
 def parse_dotenv(text: str) -> dict[str, str]:
-    """NAME=value lines: comments, `export`, 'single' (raw) and "double" quotes (with \\n, \\t,
-    \\", \\\\, \\$), which may span lines. A bare value ends at ` #`. Raises UsageError, with the
-    line's number and never its content."""
+    """The values of NAME=value lines, which may have comments, `export`, and quotes that span
+    lines: 'raw', or "with \\n, \\t, \\", \\\\, \\$". A bare value ends at ` #`. A UsageError has
+    the line's number, never its content."""
     values: dict[str, str] = {}
     escapes = {"n": "\n", "r": "\r", "t": "\t", "\n": ""}
     pattern = re.compile(
@@ -10537,7 +10531,7 @@ def command_secrets_rm(options: Options) -> int:
     with stored_secrets(options) as stored:
         for name in options.names:
             if name not in stored:
-                raise UsageError(f"There is no secret {show(name)} of that scope.",
+                raise UsageError(f"There is no secret {show(name)} in that scope.",
                                  f"See: {PROGRAM} secrets list")
             del stored[name]
     return answer(options, options.names)
@@ -10551,7 +10545,7 @@ def the_workspace(options: Options) -> Workspace:
 
 
 def job_of(options: Options, workspace: Workspace) -> Any:
-    """The job, or jobs, named; else the last one of the workspace."""
+    """The job, or jobs, that are named; else the workspace's last one."""
     jobs = [options.job] if options.job else [row["job"] for row in workspace.jobs()]
     if not jobs:
         raise ToolFailed(f"The workspace {workspace.name} has no jobs.",
@@ -10560,11 +10554,9 @@ def job_of(options: Options, workspace: Workspace) -> Any:
 
 
 def command_tool(options: Options) -> int:
-    tool, name = TOOLS[options.verb], options.verb
-    given = {arg.name: getattr(options, arg.name) for arg in tool.params}
+    name, workspace = options.verb, existing_workspace(options)
+    given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
     arguments = {key: value for key, value in given.items() if value is not None}
-    looks = tool.reads or "job" in given  # these create no workspace
-    workspace = existing_workspace(options) if looks else the_workspace(options)
     if "job" in given:
         arguments["job"] = job_of(options, workspace)
     result = call_tool(workspace, name, arguments)
@@ -10573,7 +10565,6 @@ def command_tool(options: Options) -> int:
 
 def command_write(options: Options) -> int:
     workspace = the_workspace(options)
-    absolute(workspace, options.path)
     return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
 
 
@@ -10595,17 +10586,18 @@ def command_cp(options: Options) -> int:
 
 
 def command_edit(options: Options) -> int:
+    arguments: Fields = {}
     if (options.old, options.new) != (None, None):
         if None in (options.old, options.new):
             raise UsageError("edit needs both --old and --new.")
-        arguments: Fields = {"edits": [
-            {"old": options.old, "new": options.new, "count": options.count or 1}]}
+        arguments["edits"] = [
+            {"old": options.old, "new": options.new, "count": options.count or 1}]
     elif options.count is not None:
         raise UsageError("--count goes with --old and --new.", "In JSON each edit has its own.")
     else:
         import json
         try:
-            arguments = dict(json.loads(read_all(0, BATCH_LINE_MAX).decode("utf-8")))
+            arguments.update(json.loads(read_all(0, BATCH_LINE_MAX)))
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
