@@ -9871,8 +9871,7 @@ class Execution:
         except CmuxError as error:
             if self.plain:
                 raise
-            partial = json_fields({"stdout": out.value(), "stderr": err.value()})
-            return {**exec_failure(name, host, error, began), **partial}
+            return exec_failure(name, host, error, began, out.value(), err.value())
         finally:
             if not options.json:
                 out.end()
@@ -9914,13 +9913,15 @@ STOPPED = {"confirmed": "its processes have ended",
            "unknown": "it may still run"}
 
 
-def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Fields:
+def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float,
+                 out: bytes = b"", err: bytes = b"") -> Fields:
     """What `exec --json` prints for a command that did not run, or was lost."""
-    return {"workspace": name, "host": getattr(error, "host", None) or host,
-            "exit_code": exec_code(error), "stdout": "", "stderr": "", "timed_out": False,
-            "duration": round(time.monotonic() - began, 3), "truncated": False,
-            "stopped": "unknown" if getattr(error, "begun", False) else None,
-            "error": error_fields(error)}
+    return json_fields({
+        "workspace": name, "host": getattr(error, "host", None) or host,
+        "exit_code": exec_code(error), "stdout": out, "stderr": err, "timed_out": False,
+        "duration": round(time.monotonic() - began, 3), "truncated": False,
+        "stopped": "unknown" if getattr(error, "begun", False) else None,
+        "error": error_fields(error)})
 
 
 def exec_code(error: CmuxError) -> int:
@@ -9931,10 +9932,8 @@ def data_waits() -> bool:
     """Whether stdin, if it is a file, pipe or socket, has bytes to read."""
     import fcntl
     import termios
-    mode, size = os.fstat(0).st_mode, os.fstat(0).st_size
-    if stat.S_ISREG(mode):
-        return size > os.lseek(0, 0, os.SEEK_CUR)
-    return (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and any(
+    mode = os.fstat(0).st_mode
+    return (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and any(
         fcntl.ioctl(0, termios.FIONREAD, bytes(4)))
 
 
@@ -10353,23 +10352,20 @@ def existing_workspace(options: Options) -> Workspace:
 def command_pull(options: Options) -> int:
     terminal = options.terminal
     result = pull(existing_workspace(options), options.branch or "", options.allow, terminal)
-    if options.json:
-        return answer(options, result.as_dict())
     for note in result.notes:
         terminal.warn(note)
     for path, names in result.secrets.items():
         terminal.line(f"warning: {path} holds the secret {', '.join(names)}.")
     if not result.new:
-        return answer(options, None, f"Nothing new in {result.workspace}.")
+        return answer(options, result.as_dict(), f"Nothing new in {result.workspace}.")
     commits = f"{result.commits} commit" + "s" * (result.commits != 1)
-    branch = neutralise(result.branch)
-    lines = [f"{branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}",
+    lines = [f"{result.branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}",
              result.stat]
     if result.executes:
         lines += ["After a merge these can run on this machine, or configure its tools:",
                   *(f"  {path}" for path in result.executes[:200])]
-    answer(options, None, *lines)
-    branch = quote(branch)
+    answer(options, result.as_dict(), *lines)
+    branch = quote(result.branch)
     terminal.note(f"To look at it: git diff ...{branch}; to take it: git merge {branch}")
     return 0
 
@@ -10744,8 +10740,8 @@ def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal, cal
         if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
             write_out(1, TIDY, harmless=True)
     if status in (None, 255):
-        terminal.warn(f"The connection to {workspace.host.name} was cut, or what ran there "
-                      "ended with 255.")
+        terminal.warn(f"The connection to {workspace.host.name} was cut, or the command ended "
+                      "with 255.")
     return 255 if status is None else status
 
 
