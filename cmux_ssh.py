@@ -2542,7 +2542,7 @@ RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict
               dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
 _TEXT = re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")
 SECRET = {"value": _TEXT}, {"command": _TEXT}
-ROW = {"operation": str, "time": (int, float), "duration?": (int, float)}
+ROW = {"operation": str, "time": (int, float), "duration?": (int, float), "bytes?": int}
 DOWN = {"count": int, "why": [str, str, str]}
 
 
@@ -2766,7 +2766,7 @@ class History:
             with contextlib.suppress(OSError, StateFailed, ValueError):
                 row = None if lock.take() else json.loads(read_bytes(lock.path, 64 * 1024) or b"0")
                 lock.free()
-                if fits(row, {"time": (int, float)}):
+                if fits(row, ROW):
                     rows.append(row)
         return sorted(rows, key=lambda row: float(row["time"]))
 

@@ -9008,7 +9008,7 @@ def test_damaged_lines_of_the_history_are_passed_over(repo, site):
     (path,) = [p for p in site.state.rglob("*") if p.is_file() and "history" in str(p) and b'"new"' in slurp(p)]
     with open(path, "ab") as stream:
         for row in (b'{"operation": "exec", "time": 1e300}', b'{"operation": "exec", "time": NaN}', b'{"operation": "exec", "time": 1, "duration": "x"}',
-                    b'{"operation": 3, "time": 1}', b'{"time": 1}', b"[" * 100000, b"3", b"{"):
+                    b'{"operation": "exec", "time": 1, "bytes": "x"}', b'{"operation": 3, "time": 1}', b'{"time": 1}', b"[" * 100000, b"3", b"{"):
             stream.write(row + b"\n")
     told = repo.ok("history")
     assert len(told.text.strip().split("\n")) == 2, told
