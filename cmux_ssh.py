@@ -8215,15 +8215,15 @@ COMMON = (
         default="."),
     Arg("host", "texts", "anything `ssh HOST` accepts; repeated, it is a pool", flags="-H --host",
         shown="HOST"),
-    Arg("workspace", "texts", "the workspace (default: the branch's name)", flags="-w --workspace",
-        shown="NAME"),
+    Arg("workspace", "texts", "the workspace (default, if one is needed: the branch's name)",
+        flags="-w --workspace", shown="NAME"),
     Arg("json", "flag", "JSON on stdout instead of text"),
     Arg("quiet", "flag", "say less", flags="-q --quiet"),
     Arg("verbose", "flag", "say what is done", flags="-v --verbose"))
 
 VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("exec", "run a command in a workspace, made first if need be",
-         Arg("command", "text|texts", "a string is a shell line, a list an exact argv",
+         Arg("command", "text|texts", "one string is a shell line, several are an exact argv",
              required=True, word="...", shown="-- CMD..."),
          Arg("timeout", "seconds", "seconds; then the process tree is ended (exit code 124)",
              least=0.001),
