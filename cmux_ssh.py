@@ -2771,7 +2771,7 @@ class History:
         return sorted(rows, key=lambda row: float(row["time"]))
 
 
-def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
+def all_projects(report: Callable[[StateFailed], Any]) -> Iterator[Fields]:
     """The records of all projects; ``report`` gets the error of a bad one."""
     folder = state_folder("projects")
     for name in sorted(os.listdir(folder)):
@@ -10019,10 +10019,9 @@ def command_new(options: Options) -> int:
     done = options.terminal.in_lanes(names, lambda name: project.create(
         name, host, ref, options.root or "", not options.no_init, options.terminal, cancel,
         source), 0, cancel)
-    rows, lines, errors = [], [], []  # type: list[Fields], list[str], list[CmuxError]
+    rows, lines = [], []
     for name, made in zip(names, done):
         if isinstance(made, CmuxError):
-            errors.append(made)
             rows.append({"name": name, "error": error_fields(made)})
             continue
         rows.append(made.describe())
@@ -10030,7 +10029,7 @@ def command_new(options: Options) -> int:
         if options.verbosity < 0 and made.state == "init failed":  # not reported above
             report_error(RemoteFailed(f"The init hook of {name} failed."))
     answer(options, rows, *lines)
-    return report_all(errors)
+    return max([report_error(made) for made in done if isinstance(made, CmuxError)], default=0)
 
 
 def table(heads: str, rows: Iterable[Fields], width: int = 0) -> str:
@@ -10316,7 +10315,7 @@ def command_rm(options: Options) -> int:
     project, names = open_project(options), [*options.names, *options.workspace]
     if not names:
         raise UsageError("Name the workspaces to remove.", f"See `{PROGRAM} list`.")
-    removed, failed = [], {}  # type: list[str], dict[str, CmuxError]
+    removed, errors, code = [], [], 0  # type: list[str], list[Fields], int
     for name in names:
         try:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
@@ -10329,10 +10328,10 @@ def command_rm(options: Options) -> int:
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
                 error.hint += f" If the host is gone for good: {PROGRAM} rm --forget {name}"
-            failed[name] = error
-    answer(options, {"removed": removed, "errors": [
-        dict(error_fields(error), name=name) for name, error in failed.items()]})
-    return report_all(failed.values())
+            errors.append(dict(error_fields(error), name=name))
+            code = max(code, report_error(error))
+    answer(options, {"removed": removed, "errors": errors})
+    return code
 
 
 def existing_workspace(options: Options) -> Workspace:
@@ -10394,7 +10393,7 @@ def command_gc(options: Options) -> int:
     lost = {getattr(error, "host", None) or "?": {"error": error_fields(error)} for error in failed}
     lines = [f"{host}: freed {human_size(count)}" for host, count in freed.items()]
     answer(options, dict(freed, **lost), *lines)
-    return report_all(failed)
+    return max(map(report_error, failed), default=0)
 
 
 def command_diff(options: Options) -> int:
@@ -10894,27 +10893,21 @@ def typed_program() -> str:
     return " ".join(map(quote, words if own else [sys.executable, os.path.abspath(__file__)]))
 
 
-def report_error(error: CmuxError) -> None:
+def report_error(error: CmuxError) -> int:
+    """Print the error; its exit code."""
     quiet_terminal()
     err_out(f"{str(error).strip()} {as_called(error.hint)}".strip())
-
-
-def report_all(errors: Collection[CmuxError]) -> int:
-    """The worst exit code."""
-    for error in errors:
-        report_error(error)
-    return max([error.exit_code for error in errors], default=0)
+    return error.exit_code
 
 
 def fail(words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
-    of_exec = words[:1] == ["exec"]
-    report_error(error)
+    of_exec, code = words[:1] == ["exec"], report_error(error)
     if "--json" in itertools.takewhile(lambda word: word != "--", words):
         with contextlib.suppress(CmuxError):  # stdout is closed
             print_json(exec_failure(None, None, error, time.monotonic())
                        if of_exec else {"error": error_fields(error)})
-    return exec_code(error) if of_exec else error.exit_code
+    return exec_code(error) if of_exec else code
 
 
 def version_text() -> str:
