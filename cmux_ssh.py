@@ -10821,6 +10821,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
         prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
         description=verb.text, epilog=f"example: {PROGRAM} {verb.name} {verb.example}".rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    vars(parser)["color"] = False  # of Python 3.14; print_text() would neutralise the escapes
     for arg in line_args(verb):
         text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
         text += f" (default: {arg.default})" * (arg.default not in (None, "."))

@@ -1217,9 +1217,9 @@ def test_version_names_itself_and_its_digest():
 @each("command", ["", "secrets", *c.VERBS])
 @compat
 def test_help_of_a_command_shows_an_example_and_fits(common, command):
-    shown = common.cli(*command.split(), "-h", env={"COLUMNS": "80"})
+    shown = common.cli(*command.split(), "-h", env={"COLUMNS": "80", "FORCE_COLOR": "1"})
     assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2]), shown.text
-    assert max(map(len, shown.text.split("\n"))) <= 80, shown.text
+    assert max(map(len, shown.text.split("\n"))) <= 80 and "\x1b" not in shown.text, shown.text
     assert command not in c.VERBS or all(arg.text for arg in c.VERBS[command].args)
 
 
