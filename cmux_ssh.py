@@ -9701,11 +9701,6 @@ def err_out(text: str) -> None:
         draw(2, f"{PROGRAM}: {neutralise(text)}\n")
 
 
-def in_colour() -> bool:
-    no_colour = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
-    return os.isatty(1) and not no_colour
-
-
 def terminal_width() -> int:
     import shutil
     return shutil.get_terminal_size().columns if os.isatty(1) else 1 << 16
@@ -10402,8 +10397,8 @@ def command_diff(options: Options) -> int:
     if options.json:
         return answer(options, bytes_field("diff", b"".join(line + b"\n" for line in lines)))
     pager, coloured = ("", False) if exact else workspace.project.repository.diff_settings()
-    coloured = coloured and not options.stat and in_colour()
-    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured else {}
+    plain = options.stat or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured and not plain else {}
     with contextlib.ExitStack() as held:
         fd = 1
         for line in lines:
@@ -10706,19 +10701,15 @@ def command_doctor(options: Options) -> int:
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
-    colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31}
     for row in doctor(check_host(name) if name else "", root):
         rows.append(row)
         state, what, text, fix = row.values()
         if not options.json and (options.verbosity >= 0 or state in ("bad", "dead")):
             import textwrap
-            text = text.rstrip(".") + (". " + fix if fix else "")
-            shown = textwrap.fill(text, max(58, terminal_width()), break_on_hyphens=False,
-                                  initial_indent=f"{state:<5} {what:<10}  ",
-                                  subsequent_indent=" " * 18)
-            if in_colour():
-                shown = f"\x1b[{colours[state]}m{shown[:5]}\x1b[m{shown[5:]}"
-            draw(1, shown + "\n")
+            print_text(textwrap.fill(
+                text.rstrip(".") + (". " + fix if fix else ""), max(58, terminal_width()),
+                initial_indent=f"{state:<5} {what:<10}  ", subsequent_indent=" " * 18,
+                break_on_hyphens=False))
     if options.json:
         print_json(rows)
     return max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
