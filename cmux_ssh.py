@@ -10923,16 +10923,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if words[:1] in (["-h"], ["--help"], ["help"]):
             words = [*words[1:], "-h"]
-        if words[:1] == ["secrets"]:  # its commands have two words
-            rest = command_first(words[1:])
-            words = [" ".join(["secrets", *rest[:1]]), *rest[1:]]
-        of_many = re.match(r"(secrets |)(-h|--help)\Z", words[0] if words else "-h")
+        name, *rest = words or ["-h"]
+        if name == "secrets":  # its commands have two words
+            rest = command_first(rest)
+            name, rest = " ".join([name, *rest[:1]]), rest[1:]
+        of_many = re.match(r"(secrets |)(-h|--help)\Z", name)
         if of_many:
             print_text(usage(of_many[1]))
             return 0 if words else 2
-        if words[0] == "__complete" and words[2:]:
+        if name == "__complete" and words[2:]:
             return complete(words[1], words[2:])
-        options = parse(words[0], words[1:])
+        options = parse(name, rest)
         raise_descriptor_limit()
         stop_signals()
         try:
