@@ -9847,6 +9847,8 @@ class Execution:
             workspace = self._workspace(name)
             if options.detach:
                 job = workspace.start(cancel=self.cancel, **self.call)
+                if not options.no_stdin and data_waits():  # of a slow writer
+                    terminal.warn("The job does not read what came on stdin.")
                 return {"job": job, "workspace": name}
             if self.many:
                 terminal.step(name, "running")
@@ -10510,8 +10512,8 @@ def command_secrets_list(options: Options) -> int:
         rows.append(dict({"workspace": workspace} if workspace else {}, name=name, kind=kind,
                          scope=scope))
         facts = [where] * (scope != "project") + ["from a command"] * (kind == "command")
-        shown = facts and options.verbosity >= 0
-        lines.append(name + (f"  ({', '.join(facts)})" if shown else ""))
+        shown = f"  ({', '.join(facts)})" if facts and options.verbosity >= 0 else ""
+        lines.append(name + shown)
     return render(options, rows, "\n".join(lines))
 
 
