@@ -10555,6 +10555,7 @@ def command_tool(options: Options) -> int:
 
 def command_write(options: Options) -> int:
     workspace = the_workspace(options)
+    absolute(workspace, options.path)  # before 100 MB are read for a path that cannot be
     return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
 
 
