@@ -8215,8 +8215,8 @@ COMMON = (
         default="."),
     Arg("host", "texts", "anything `ssh HOST` accepts; repeated, it is a pool", flags="-H --host",
         shown="HOST"),
-    Arg("workspace", "texts", "the workspace (default, if one is needed: the branch's name)",
-        flags="-w --workspace", shown="NAME"),
+    Arg("workspace", "texts", "the workspace (default: the branch's name)", flags="-w --workspace",
+        shown="NAME"),
     Arg("json", "flag", "JSON on stdout instead of text"),
     Arg("quiet", "flag", "say less", flags="-q --quiet"),
     Arg("verbose", "flag", "say what is done", flags="-v --verbose"))
