@@ -2557,7 +2557,7 @@ RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict
               dict(_ENTRY, path=str), dict(_ENTRY, state=re.compile(r"(?!ready\Z)")))}}
 _TEXT = re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")
 SECRET = {"value": _TEXT}, {"command": _TEXT}
-ROW = {"operation": str, "time": (int, float), "duration?": (int, float)}
+ROW = {"operation": str, "time": (int, float), "duration?": (int, float), "bytes?": int}
 DOWN = {"count": int, "why": [str, str, str]}
 
 
@@ -2784,12 +2784,12 @@ class History:
             with contextlib.suppress(OSError, StateFailed, ValueError):
                 row = None if lock.take() else json.loads(read_bytes(lock.path, 64 * 1024) or b"0")
                 lock.free()
-                if fits(row, {"time": (int, float)}):
+                if fits(row, ROW):
                     rows.append(row)
         return sorted(rows, key=lambda row: float(row["time"]))
 
 
-def all_projects(report: Callable[[StateFailed], None]) -> Iterator[Fields]:
+def all_projects(report: Callable[[StateFailed], Any]) -> Iterator[Fields]:
     """The records of all projects; ``report`` gets the error of a bad one."""
     for path in sorted(paths_in(state_folder("projects"))):
         try:
@@ -8165,7 +8165,7 @@ EDIT = Verb("edits", "", Arg("old", "text", "the exact text to replace", require
 KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, (list,), "a list of objects"
 VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("exec", "run a command in a workspace, made first if need be",
-         Arg("command", "text|texts", "a string is a shell line, a list an exact argv",
+         Arg("command", "text|texts", "one string is a shell line, several are an exact argv",
              required=True, word="...", shown="-- CMD..."),
          Arg("timeout", "seconds", "seconds; then the process tree is ended (exit code 124)",
              least=0.001),
@@ -9398,8 +9398,8 @@ if TYPE_CHECKING:
     Options = argparse.Namespace
 
 class Terminal(Report):
-    """What a person sees on stderr while work goes on: a lane for each workspace, drawn in place
-    if that is a terminal. All else is printed by put(), above them, or takes them away first."""
+    """What a person sees on stderr during work: a lane for each workspace, redrawn in place on a
+    terminal. Other output goes above them, by put(), or takes them away first."""
 
     current: Terminal | None = None  # of this process
 
@@ -9410,15 +9410,15 @@ class Terminal(Report):
         self.notes = self.bars or notes or verbosity > 0  # exec is silent in a pipe
         self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
-        self.lanes: dict[str, tuple[str, float]] = {}  # what is done, since when (0: no work)
+        self.lanes: dict[str, tuple[str, float]] = {}  # the step, and when it began (0: no work)
         self.width, self.drawn, self.paused, self.began = 0, 0, False, 0.0
-        self.sinks: dict[str, Outlet] = {}  # of what init hooks print
+        self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
         Masters.tell, Masters.alert, Lock.tell = self.note, self.warn, self.note
 
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
-        """in_parallel() of ``work(name)``, a workspace or a row of exec, for each."""
+        """in_parallel() of ``work(name)`` for each: a Workspace, or a row of exec."""
         self.many |= len(names) > 1
         self.lanes, self.width = dict.fromkeys(names, ("waiting", 0.0)), max(map(len, names))
 
@@ -9461,7 +9461,7 @@ class Terminal(Report):
 
     def warn(self, text: str) -> None:
         if self.verbosity >= 0:
-            self.line(neutralise(as_called(text)))
+            self.line(as_called(text))
 
     def step(self, what: str, doing: str) -> None:
         import threading
@@ -9477,18 +9477,18 @@ class Terminal(Report):
             self.step(what, doing)
         elif self.redraws and now - was[1] >= 1:  # sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52s left
             rate, whole = done / (now - was[1]), total() if total else 0
-            text = f"{doing} {human_size(done)}"
-            text += f" of ~{human_size(whole)}" if whole > done else ""
-            text += f", {human_size(rate)}/s"
-            text += f", ~{human_age((whole - done) / rate)} left" if whole > done and rate else ""
-            self.lanes[what] = (text, was[1])
+            size, left = human_size(done), ""
+            if whole > done > 0:
+                size += f" of ~{human_size(whole)}"
+                left = f", ~{human_age((whole - done) / rate)} left"
+            self.lanes[what] = (f"{doing} {size}, {human_size(rate)}/s{left}", was[1])
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
             self.sinks.setdefault(what, self.sink_of(what, 2))(data)
 
     def sink_of(self, name: str, fd: int, patience: Patience | None = None) -> Outlet:
-        """For what a command prints: labelled, if there are several."""
+        """A sink for a command's output, labelled if there are several."""
         if self.many:
             return Labelled(fd, f"{name.ljust(self.width)} | ", self, patience)
         self.pause()
@@ -9501,7 +9501,7 @@ class Terminal(Report):
             self.paused = True
 
     def close(self) -> None:
-        self.closed.set()  # for threads that go on
+        self.closed.set()  # threads may go on reporting
         self.pause()
 
     def clear(self) -> None:
@@ -9527,9 +9527,8 @@ class Terminal(Report):
         self.drawn = len(lines)
 
     def _lines(self, columns: int, room: int) -> list[str]:
-        """A line for each workspace; where that is too many, for those at work, and a count."""
-        rows, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
-        count = []
+        """A line for each workspace; if there are too many, for those at work, and a count."""
+        rows, lines, count = [(name, *lane) for name, lane in list(self.lanes.items())], [], []
         if len(rows) > room:
             busy = [row for row in rows if row[2]]
             ended = [doing for _, doing, since in rows if not since and doing != "waiting"]
@@ -9544,7 +9543,7 @@ class Terminal(Report):
 
 
 class Patience:
-    """How long a reader of our output is waited for: until the deadline, or an event of one of
+    """How long to wait for the reader of our output: until the deadline, or an event of one of
     ``ends``, and then for ``grace`` seconds. What it has not taken by then is dropped."""
 
     def __init__(self, grace: float, *ends: tuple[Any, int]) -> None:
@@ -9552,7 +9551,7 @@ class Patience:
         self.lost: set[int] = set()  # descriptors that nobody reads
 
     def takes(self, fd: int) -> bool:
-        """Wait until ``fd`` takes bytes (a pipe: PIPE_BUF); False if that is given up."""
+        """Wait until ``fd`` takes bytes (a pipe: PIPE_BUF); False if it does not."""
         room = (fd, select.POLLOUT)
         if fd not in self.lost and fd not in poll_once(self.deadline.left(), room, *self.ends):
             if not poll_once(self.grace, room):
@@ -9560,7 +9559,7 @@ class Patience:
         return fd not in self.lost
 
     def full(self, fd: int) -> None:
-        """``fd`` took nothing after all: a terminal with room for half a line end."""
+        """Wait: ``fd`` took nothing after all, as a terminal with room for half a line end."""
         time.sleep(0.05)
         if self.deadline.over() or poll_once(0, *self.ends):
             self.lost.add(fd)
@@ -9568,7 +9567,7 @@ class Patience:
 
 def write_out(fd: int, data: bytes, harmless: bool = False,
               patience: Patience | None = None) -> None:
-    """Bytes to our stdout or stderr: raw into a pipe or file, neutralised on a terminal."""
+    """Write to our stdout or stderr: raw bytes into a pipe or file, harmless text to a terminal."""
     if not harmless and os.isatty(fd):
         data = neutralise(data).encode("utf-8", "replace")
     view, patience = memoryview(data), patience or Patience(0)
@@ -9584,18 +9583,13 @@ def write_out(fd: int, data: bytes, harmless: bool = False,
 
 
 def draw(fd: int, text: str) -> None:
-    """Harmless text, perhaps with escape sequences of ours."""
+    """Write harmless text, perhaps with our own escape sequences."""
     write_out(fd, text.encode("utf-8", "replace"), harmless=True)
 
 
 def err_out(text: str) -> None:
     with contextlib.suppress(CmuxError):  # a full or closed stderr cannot be reported
-        draw(2, f"{PROGRAM}: {text}\n")
-
-
-def in_colour() -> bool:
-    no_colour = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
-    return os.isatty(1) and not no_colour
+        draw(2, f"{PROGRAM}: {neutralise(text)}\n")
 
 
 def terminal_width() -> int:
@@ -9604,8 +9598,8 @@ def terminal_width() -> int:
 
 
 def answer_out(data: bytes, ending: Cancel) -> None:
-    """Bytes to stdout for an MCP client. If it reads none when it has closed stdin, or when
-    ``ending`` is set, they are given up."""
+    """Write to an MCP client; PipeClosed if it has closed stdin, or ``ending`` is set, and it
+    reads nothing more."""
     patience = Patience(MCP_GRACE, (0, 0), (ending, select.POLLIN))  # of stdin only its end
     write_out(1, data, patience=patience)
     if patience.lost:
@@ -9613,14 +9607,14 @@ def answer_out(data: bytes, ending: Cancel) -> None:
 
 
 def quiet_terminal() -> None:
-    """Take the lanes away."""
     if Terminal.current:
         Terminal.current.pause()
 
 
-def print_text(text: str) -> None:
+def print_text(text: str | bytes) -> None:
+    """Print a text and a newline, or bytes as they are."""
     quiet_terminal()
-    write_out(1, (text + "\n").encode("utf-8", "replace"))
+    write_out(1, text if isinstance(text, bytes) else encoded(text + "\n"))
 
 
 def print_json(value: object) -> None:
@@ -9628,13 +9622,22 @@ def print_json(value: object) -> None:
     print_text(json.dumps(value))
 
 
-def answer(options: Options, value: object, *lines: str) -> int:
-    """Print a result: the value with --json; else, without -q, the lines."""
+def render(options: Options, value: object, text: str | bytes, warning: str = "",
+           code: int = 0) -> int:
+    """Print a result: the value with --json, else the text and the warning; the exit code."""
     if options.json:
         print_json(value)
-    elif lines and options.verbosity >= 0:
-        print_text("\n".join(lines))
-    return 0
+        return code
+    if text:
+        print_text(text)
+    if warning:
+        options.terminal.warn(warning)
+    return code
+
+
+def answer(options: Options, value: object, *lines: str) -> int:
+    """The same, without the lines if -q was given."""
+    return render(options, value, "\n".join(lines) if options.verbosity >= 0 else "")
 
 
 def may_ask() -> bool:
@@ -9652,15 +9655,14 @@ def open_project(options: Options) -> Project:
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
-# -- the commands: command_VERB(), else command_tool(), takes the parsed options and returns an
-# exit code --
+# -- the commands: command_VERB(options), or command_tool(options), returns the exit code --
 
 def command_exec(options: Options) -> int:
     return Execution(options).run()
 
 
 class Execution:
-    """A command in one workspace, or in several at once: a row for each."""
+    """A command in one workspace, or in several at once, with a row for each."""
 
     def __init__(self, options: Options) -> None:
         self.options, self.cancel = options, Cancel()
@@ -9690,7 +9692,7 @@ class Execution:
                  "-t takes no --json, --detach, --timeout, -n, nor several workspaces.", ""),
                 (options.all and options.workspace, "--all takes no -w.", ""),
                 (options.no_secrets and options.secrets,
-                 "--no-secrets hands over none, --secret one.", "Give one of the two."),
+                 "--no-secrets and --secret exclude each other.", "Give one of the two."),
                 (options.detach and options.timeout, "--detach takes no --timeout.",
                  f"End the job with: {PROGRAM} stop ID"),
                 (options.detach and many, "--detach takes one workspace.",
@@ -9698,7 +9700,7 @@ class Execution:
                 (unread and many, "With several workspaces exec passes stdin on to none of them.",
                  "Add -n, or run it once for each."),
                 (unread, "A job takes no stdin.",
-                 f"Write it first (... | {PROGRAM} write -w {self.names[0]} FILE), and then "
+                 f"Write it first (... | {PROGRAM} write -w {quote(self.names[0])} FILE), and then "
                  "exec --detach -- 'CMD <FILE'; or add -n.")):
             if bad:
                 raise UsageError(text, hint)
@@ -9710,10 +9712,10 @@ class Execution:
         began, at_once = time.monotonic(), self.options.parallel or 0
         rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
         for at, row in enumerate(rows):
-            if isinstance(row, PipeClosed) or isinstance(row, CmuxError) and self.plain:
-                raise row
-            if isinstance(row, CmuxError):  # not begun
-                rows[at] = exec_failure(self.names[at], None, row, began)
+            if isinstance(row, CmuxError):
+                if self.plain or isinstance(row, PipeClosed):
+                    raise row
+                rows[at] = exec_failure(self.names[at], None, row, began)  # it has not begun
         if self.options.json:
             print_json(rows if self.many else rows[0])
         elif self.many:
@@ -9727,22 +9729,22 @@ class Execution:
         return max(int(row.get("exit_code", 0)) for row in rows)
 
     def _row(self, name: str) -> Fields:
-        options, began = self.options, time.monotonic()
+        options, terminal, began = self.options, self.terminal, time.monotonic()
         patience, host = Patience(0.5, (self.cancel, select.POLLIN)), None
         out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
-                    self.terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
+                    terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
         try:
             host = self.project.entries().get(name, {}).get("host")
             workspace = self._workspace(name)
             if options.detach:
                 job = workspace.start(cancel=self.cancel, **self.call)
                 if not options.no_stdin and data_waits():  # of a slow writer
-                    self.terminal.warn("The job does not read what came on stdin.")
+                    terminal.warn("The job does not read what came on stdin.")
                 return {"job": job, "workspace": name}
             if self.many:
-                self.terminal.step(name, "running")
+                terminal.step(name, "running")
             else:
-                self.terminal.pause()
+                terminal.pause()
             source = None if options.no_stdin or self.many else open_stdin()
             patience.deadline = Deadline(options.timeout)
             outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=self.cancel,
@@ -9755,9 +9757,7 @@ class Execution:
         except CmuxError as error:
             if self.plain:
                 raise
-            row = exec_failure(name, host, error, began)
-            row.update(json_fields({"stdout": out.value(), "stderr": err.value()}))
-            return row
+            return exec_failure(name, host, error, began, out.value(), err.value())
         finally:
             if not options.json:
                 out.end()
@@ -9796,16 +9796,18 @@ class Execution:
 
 STOPPED = {"confirmed": "its processes have ended",
            "requested": "its end was requested, not seen",
-           "unknown": "whether it still runs is unknown"}
+           "unknown": "it may still run"}
 
 
-def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float) -> Fields:
-    """The object of `exec --json` for a command that did not run, or was lost."""
-    return {"workspace": name, "host": getattr(error, "host", None) or host,
-            "exit_code": exec_code(error), "stdout": "", "stderr": "", "timed_out": False,
-            "duration": round(time.monotonic() - began, 3), "truncated": False,
-            "stopped": "unknown" if getattr(error, "begun", False) else None,
-            "error": error_fields(error)}
+def exec_failure(name: str | None, host: str | None, error: CmuxError, began: float,
+                 out: bytes = b"", err: bytes = b"") -> Fields:
+    """What `exec --json` prints for a command that did not run, or was lost."""
+    return json_fields({
+        "workspace": name, "host": getattr(error, "host", None) or host,
+        "exit_code": exec_code(error), "stdout": out, "stderr": err, "timed_out": False,
+        "duration": round(time.monotonic() - began, 3), "truncated": False,
+        "stopped": "unknown" if getattr(error, "begun", False) else None,
+        "error": error_fields(error)})
 
 
 def exec_code(error: CmuxError) -> int:
@@ -9813,25 +9815,23 @@ def exec_code(error: CmuxError) -> int:
 
 
 def data_waits() -> bool:
-    """Whether stdin, a file, pipe or socket, has bytes to read."""
+    """Whether stdin, if it is a file, pipe or socket, has bytes to read."""
     import fcntl
     import termios
-    mode, size = os.fstat(0).st_mode, os.fstat(0).st_size
-    if stat.S_ISREG(mode):
-        return size > os.lseek(0, 0, os.SEEK_CUR)
-    return (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and any(
+    mode = os.fstat(0).st_mode
+    return (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and any(
         fcntl.ioctl(0, termios.FIONREAD, bytes(4)))
 
 
 class Outlet:
-    """A sink to our stdout or stderr, used where a Capture may be, too."""
+    """A sink to our stdout or stderr, in the place of a Capture."""
 
     truncated = False
 
     def __init__(self, fd: int, patience: Patience | None = None) -> None:
         self.text = TerminalText() if os.isatty(fd) else None
         self.fd, self.patience = fd, patience
-        if self.text and patience:  # opened once more: others need ``fd`` to block
+        if self.text and patience:  # opened again: ``fd`` itself has to block, for others
             with contextlib.suppress(OSError):
                 self.fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
@@ -9847,7 +9847,7 @@ class Outlet:
 
 
 class Labelled(Outlet):
-    """A sink that writes whole lines, each behind a label."""
+    """A sink that writes whole lines, each after a label."""
 
     def __init__(self, fd: int, label: str, live: Terminal, patience: Patience | None) -> None:
         super().__init__(fd, patience)
@@ -9857,7 +9857,7 @@ class Labelled(Outlet):
         *lines, self.held = (self.held + data).split(b"\n")
         if self.held and last or len(self.held) > CHUNK:
             lines, self.held = lines + [self.held], b""
-        if self.text:  # a carriage return leads back to behind the label
+        if self.text:  # a carriage return goes back to the end of the label
             lines = [self.text(line.rstrip(b"\r")).encode().replace(b"\r", b"\r" + self.label)
                      for line in lines]
         if lines:
@@ -9865,9 +9865,13 @@ class Labelled(Outlet):
             self.live.put(lambda: write_out(self.fd, text, True, self.patience))
 
 
+def stdin_is_null() -> bool:
+    return os.path.samestat(os.fstat(0), os.stat(os.devnull))
+
+
 def open_stdin() -> Source | None:
     """Our stdin for the command; None for a terminal, /dev/null, and a pipe that has ended."""
-    if os.isatty(0) or os.path.samestat(os.fstat(0), os.stat(os.devnull)):
+    if os.isatty(0) or stdin_is_null():
         return None
     ended = not poll_once(0, 0).get(0, select.POLLIN) & select.POLLIN
     return None if ended else Source(0)
@@ -9888,7 +9892,7 @@ def state_to_send(options: Options, repository: Repository) -> Any:
     if options.dirty and options.ref != "HEAD":
         raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
     if options.allow and not options.dirty:
-        raise UsageError("--allow goes with --dirty.", "A commit is sent as it is.")
+        raise UsageError("--allow goes with --dirty.", "A commit is always sent whole.")
     return repository.snapshot(options.allow or []) if options.dirty else options.ref
 
 
@@ -9901,37 +9905,37 @@ def command_new(options: Options) -> int:
     done = options.terminal.in_lanes(names, lambda name: project.create(
         name, host, ref, options.root or "", not options.no_init, options.terminal, cancel,
         source), 0, cancel)
-    rows, lines, errors = [], [], []  # type: list[Fields], list[str], list[CmuxError]
+    rows, lines = [], []
     for name, made in zip(names, done):
         if isinstance(made, CmuxError):
-            errors.append(made)
             rows.append({"name": name, "error": error_fields(made)})
             continue
         rows.append(made.describe())
         lines.append(f"{name}  {made.host.name}:{made.path}")
-        if options.verbosity < 0 and made.state == "init failed":  # not said above
+        if options.verbosity < 0 and made.state == "init failed":  # not reported above
             report_error(RemoteFailed(f"The init hook of {name} failed."))
     answer(options, rows, *lines)
-    return report_all(errors)
+    return max([report_error(made) for made in done if isinstance(made, CmuxError)], default=0)
 
 
-def print_table(*rows: Sequence[object]) -> None:
-    print_text("\n".join(table_lines(rows, terminal_width())))
-
-
-def table_lines(rows: Sequence[Sequence[object]], width: int) -> list[str]:
-    """A line for each row; None is a dash. Where they do not fit, the last column is cut, to 8
-    characters at least, or left out; then the widest yield."""
-    cells = [["-" if value is None else neutralise(str(value)).replace("\n", " ")
-              for value in row] for row in rows]
+def table(heads: str, rows: Iterable[Fields], width: int = 0) -> str:
+    """A line for each row, of its members named like ``heads``; None is a dash. Where they do not
+    fit, the last column is cut, to 8 characters at least, or left out; then the widest yield."""
+    width, names = width or terminal_width(), heads.split()
+    cells = [["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
+              for value in (row.get(name.lower(), "") for name in names)] for row in rows]
+    if not cells:
+        return ""
+    cells.insert(0, names)
     *widths, last = [max(map(len, column)) for column in zip(*cells)]
     rest = width - sum(widths) - 2 * len(widths)
     if rest >= min(8, last):
         widths.append(min(rest, last))
     while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
         widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of equals, the later
-    return ["  ".join((text if len(text) <= size else text[:size - 3] + "...").ljust(size)
-                      for text, size in zip(row, widths)).rstrip() for row in cells]
+    return "\n".join("  ".join(
+        (text if len(text) <= size else text[:size - 3] + "...").ljust(size)
+        for text, size in zip(row, widths)).rstrip() for row in cells)
 
 
 def command_history(options: Options) -> int:
@@ -9939,20 +9943,18 @@ def command_history(options: Options) -> int:
     if options.json:
         for row in rows:
             print_json(row)
-    elif rows:
-        print_table(("WHEN", "WORKSPACE", "WHAT", "TOOK", "CODE", "BYTES", "DETAIL"), *(
-            (time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
-             row.get("workspace", ""), row["operation"], f"{row.get('duration') or 0:.2f} s",
-             row.get("exit_code", ""), human_size(row["bytes"]) if row.get("bytes") else "",
-             row.get("detail", "")) for row in rows))
-    else:
-        options.terminal.warn("Nothing is on record yet.")
-    return 0
+        return 0
+    text = table("WHEN WORKSPACE WHAT TOOK CODE BYTES DETAIL", (
+        {**row, "when": time.strftime("%m-%d %H:%M:%S", time.localtime(row["time"])),
+         "what": row["operation"], "took": f"{row.get('duration') or 0:.2f} s",
+         "code": row.get("exit_code", ""),
+         "bytes": human_size(row["bytes"]) if row.get("bytes") else ""} for row in rows))
+    return render(options, None, text, "" if text else "Nothing is on record yet.")
 
 
 class View:
-    """What the hosts say of the workspaces of projects (all, or those on some hosts): asked side
-    by side, so that no host holds up the others."""
+    """The state of the workspaces of projects, on all hosts or on some. Each workspace is asked
+    in a thread of its own, so that no host delays the others."""
 
     def __init__(self, hosts: Container[str], *projects: Project) -> None:
         self.hosts, self.projects = hosts, projects
@@ -9960,13 +9962,13 @@ class View:
         self.asked: set[str] = set()
 
     def look(self) -> list[tuple[Workspace, Fields]]:
-        """The workspaces, and what is known of them by now."""
+        """The workspaces, and what is known of each."""
         return [(workspace, self.seen.get(workspace.op, {}))
                 for project in self.projects for workspace in project.workspaces()
                 if not self.hosts or workspace.host.name in self.hosts]
 
     def ask(self, seconds: float = 0) -> None:
-        """Ask each that has answered its last question; wait so long for the answers."""
+        """Ask all but those still to answer; wait up to ``seconds`` for the answers."""
         import threading
         for workspace, _ in self.look():
             if workspace.op not in self.asked:
@@ -9995,35 +9997,35 @@ class View:
 
     def rows(self) -> list[Fields]:
         now, (project,) = time.time(), self.projects
-        going_on = project.running_now()
+        operations = project.running_now()
         last = {row.get("op"): row.get("exit_code") for row in project.history.rows()
                 if row["operation"] == "exec"}
         rows = []
         for workspace, seen in self.look():
-            name = workspace.name
-            doing = [(row["operation"], str(row.get("detail", "")), row["time"])
-                     for row in going_on if row.get("workspace") == name]
-            doing += [(job["job"], job["command"], job["started"])
-                      for job in seen.get("running", ())]
+            running = [(row["operation"], str(row.get("detail", "")), row["time"])
+                       for row in operations if row.get("workspace") == workspace.name]
+            running += [(job["job"], job["command"], job["started"])
+                        for job in seen.get("running", ())]
             rows.append({
-                "workspace": name, "host": workspace.host.name,
+                "workspace": workspace.name, "host": workspace.host.name,
                 "changed": seen.get("changed"), "error": seen.get("error"),
                 "last_exit_code": last.get(workspace.op), "running": [
                     {"what": what, "detail": text, "for": round(now - since, 1) if since else None}
-                    for what, text, since in doing]})
+                    for what, text, since in running]})
         return rows
 
-    def lines(self, width: int) -> list[str]:
-        table: list[Sequence[object]] = [
-            ("WORKSPACE", "HOST", "CHANGED", "LAST", "FOR", "RUNNING")]
+    def table(self, width: int) -> str:
+        shown = []
         for row in self.rows():
-            cells = [row[key] for key in ("workspace", "host", "changed", "last_exit_code")]
-            for item in row["running"] or [{"for": None, "detail": row["error"] or "", "what": ""}]:
-                own = "" if item["what"] in ("", "exec") else item["what"] + " "
-                since = "" if item["for"] is None else human_age(item["for"])
-                table.append((*cells, since, own + item["detail"]))
-                cells = [""] * 4
-        return table_lines(table, width)
+            facts = dict(row, last=row["last_exit_code"], running=row["error"] or "")
+            for item in row["running"] or [{}]:
+                if item:
+                    own = "" if item["what"] == "exec" else item["what"] + " "
+                    since = "" if item["for"] is None else human_age(item["for"])
+                    facts.update({"for": since, "running": own + item["detail"]})
+                shown.append(facts)
+                facts = {}
+        return table("WORKSPACE HOST CHANGED LAST FOR RUNNING", shown, width)
 
 
 def command_top(options: Options) -> int:
@@ -10031,7 +10033,8 @@ def command_top(options: Options) -> int:
     top = View(options.host, project)
     if options.json or not (os.isatty(0) and os.isatty(1)):
         top.ask(TOP_PATIENCE)
-        return answer(options, top.rows(), *top.lines(1 << 16))
+        return render(options, top.rows(), top.table(1 << 16))
+    import shutil
     import termios
     import tty
     saved = termios.tcgetattr(0)
@@ -10039,13 +10042,12 @@ def command_top(options: Options) -> int:
     try:
         tty.setcbreak(0)
         while True:
-            import shutil
             top.ask()
             size = shutil.get_terminal_size()
-            title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q leaves)"
-            lines = [title, "", *top.lines(size.columns)][:size.lines - 1]
+            title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q quits)"
+            lines = [title, "", *top.table(size.columns).split("\n")][:size.lines - 1]
             draw(1, "\x1b[H%s\x1b[J" % "".join(f"\x1b[K{line}\r\n" for line in lines))
-            if select.select([0], [], [], TOP_EVERY)[0] and os.read(0, 1) in b"qQ":  # or its end
+            if poll_once(TOP_EVERY, 0) and os.read(0, 1) in b"qQ":  # b"": the terminal is gone
                 return 0
     except KeyboardInterrupt:
         return 0
@@ -10061,8 +10063,7 @@ def command_completion(options: Options) -> int:
 
 
 def complete(shell: str, words: Sequence[str]) -> int:
-    """`__complete SHELL WORD...`, for the scripts below: a line for each completion of the last
-    word."""
+    """`__complete SHELL WORD...`, for the scripts below: print the completions of the last word."""
     for word, text in candidates(words[:-1], words[-1]).items():
         if word.startswith(words[-1]):
             print_text(f"{word}\t{text}" if shell == "fish" else word)
@@ -10083,8 +10084,8 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
             plain.append(word)
             name = " ".join(plain[:1 + (plain[0] == "secrets")])
             known = line_args(VERBS[name]) if name in VERBS else COMMON
-    if "--" in before or name == "exec" and plain[1:]:
-        return {}  # words of the remote command
+    if "--" in before or name == "exec" and plain[1:]:  # words of the remote command
+        return {}
     if pending:
         return values_of(pending, directory)
     if last.startswith("-"):
@@ -10099,7 +10100,7 @@ def candidates(before: Sequence[str], last: str) -> dict[str, str]:
 
 
 def values_of(name: str, directory: str) -> dict[str, str]:
-    """What the argument ``name`` may be in the project of ``directory``."""
+    """The values that the argument ``name`` can have in the project of ``directory``."""
     names: Iterable[str] = ()
     if name == "shell":
         names = COMPLETIONS
@@ -10108,15 +10109,15 @@ def values_of(name: str, directory: str) -> dict[str, str]:
     elif name in ("workspace", "name", "names"):
         names = Project(directory).entries()
     elif name == "secrets":
-        names = [name for name, _, _ in Project(directory).registry.stored()]
+        names = [secret for secret, _, _ in Project(directory).registry.stored()]
     elif name == "job":
-        return {job: str(row["command"])
-                for job, row in Project(directory).registry.read().get("jobs", {}).items()}
+        jobs = Project(directory).registry.read().get("jobs", {})
+        return {job: str(row["command"]) for job, row in jobs.items()}
     return dict.fromkeys(sorted(names), "")
 
 
 def config_hosts() -> list[str]:
-    """The hosts that the user's ssh config names, without patterns."""
+    """The hosts in the user's ssh config, without patterns."""
     try:
         with open(os.path.expanduser("~/.ssh/config"), errors="replace") as stream:
             rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
@@ -10126,8 +10127,8 @@ def config_hosts() -> list[str]:
             if name.isprintable() and not re.search(r"[*?!\"']|^$", name)]
 
 
-# Both scripts run only the program that made them, never the file named on the line: it may be
-# anybody's. zsh uses bash's by its bashcompinit. `-o default`: file names else.
+# Both scripts run only the program that made them, never the file named on the line, which may be
+# anybody's. zsh runs bash's script through bashcompinit. `-o default`: else file names.
 COMPLETIONS = {"bash": r"""_cmux_ssh() {
   local at=1 IFS=$' \t\n'
   COMPREPLY=()
@@ -10151,13 +10152,13 @@ COMPLETIONS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + COMPLETIO
 
 
 def command_list(options: Options) -> int:
-    projects = []  # ssh asks nobody anything for a list
+    projects = []  # none is interactive: ssh asks no question for a list
     if not options.all_projects:
         projects.append(Project(options.directory, warm=0))
     for record in all_projects(report_error) if options.all_projects else ():
         try:
             projects.append(Project(re.sub(r"/\.git\Z", "", record.get("repository", "/")), warm=0))
-        except CmuxError as error:  # it has gone
+        except CmuxError as error:  # the repository is gone
             report_error(error)
     view = View(options.host, *projects)
     if options.verbosity >= 0:
@@ -10166,20 +10167,15 @@ def command_list(options: Options) -> int:
                  behind=workspace.project.repository.behind(workspace.base),
                  jobs=len(seen["running"]) if "running" in seen else None)
             for workspace, seen in view.look()]
-    if options.json:
-        print_json(rows)
-    elif not rows:
-        where = f" on {' or '.join(options.host)}" if options.host else " yet"
-        options.terminal.warn(f"No workspaces{where}. Make one: {PROGRAM} new NAME -H HOST")
-    elif options.verbosity < 0:
-        print_text("\n".join(row["name"] for row in rows))
-    else:
-        counted = ("behind", "changed", "jobs")
-        print_table(("NAME", "HOST", "STATE", *map(str.upper, counted), "AGE", "BASE"), *(
-            (f"{row['project']}/" * options.all_projects + row["name"], row["host"], row["state"],
-             *(row[key] for key in counted), human_age(time.time() - row["created"]),
-             row["base"][:10]) for row in rows))
-    return 0
+    text = "\n".join(row["name"] for row in rows)
+    if options.verbosity >= 0:
+        text = table("NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", (
+            {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
+             "age": human_age(time.time() - row["created"]), "base": row["base"][:10]}
+            for row in rows))
+    where = f" on {' or '.join(options.host)}" if options.host else " yet"
+    return render(options, rows, text, "" if text else
+                  f"No workspaces{where}. Make one: {PROGRAM} new NAME -H HOST")
 
 
 def human_age(seconds: float) -> str:
@@ -10190,14 +10186,14 @@ def human_age(seconds: float) -> str:
 
 
 def one_workspace(options: Options) -> str:
-    """The name of a workspace, a word or with -w; "" if none was given."""
+    """The workspace that is named, by a word or with -w; else ""."""
     if len(options.workspace) > 1:
         raise UsageError("More than one workspace is named.", "Name one, as a word or with -w.")
     return "".join(options.workspace)
 
 
 def named(options: Options, project: Project) -> str:
-    """The same; else the branch's."""
+    """The workspace that is named; else that of the branch."""
     return check_workspace(one_workspace(options) or project.default_workspace())
 
 
@@ -10205,7 +10201,7 @@ def command_rm(options: Options) -> int:
     project, names = open_project(options), [*options.names, *options.workspace]
     if not names:
         raise UsageError("Name the workspaces to remove.", f"See `{PROGRAM} list`.")
-    removed, failed = [], {}  # type: list[str], dict[str, CmuxError]
+    removed, errors, code = [], [], 0  # type: list[str], list[Fields], int
     for name in names:
         try:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
@@ -10218,14 +10214,14 @@ def command_rm(options: Options) -> int:
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
                 error.hint += f" If the host is gone for good: {PROGRAM} rm --forget {name}"
-            failed[name] = error
-    answer(options, {"removed": removed, "errors": [
-        dict(error_fields(error), name=name) for name, error in failed.items()]})
-    return report_all(failed.values())
+            errors.append(dict(error_fields(error), name=name))
+            code = max(code, report_error(error))
+    answer(options, {"removed": removed, "errors": errors})
+    return code
 
 
 def existing_workspace(options: Options) -> Workspace:
-    """The workspace that is named; else that of the job, or of the branch, or the only one."""
+    """The workspace that is named; else that of the job, that of the branch, or the only one."""
     project = open_project(options)
     entries, name = project.entries(), one_workspace(options)
     if not name:
@@ -10241,23 +10237,20 @@ def existing_workspace(options: Options) -> Workspace:
 def command_pull(options: Options) -> int:
     terminal = options.terminal
     result = pull(existing_workspace(options), options.branch or "", options.allow, terminal)
-    if options.json:
-        return answer(options, result.as_dict())
     for note in result.notes:
         terminal.warn(note)
     for path, names in result.secrets.items():
         terminal.line(f"warning: {path} holds the secret {', '.join(names)}.")
     if not result.new:
-        return answer(options, None, f"Nothing new in {result.workspace}.")
+        return answer(options, result.as_dict(), f"Nothing new in {result.workspace}.")
     commits = f"{result.commits} commit" + "s" * (result.commits != 1)
-    branch = neutralise(result.branch)
-    lines = [f"{branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}",
+    lines = [f"{result.branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}",
              result.stat]
     if result.executes:
-        lines += ["These would run, or be obeyed, on this machine after a merge:",
+        lines += ["After a merge these can run on this machine, or configure its tools:",
                   *(f"  {path}" for path in result.executes[:200])]
-    answer(options, None, *lines)
-    branch = quote(branch)
+    answer(options, result.as_dict(), *lines)
+    branch = quote(result.branch)
     terminal.note(f"To look at it: git diff ...{branch}; to take it: git merge {branch}")
     return 0
 
@@ -10286,7 +10279,7 @@ def command_gc(options: Options) -> int:
     lost = {getattr(error, "host", None) or "?": {"error": error_fields(error)} for error in failed}
     lines = [f"{host}: freed {human_size(count)}" for host, count in freed.items()]
     answer(options, dict(freed, **lost), *lines)
-    return report_all(failed)
+    return max(map(report_error, failed), default=0)
 
 
 def command_diff(options: Options) -> int:
@@ -10295,8 +10288,8 @@ def command_diff(options: Options) -> int:
     if options.json:
         return answer(options, bytes_field("diff", b"".join(line + b"\n" for line in lines)))
     pager, coloured = ("", False) if exact else workspace.project.repository.diff_settings()
-    coloured = coloured and not options.stat and in_colour()
-    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured else {}
+    plain = options.stat or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
+    colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured and not plain else {}
     with contextlib.ExitStack() as held:
         fd = 1
         for line in lines:
@@ -10311,7 +10304,7 @@ def command_diff(options: Options) -> int:
 
 
 def stored_secrets(options: Options) -> Any:
-    """Those of the scope that is named, to be changed in a with statement."""
+    """The secrets of the scope that is named, for a with statement that changes them."""
     name = one_workspace(options)
     if options.everywhere and not name:  # also outside a repository
         return editing_secrets(secrets_file())
@@ -10319,43 +10312,44 @@ def stored_secrets(options: Options) -> Any:
 
 
 def command_secrets_set(options: Options) -> int:
-    if "=" in options.name:
-        name = show(options.name.partition("=")[0])[1:-1]
-        raise UsageError("A secret's value is not taken from the command line: others see that.",
-                         f"Pipe it: ... | {PROGRAM} secrets set {name}")
-    name = check_variable(options.name, secret=True)
-    way, entry = f"%s | {PROGRAM} secrets set {name}", {"command": options.command}
+    name, equals, _ = options.name.partition("=")
+    pipe = f"{PROGRAM} secrets set {show(name)[1:-1]}"
+    if equals:
+        raise UsageError("A secret's value is not taken from the command line, which others see.",
+                         f"Pipe it: ... | {pipe}")
+    check_variable(name, secret=True)
+    entry, typed = {"command": options.command}, os.isatty(0)
     if options.command is None:
-        if os.isatty(0):
-            import getpass
-            value, pipe = b"", "Pipe it: " + way % "..."
-            try:
-                value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
-            except UnicodeDecodeError:
-                raise UsageError("What was typed is not text in this terminal's encoding.", pipe)
-            except EOFError:
-                pass
-            if len(value) >= 4095:
-                raise UsageError("A terminal passes on no more than 4095 bytes of a line.", pipe)
-            given = bool(value)
-        else:
-            value = read_all(0, SECRET_MAX + 2)
-            value = value[:-1] if value.endswith(b"\n") else value
-            given = not os.path.samestat(os.fstat(0), os.stat(os.devnull))
-        if not given:
+        value = typed_value(name, pipe) if typed else read_all(0, SECRET_MAX + 2)
+        if not value and (typed or stdin_is_null()):
             raise UsageError(f"No value was given for {name} on stdin.",
-                             "For an empty one: " + way % "printf ''")
-        entry = {"value": as_text(value)}
+                             f"For an empty one: printf '' | {pipe}")
+        entry = {"value": as_text(value.removesuffix(b"\n"))}
     with stored_secrets(options) as stored:
         stored[name] = entry
     return answer(options, [name])
 
 
+def typed_value(name: str, pipe: str) -> bytes:
+    """What a person types as the value of a secret."""
+    import getpass
+    try:
+        value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
+    except UnicodeDecodeError:
+        raise UsageError("What was typed is not text in this terminal's encoding.",
+                         f"Pipe it: ... | {pipe}")
+    except EOFError:
+        return b""
+    if len(value) >= 4095:
+        raise UsageError("A terminal passes on no more than 4095 bytes of a line.",
+                         f"Pipe it: ... | {pipe}")
+    return value
+
+
 def read_all(fd: int, limit: int) -> bytes:
     """All bytes until the end. Raises UsageError for more than ``limit``."""
-    data, chunk = bytearray(), b"x"  # bytes would be copied with each chunk
-    while chunk:
-        chunk = read_some(fd)
+    data = bytearray()  # bytes would be copied with each chunk
+    while chunk := read_some(fd):
         data += chunk
         if len(data) > limit:
             raise UsageError(f"What comes on stdin is larger than {human_size(limit)}.")
@@ -10375,9 +10369,9 @@ def command_secrets_import(options: Options) -> int:
 
 
 def parse_dotenv(text: str) -> dict[str, str]:
-    """NAME=value lines: comments, `export`, 'single' (raw) and "double" quotes (with \\n, \\t,
-    \\", \\\\, \\$), which may span lines. A bare value ends at ` #`. Raises UsageError, with the
-    line's number and never its content."""
+    """The values of NAME=value lines, which may have comments, `export`, and quotes that span
+    lines: 'raw', or "with \\n, \\t, \\", \\\\, \\$". A bare value ends at ` #`. A UsageError has
+    the line's number, never its content."""
     values: dict[str, str] = {}
     escapes = {"n": "\n", "r": "\r", "t": "\t", "\n": ""}
     pattern = re.compile(
@@ -10402,26 +10396,23 @@ def parse_dotenv(text: str) -> dict[str, str]:
 def command_secrets_list(options: Options) -> int:
     project, name = Project(options.directory), one_workspace(options)
     stored = project.registry.stored(project.entry(name)["op"] if name else None)
-    rows = []
+    rows, lines = [], []
     for name, entry, where in sorted(stored, key=lambda row: row[0]):
         scope, _, workspace = where.partition(" ")
         kind = "command" if "command" in entry else "value"
         rows.append(dict({"workspace": workspace} if workspace else {}, name=name, kind=kind,
                          scope=scope))
         facts = [where] * (scope != "project") + ["from a command"] * (kind == "command")
-        if not options.json:
-            shown = facts and options.verbosity >= 0
-            print_text(name + (f"  ({', '.join(facts)})" if shown else ""))
-    if options.json:
-        print_json(rows)
-    return 0
+        shown = f"  ({', '.join(facts)})" if facts and options.verbosity >= 0 else ""
+        lines.append(name + shown)
+    return render(options, rows, "\n".join(lines))
 
 
 def command_secrets_rm(options: Options) -> int:
     with stored_secrets(options) as stored:
         for name in options.names:
             if name not in stored:
-                raise UsageError(f"There is no secret {show(name)} of that scope.",
+                raise UsageError(f"There is no secret {show(name)} in that scope.",
                                  f"See: {PROGRAM} secrets list")
             del stored[name]
     return answer(options, options.names)
@@ -10435,7 +10426,7 @@ def the_workspace(options: Options) -> Workspace:
 
 
 def job_of(options: Options, workspace: Workspace) -> Any:
-    """The job, or jobs, named; else the last one of the workspace."""
+    """The job, or jobs, that are named; else the workspace's last one."""
     jobs = [options.job] if options.job else [row["job"] for row in workspace.jobs()]
     if not jobs:
         raise ToolFailed(f"The workspace {workspace.name} has no jobs.",
@@ -10444,25 +10435,18 @@ def job_of(options: Options, workspace: Workspace) -> Any:
 
 
 def command_tool(options: Options) -> int:
-    tool, name = TOOLS[options.verb], options.verb
-    given = {arg.name: getattr(options, arg.name) for arg in tool.params}
+    name, workspace = options.verb, existing_workspace(options)
+    given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
     arguments = {key: value for key, value in given.items() if value is not None}
-    looks = tool.reads or "job" in given  # these create no workspace
-    workspace = existing_workspace(options) if looks else the_workspace(options)
     if "job" in given:
         arguments["job"] = job_of(options, workspace)
     result = call_tool(workspace, name, arguments)
-    if options.json:
-        print_json(result["jobs"] if name == "jobs" else result)
-    else:
-        quiet_terminal()
-        TOOL_TEXT[name](result, options.terminal)
-    return TOOL_CODE[name](result) if name in TOOL_CODE else 0
+    return render(options, result["jobs"] if name == "jobs" else result, *tool_text(name, result))
 
 
 def command_write(options: Options) -> int:
     workspace = the_workspace(options)
-    absolute(workspace, options.path)
+    absolute(workspace, options.path)  # before 100 MB are read for a path that cannot be
     return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
 
 
@@ -10484,17 +10468,18 @@ def command_cp(options: Options) -> int:
 
 
 def command_edit(options: Options) -> int:
+    arguments: Fields = {}
     if (options.old, options.new) != (None, None):
         if None in (options.old, options.new):
             raise UsageError("edit needs both --old and --new.")
-        arguments: Fields = {"edits": [
-            {"old": options.old, "new": options.new, "count": options.count or 1}]}
+        arguments["edits"] = [
+            {"old": options.old, "new": options.new, "count": options.count or 1}]
     elif options.count is not None:
         raise UsageError("--count goes with --old and --new.", "In JSON each edit has its own.")
     else:
         import json
         try:
-            arguments = dict(json.loads(read_all(0, BATCH_LINE_MAX).decode("utf-8")))
+            arguments.update(json.loads(read_all(0, BATCH_LINE_MAX)))
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
@@ -10505,21 +10490,35 @@ def command_edit(options: Options) -> int:
     return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
 
 
-def text_rows(rows: list[str], result: Fields, terminal: Terminal) -> None:
-    if rows:
-        write_out(1, encoded("\n".join(rows + [""])))
-    if result["truncated"]:
-        terminal.warn("There are more; narrow the pattern, or raise --limit.")
+def tool_text(name: str, result: Fields) -> tuple[str | bytes, str, int]:
+    """What a tool's result is without --json: the text, a warning, the exit code."""
+    if name == "read":
+        return field_bytes("content", result), "", 0
+    if name == "jobs":
+        return (*jobs_text(result["jobs"]), 0)
+    if name == "stop":
+        line = f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']]}"
+        return (line, "", 0) if result["stopped"] == "confirmed" else ("", line, 1)
+    if name == "wait":
+        how = ("" if result["exit_code"] is not None else
+               "still running" if result["state"] == "running" else
+               "lost: it ended without a record (was the host restarted?)")
+        return "", f"The job {result['job']} is {how}." if how else "", wait_code(result)
+    if name not in ("glob", "grep"):
+        return "", "", 0
+    rows = result["paths"] if name == "glob" else [
+        "%(path)s:%(line)d:%(text)s" % match for match in result["matches"]]
+    more = "There are more; narrow the pattern, or raise --limit." * result["truncated"]
+    return "\n".join(rows), more, int(name == "grep" and not rows)
 
 
-def text_jobs(result: Fields, terminal: Terminal) -> None:
-    if not result["jobs"]:
-        return terminal.warn("No jobs here. Start one: %s exec --detach -- CMD" % PROGRAM)
-    many = ["workspace"] * ("workspace" in result["jobs"][0])
-    print_table((*map(str.upper, many), "JOB", "STATE", "AGE", "COMMAND"), *(
-        (*(row[key] for key in many), row["job"], job_state(row),
-         human_age(time.time() - row["started"]) if row["started"] else "?", row["command"])
-        for row in result["jobs"]))
+def jobs_text(jobs: Sequence[Fields], heads: str = "") -> tuple[str, str]:
+    """A table of jobs, with columns before its own; a warning if there are none."""
+    text = table(heads + "JOB STATE AGE COMMAND", (
+        {**job, "state": job_state(job),
+         "age": human_age(time.time() - job["started"]) if job["started"] else "?"}
+        for job in jobs))
+    return text, "" if text else f"No jobs. Start one: {PROGRAM} exec --detach -- CMD"
 
 
 def command_jobs(options: Options) -> int:
@@ -10534,34 +10533,12 @@ def command_jobs(options: Options) -> int:
         if "error" in seen:
             code = 255
             options.terminal.line(f"{workspace.name}: {seen['error']}")
-    print_json(rows) if options.json else text_jobs({"jobs": rows}, options.terminal)
-    return code
+    return render(options, rows, *jobs_text(rows, "WORKSPACE "), code)
 
 
 def job_state(row: Mapping[str, Any]) -> str:
     """running, lost, exited 0, stopped 143"""
     return f"{row['state']} {row['exit_code']}".replace(" None", "")
-
-
-TOOL_TEXT: dict[str, Callable[[Fields, Terminal], None]] = {
-    "jobs": text_jobs,
-    "read": lambda result, terminal: write_out(1, field_bytes("content", result)),
-    "stop": lambda result, terminal: (
-        print_text if result["stopped"] == "confirmed" else terminal.warn)(
-            f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']]}"),
-    "wait": lambda result, terminal: None if result["exit_code"] is not None else terminal.warn(
-        "The job %s is %s." % (result["job"], "still running" if result["state"] == "running" else
-                               "lost: it ended without a record (was the host restarted?)")),
-    "glob": lambda result, terminal: text_rows(result["paths"], result, terminal),
-    "grep": lambda result, terminal: text_rows(
-        ["%(path)s:%(line)d:%(text)s" % match for match in result["matches"]], result, terminal),
-}
-# What they end with, where that is not 0.
-TOOL_CODE: dict[str, Callable[[Fields], int]] = {
-    "grep": lambda result: 0 if result["matches"] else 1,
-    "stop": lambda result: 0 if result["stopped"] == "confirmed" else 1,
-    "wait": wait_code,
-}
 
 
 def command_logs(options: Options) -> int:
@@ -10616,19 +10593,15 @@ def command_doctor(options: Options) -> int:
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
-    colours = {"ok": 32, "note": 36, "fix": 33, "bad": 31, "dead": 31}
     for row in doctor(check_host(name) if name else "", root):
         rows.append(row)
         state, what, text, fix = row.values()
         if not options.json and (options.verbosity >= 0 or state in ("bad", "dead")):
             import textwrap
-            text = text.rstrip(".") + (". " + fix if fix else "")
-            shown = textwrap.fill(text, max(58, terminal_width()), break_on_hyphens=False,
-                                  initial_indent=f"{state:<5} {what:<10}  ",
-                                  subsequent_indent=" " * 18)
-            if in_colour():
-                shown = f"\x1b[{colours[state]}m{shown[:5]}\x1b[m{shown[5:]}"
-            draw(1, shown + "\n")
+            print_text(textwrap.fill(
+                text.rstrip(".") + (". " + fix if fix else ""), max(58, terminal_width()),
+                initial_indent=f"{state:<5} {what:<10}  ", subsequent_indent=" " * 18,
+                break_on_hyphens=False))
     if options.json:
         print_json(rows)
     return max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
@@ -10649,8 +10622,8 @@ def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal, cal
         if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
             write_out(1, TIDY, harmless=True)
     if status in (None, 255):
-        terminal.warn(f"The connection to {workspace.host.name} was cut, or what ran there "
-                      "ended with 255.")
+        terminal.warn(f"The connection to {workspace.host.name} was cut, or the command ended "
+                      "with 255.")
     return 255 if status is None else status
 
 
@@ -10692,22 +10665,22 @@ def line_args(verb: Verb) -> list[Arg]:
     return [arg for arg in verb.args if arg.face != "json"] + known
 
 
-def usage(group: str = "") -> str:
-    """The help without a command: all commands, or those that begin with ``group``."""
+def usage(group: str) -> str:
+    """The help on all commands, or on those that begin with ``group``."""
     rows = []
     for name, verb in VERBS.items():
         if name.startswith(group):
             rows += [GROUPS[name] + ":"] if name in GROUPS else []
             rows.append(f"  {name:<14} {verb.text}")
-    return f"""usage: {PROGRAM} {group + " " if group else ""}COMMAND [options]
+    return f"""usage: {PROGRAM} {group}COMMAND [options]
 
 SSH workspaces for coding agents: work happens on HOST, your keys stay here.
 
 {chr(10).join(rows)}
 
-Options of most commands, also before the command: -C DIR (the repository),
--H HOST, -w NAME (the workspace), --json, -q, -v. All of a command with -h:
-  {PROGRAM} {group or "exec"} -h
+All options of a command: {PROGRAM} {group}COMMAND -h
+Most commands take, also before their name: -C DIR (the repository), -H HOST,
+-w NAME (the workspace), --json, -q, -v.
 Exit codes: of exec the command's own, 124 timeout, 125 this tool failed,
 130 interrupted, 255 host unreachable or lost; of the others 0, 1, 2, 130, 255."""
 
@@ -10729,8 +10702,9 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
              for arg in line_args(verb) if arg.word]
     parser = Parser(
         prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
-        description=verb.text, epilog=" ".join(["example:", PROGRAM, verb.name, verb.example]),
+        description=verb.text, epilog=f"example: {PROGRAM} {verb.name} {verb.example}".rstrip(),
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    vars(parser)["color"] = False  # of Python 3.14; print_text() would neutralise the escapes
     for arg in line_args(verb):
         text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
         text += f" (default: {arg.default})" * (arg.default not in (None, "."))
@@ -10743,31 +10717,21 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
                             nargs=None if arg.word in ("", "1") else arg.word,
                             action="append" if arg.flags and arg.kinds == ["texts"] else "store")
         parser.add_argument(*(arg.flags or [arg.name]), help=text, **settings)
+    parser.set_defaults(**{arg.name: [] if arg.kinds == ["texts"] else arg.default or False
+                           for arg in COMMON})  # also those that the command lacks
     return parser
 
 
-def parse(words: Sequence[str]) -> Options:
+def parse(name: str, words: list[str]) -> Options:
     """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
-    name, rest, tail = words[0], list(words[1:]), []  # type: str, list[str], list[str]
-    if name == "secrets":
-        rest = command_first(rest)
-        if rest[:1] in (["-h"], ["--help"]):
-            print_text(usage(name))
-            raise SystemExit(0)
-        name, rest = " ".join([name, *rest[:1]]), rest[1:]
     if name not in VERBS:
         import difflib
         near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
         raise UsageError(f"There is no command {show(name)}.",
                          f"See `{' '.join([PROGRAM, *near, '-h'])}`.")
-    if name == "exec" and "--" in rest:
-        at = rest.index("--")
-        rest, tail = rest[:at], rest[at + 1:]
-    options = parser_of(VERBS[name]).parse_args(rest)
-    for arg in COMMON:  # also those that the command lacks
-        options.__dict__.setdefault(arg.name, arg.default)
-    options.host, options.workspace = options.host or [], options.workspace or []
-    options.verb, options.verbosity = name, int(options.verbose) - int(options.quiet)
+    at = words.index("--") if name == "exec" and "--" in words else len(words)
+    options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
+    options.verb, options.verbosity = name, options.verbose - options.quiet
     options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
     CALLED["project"] = "" if options.directory == "." else " -C " + quote(options.directory)
     # A call of batch or mcp names its own.
@@ -10813,27 +10777,21 @@ def typed_program() -> str:
     return " ".join(map(quote, words if own else [sys.executable, os.path.abspath(__file__)]))
 
 
-def report_error(error: CmuxError) -> None:
+def report_error(error: CmuxError) -> int:
+    """Print the error; its exit code."""
     quiet_terminal()
-    err_out(neutralise(f"{str(error).strip()} {as_called(error.hint)}").strip())
-
-
-def report_all(errors: Collection[CmuxError]) -> int:
-    """The worst exit code."""
-    for error in errors:
-        report_error(error)
-    return max([error.exit_code for error in errors], default=0)
+    err_out(f"{str(error).strip()} {as_called(error.hint)}".strip())
+    return error.exit_code
 
 
 def fail(words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
-    of_exec = words[:1] == ["exec"]
-    report_error(error)
+    of_exec, code = words[:1] == ["exec"], report_error(error)
     if "--json" in itertools.takewhile(lambda word: word != "--", words):
         with contextlib.suppress(CmuxError):  # stdout is closed
             print_json(exec_failure(None, None, error, time.monotonic())
                        if of_exec else {"error": error_fields(error)})
-    return exec_code(error) if of_exec else error.exit_code
+    return exec_code(error) if of_exec else code
 
 
 def version_text() -> str:
@@ -10859,12 +10817,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if words[:1] in (["-h"], ["--help"], ["help"]):
             words = [*words[1:], "-h"]
-        if words in ([], ["-h"]):
-            print_text(usage())
+        name, *rest = words or ["-h"]
+        if name == "secrets":  # its commands have two words
+            rest = command_first(rest)
+            name, rest = " ".join([name, *rest[:1]]), rest[1:]
+        of_many = re.match(r"(secrets |)(-h|--help)\Z", name)
+        if of_many:
+            print_text(usage(of_many[1]))
             return 0 if words else 2
-        if words[0] == "__complete" and words[2:]:
+        if name == "__complete" and words[2:]:
             return complete(words[1], words[2:])
-        options = parse(words)
+        options = parse(name, rest)
         raise_descriptor_limit()
         stop_signals()
         try:

@@ -1192,9 +1192,9 @@ def test_version_names_itself_and_its_digest():
 @each("command", ["", "secrets", *c.VERBS])
 @compat
 def test_help_of_a_command_shows_an_example_and_fits(common, command):
-    shown = common.cli(*command.split(), "-h", env={"COLUMNS": "80"})
+    shown = common.cli(*command.split(), "-h", env={"COLUMNS": "80", "FORCE_COLOR": "1"})
     assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2]), shown.text
-    assert max(map(len, shown.text.split("\n"))) <= 80, shown.text
+    assert max(map(len, shown.text.split("\n"))) <= 80 and "\x1b" not in shown.text, shown.text
     assert command not in c.VERBS or all(arg.text for arg in c.VERBS[command].args)
 
 
@@ -8545,7 +8545,7 @@ def test_damaged_lines_of_the_history_are_passed_over(repo, site):
     (path,) = [p for p in site.state.rglob("*") if p.is_file() and "history" in str(p) and b'"new"' in slurp(p)]
     with open(path, "ab") as stream:
         for row in (b'{"operation": "exec", "time": 1e300}', b'{"operation": "exec", "time": NaN}', b'{"operation": "exec", "time": 1, "duration": "x"}',
-                    b'{"operation": 3, "time": 1}', b'{"time": 1}', b"[" * 100000, b"3", b"{"):
+                    b'{"operation": "exec", "time": 1, "bytes": "x"}', b'{"operation": 3, "time": 1}', b'{"time": 1}', b"[" * 100000, b"3", b"{"):
             stream.write(row + b"\n")
     told = repo.ok("history")
     assert len(told.text.strip().split("\n")) == 2, told
