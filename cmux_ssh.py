@@ -4318,7 +4318,7 @@ class Host:
                 self._masters = Masters(read_ssh_config(self.name), self._interactive)
             return self._masters
 
-    def call(self, script: str, *arguments: str, source: Source | None = None,
+    def _call(self, script: str, *arguments: str, source: Source | None = None,
              direct: bool = False, cancel: Cancel | None = None, limit: int = REPLY_MAX,
              before: bytes = b"", data: bytes | None = None, once: bool = False) -> Reply:
         """Run one of the remote scripts. Raises HostError; the caller judges its status.
@@ -4332,7 +4332,7 @@ class Host:
         def work(sessions: list[Session]) -> Reply:
             out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
             exchange = Exchange(sessions[0], records, out, err, source, data)
-            self.begin(exchange, cancel)
+            self._begin(exchange, cancel)
             trip = time.monotonic() - exchange.asked
             if not exchange.run(Deadline(patience), cancel, stall=stall):
                 raise RemoteFailed(f"{self.name} did not finish within {patience} seconds.")
@@ -4341,9 +4341,9 @@ class Host:
 
         def repeat(lost: ConnectionLost) -> bool:
             return not (source and source.total) and not (once and lost.begun)
-        return self.attempt(work, Deadline(SLOT_PATIENCE), cancel, repeat, bulk=direct)
+        return self._attempt(work, Deadline(SLOT_PATIENCE), cancel, repeat, bulk=direct)
 
-    def attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
+    def _attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
                 cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
                 bulk: bool = False) -> Made:
         """What ``work`` returns for a list of sessions of open(). What it leaves in the list is
@@ -4352,7 +4352,7 @@ class Host:
         first: HostError | None = None
         with self._operation():
             for number in range(10):
-                sessions = self.open(deadline, cancel, count, bulk)
+                sessions = self._open(deadline, cancel, count, bulk)
                 direct = isinstance(sessions[0], DirectSession)
                 try:
                     return work(sessions)
@@ -4379,7 +4379,7 @@ class Host:
 
     # -- sessions opened ahead: the shell reads, and waits for a header --
 
-    def open(self, deadline: Deadline, cancel: Cancel | None = None, count: int = 1,
+    def _open(self, deadline: Deadline, cancel: Cancel | None = None, count: int = 1,
              bulk: bool = False) -> list[Session]:
         """So many sessions that run BOOT, all or none; one where each has a connection of its own,
         as for ``bulk``, unless logging in needs a person."""
@@ -4449,7 +4449,7 @@ class Host:
         for session in ready:
             session.close()
 
-    def begin(self, exchange: Exchange, cancel: Cancel | None,
+    def _begin(self, exchange: Exchange, cancel: Cancel | None,
               deadline: Deadline = NEVER) -> None:
         """Wait until an operation has begun, or the deadline has passed. Raises HostError, and
         WorkspaceMissing where its directory is missing."""
@@ -4461,7 +4461,7 @@ class Host:
             if not direct and not patience.over() and not exchange.out.ready:
                 self._see_our_shell(cancel)
             if not exchange.run(patience, cancel, answered) and not deadline.over():
-                self.abandon(exchange.session)
+                self._abandon(exchange.session)
                 kind = HostSilent if exchange.sent else ConnectionFailed
                 raise kind(f"{self.name} accepted the session, but no shell answered in "
                            f"{START_PATIENCE:.0f} seconds.",
@@ -4483,7 +4483,7 @@ class Host:
         except HostError:
             pass
 
-    def abandon(self, session: Session) -> None:
+    def _abandon(self, session: Session) -> None:
         """Use its master, which may hang, no more, nor the sessions opened ahead."""
         if session.master:
             self.masters.abandon(session.master)
@@ -4513,9 +4513,9 @@ class Incoming:
         def work(sessions: list[Session]) -> None:
             records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
-            host.begin(self.exchange, self.cancel)
+            host._begin(self.exchange, self.cancel)
             sessions.clear()  # close() closes it
-        host.attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=True)
+        host._attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
@@ -4564,7 +4564,7 @@ class CommandRun:
                 raise
             return Outcome(status=None, stopped=self._stop(), reason=reason)
         try:
-            return self.host.attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel,
+            return self.host._attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel,
                                      lambda lost: not lost.begun, 2 if self.source else 1)
         except Cancelled:  # while it waited
             return Outcome(status=None, stopped="confirmed", reason="cancel")
@@ -4586,13 +4586,13 @@ class CommandRun:
         if self.source:
             self.guard = Exchange(sessions[-1], script_records(GUARD), self.verdict, len,
                                   run_id=self.run_id)
-            self.host.begin(self.guard, cancel, deadline)
+            self.host._begin(self.guard, cancel, deadline)
             if len(sessions) == 1:
                 patience = Deadline(deadline.capped(SLOT_PATIENCE))
-                sessions[:0] = self.host.open(patience, cancel)
+                sessions[:0] = self.host._open(patience, cancel)
         self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source,
                                  run_id=self.run_id)
-        self.host.begin(self.exchange, cancel, deadline)
+        self.host._begin(self.exchange, cancel, deadline)
         if self.exchange.begun:
             self.exchange.guard = self.guard
             self._tell_guard(self.exchange.out.pid)
@@ -4626,13 +4626,13 @@ class CommandRun:
         except HostError:
             pass
         if not asked.ended and not asked.lost:
-            self.host.abandon(asked.session)
+            self.host._abandon(asked.session)
         return self._stop_again(exchange.out.pid or "-")
 
     def _stop_again(self, pid: str) -> str:
         """End it over another session, and return what that reports."""
         try:
-            reply, [session] = Capture(100), self.host.open(Deadline(STOP_PATIENCE))
+            reply, [session] = Capture(100), self.host._open(Deadline(STOP_PATIENCE))
             with contextlib.closing(session):
                 guard = Exchange(session, script_records(GUARD), reply, len,
                                  data=pid.encode() + b"\n", run_id=self.run_id)
@@ -5491,7 +5491,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
     def describe() -> None:  # also at the end: what a secret's command made is known by then
         row["detail"] = ""
         with contextlib.suppress(CmuxError):
-            row["detail"] = masked_detail(detail, project.masks())
+            row["detail"] = masked_detail(detail, project._masks())
     began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
     if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
         describe()
@@ -5576,7 +5576,7 @@ class ProjectBase:
         self.fetched: set[str] = set()   # commands of secrets that this process has run
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
-    def fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
+    def _fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
         """The values of secrets, remembered for masking: the last 1000, for a command may print
         another each time."""
         values = secret_values(secrets, cancel)
@@ -5587,7 +5587,7 @@ class ProjectBase:
                 del self.handed_over[value]
         return values
 
-    def know_secrets(self, op: str, cancel: Cancel | None = None) -> None:
+    def _know_secrets(self, op: str, cancel: Cancel | None = None) -> None:
         """Run the commands for a workspace's secrets, unless this process has: an earlier process
         may have sent what they print. Also where a narrower scope wins now."""
         with self._fetching:
@@ -5599,23 +5599,23 @@ class ProjectBase:
                 if time.monotonic() < until:
                     raise why
                 try:
-                    self.fetch({name: entry}, cancel)
+                    self._fetch({name: entry}, cancel)
                 except CmuxError as error:
                     if not isinstance(error, Cancelled):
                         self._unknown[command] = time.monotonic() + UNKNOWN_FOR, error
                     raise
 
-    def known_secrets(self) -> dict[bytes, str]:
+    def _known_secrets(self) -> dict[bytes, str]:
         """value -> name of the secrets that this process has fetched, and of all that are stored.
         """
         return {**self.handed_over, **{encoded(entry.get("value", "")): name
                                        for name, entry, _ in self.registry.stored()}}
 
-    def masks(self) -> list[tuple[bytes, bytes]]:
+    def _masks(self) -> list[tuple[bytes, bytes]]:
         """(a secret's value, what to show instead), longest first; also the lines of a value: a key
         may be printed with other line ends or an indent. A value below four bytes would mask half
         of all text."""
-        known = self.known_secrets()
+        known = self._known_secrets()
         for value, name in list(known.items()):
             lines = map(bytes.strip, value.split(b"\n"))
             known.update({line: name for line in lines if len(line) >= 16})
@@ -5624,7 +5624,7 @@ class ProjectBase:
         return sorted(masks, key=lambda item: -len(item[0]))
 
     @contextlib.contextmanager
-    def editing_secrets(self, workspace: str = "", everywhere: bool = False) -> Iterator[Fields]:
+    def _editing_secrets(self, workspace: str = "", everywhere: bool = False) -> Iterator[Fields]:
         """The secrets of one scope, to be changed: see set_secret()."""
         if workspace and everywhere:
             raise UsageError("A secret is for all projects, or for one workspace.",
@@ -5633,7 +5633,7 @@ class ProjectBase:
         self.registry.read()  # makes it on first use, under the lock that is taken next
         with self.registry.editing() if workspace else contextlib.nullcontext():  # none removes it
             if workspace:
-                path = self.registry.own_secrets(self.entry(workspace)["op"])
+                path = self.registry.own_secrets(self._entry(workspace)["op"])
             with editing_secrets(path) as stored:
                 yield stored
 
@@ -5644,7 +5644,7 @@ class ProjectBase:
         (``everywhere``) for all projects; the narrower wins. Raises UsageError, WorkspaceMissing,
         StateFailed."""
         check_variable(name, secret=True)
-        with self.editing_secrets(workspace, everywhere) as stored:
+        with self._editing_secrets(workspace, everywhere) as stored:
             stored.pop(name, None)
             if value is not None:
                 stored[name] = {"value": as_text(encoded(value))}
@@ -5665,14 +5665,14 @@ class ProjectBase:
         """The current branch's name, made safe."""
         return safe_workspace(self.repository.branch() or "detached")
 
-    def hosts_for(self, workspace: str, host: str | Sequence[str] = (),
+    def _hosts_for(self, workspace: str, host: str | Sequence[str] = (),
                   source: str = "") -> list[str]:
         """The pool for a new workspace: the host of the workspace ``source``, if that is named;
         else ``host``, this object's, the words of $CMUX_SSH_HOST, or the values of the user's
         `git config cmux.host`. Raises UsageError."""
         if source:
-            place = self.entry(source)["host"]
-            self.check_place(source, place, host)
+            place = self._entry(source)["host"]
+            self._check_place(source, place, host)
             return [place]
         words = os.environ.get("CMUX_SSH_HOST", "").split(" ")  # a tab separates nothing
         hosts = pool_of(host) or self._pool or [*filter(None, words)] or [
@@ -5683,48 +5683,48 @@ class ProjectBase:
                 "Name one with -H HOST, or set $CMUX_SSH_HOST, or: git config cmux.host HOST")
         return pool_of(hosts)
 
-    def entries(self) -> dict[str, Fields]:
+    def _entries(self) -> dict[str, Fields]:
         """The registry's entries of finished workspaces, by name."""
         return {name: entry for name, entry in self.registry.read()["workspaces"].items()
                 if entry.get("state") == "ready"}
 
     def workspace(self, name: str) -> "Workspace":
         """An existing workspace. Raises WorkspaceMissing."""
-        entry, lock = self.entry(name), self.registry.creation_lock(name)
+        entry, lock = self._entry(name), self.registry.creation_lock(name)
         if "intent" in entry and lock.take():  # else an operation on it runs
             with lock:
-                entry = self.settle(name)
+                entry = self._settle(name)
         return self.kind(self, name, entry)
 
     def workspaces(self) -> list["Workspace"]:
         """All that are finished, by name. Connects to no host."""
-        return [self.kind(self, name, entry) for name, entry in sorted(self.entries().items())]
+        return [self.kind(self, name, entry) for name, entry in sorted(self._entries().items())]
 
-    def entry(self, name: str) -> Fields:
+    def _entry(self, name: str) -> Fields:
         """The registry's entry of a finished workspace. Raises WorkspaceMissing."""
-        entry = self.entries().get(check_workspace(name))
+        entry = self._entries().get(check_workspace(name))
         if entry is None:
-            raise self.missing(name)
+            raise self._missing(name)
         return entry
 
-    def slip_of(self, name: str) -> str:
+    def _slip_of(self, name: str) -> str:
         """The workspace that is probably meant where ``name`` is mistyped, or "". None that this
         object has made: a program's own names are no slips of each other."""
-        return next((other for other in sorted(self.entries())
+        return next((other for other in sorted(self._entries())
                      if other not in self._made and is_slip(name, other)), "")
 
-    def missing(self, name: str, make: bool = True) -> WorkspaceMissing:
-        slip = self.slip_of(name)
+    def _missing(self, name: str, make: bool = True) -> WorkspaceMissing:
+        slip = self._slip_of(name)
         meant = f"; did you mean {slip}?" if slip else "."
         more = f", or make it: {PROGRAM} new {name} -H HOST" if make else "."
         return WorkspaceMissing(f"There is no workspace {show(name)} in this project{meant}",
                                 f"See `{PROGRAM} list`{more}")
 
-    def update(self, name: str, **fields: Any) -> None:
+    def _update(self, name: str, **fields: Any) -> None:
         with self.registry.editing() as record:
             record["workspaces"][name].update(fields)
 
-    def forget(self, name: str) -> None:
+    def _forget(self, name: str) -> None:
         """Remove a workspace's own secrets, then its entry in the registry."""
         with self.registry.editing() as record:
             entry = record["workspaces"].pop(name, None)
@@ -5734,7 +5734,7 @@ class ProjectBase:
                 for left in glob.glob(own + "*"):  # also its lock, and files of a killed writer
                     remove_file(left)
 
-    def operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
+    def _operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
                 change: Mapping[str, Any] | None = None, **more: Any) -> Reply:
         """Put ``change`` into the registry, then run an operation on a workspace's name on its
         host. The first word is the operation's id. The host refuses an operation once one of a
@@ -5745,51 +5745,51 @@ class ProjectBase:
             record["workspaces"].setdefault(name, {}).update(change or {})
             record.get("placing", {}).pop(name, None)
         place = entry["root"], entry["project"], str(turn), name
-        return self.host(entry["host"]).call(script, *place, *words, **more)
+        return self.host(entry["host"])._call(script, *place, *words, **more)
 
-    def discard(self, name: str, entry: Fields, cancel: Cancel | None = None) -> None:
+    def _discard(self, name: str, entry: Fields, cancel: Cancel | None = None) -> None:
         """Move the directory into the host's trash, then forget the entry. It is not listed
         meanwhile."""
         words = [os.urandom(8).hex(), entry["op"]]
         try:
-            reply = self.operate(REMOVE, name, entry, words, {"state": "removing"}, cancel=cancel)
+            reply = self._operate(REMOVE, name, entry, words, {"state": "removing"}, cancel=cancel)
             check_reply(reply, entry["host"], f"remove the workspace {name}")
         except CmuxError as error:
             if not isinstance(error, (ConnectionLost, Cancelled)):  # after those it may be removed
-                self.update(name, state=entry["state"])
+                self._update(name, state=entry["state"])
             raise
-        self.forget(name)
+        self._forget(name)
 
-    def vacate(self, name: str) -> None:
+    def _vacate(self, name: str) -> None:
         """Make sure that a name is free, under its lock. An entry that is not ready, and half a
         rename to the name, were left by a killed process: they are cleared away."""
-        for other, entry in self.entries().items():
+        for other, entry in self._entries().items():
             if entry.get("intent", {}).get("to") == name:
                 lock = self.registry.creation_lock(other)
                 if not lock.wait(Deadline(5)):  # its owner may wait for our lock
                     raise WorkspaceExists(f"The workspace {other} is about to get the name {name}.",
                                           "Try again in a moment.")
                 with lock:
-                    self.settle(other)
+                    self._settle(other)
         left = self.registry.read()["workspaces"].get(name)
         if left and left["state"] == "ready":
             raise WorkspaceExists(f"The workspace {name} exists already.",
                                   f"Choose another name, or remove it: {PROGRAM} rm {name}")
         if left:
-            self.discard(name, left)
+            self._discard(name, left)
 
-    def settle(self, name: str) -> Fields:
+    def _settle(self, name: str) -> Fields:
         """The entry of a workspace, after a push or rename that was cut off is settled: a push that
         the host has finished counts, a rename is undone. Needs the workspace's lock."""
-        entry = self.entry(name)
+        entry = self._entry(name)
         intent = entry.get("intent")
         if intent:
             words = [os.urandom(8).hex(), intent.get("to", name), name, entry["op"]]
-            reply = self.operate(RENAME, name, entry, words)
+            reply = self._operate(RENAME, name, entry, words)
             if reply.status not in (20, 22):  # else it is gone, or its name is taken
                 check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
             self._end_intent(name, intent["op"] in reply.lines())
-        return self.entry(name)
+        return self._entry(name)
 
     def _end_intent(self, name: str, pushed: bool) -> None:
         """Forget the intent of a push or rename; one that has ``pushed`` counts."""
@@ -5813,7 +5813,7 @@ class ProjectBase:
         Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
         """
         self._made.add(check_workspace(name))
-        pool = self.hosts_for(name, host, source)
+        pool = self._hosts_for(name, host, source)
         self.registry.secrets("", secrets)
         if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
             raise UsageError(f"{show(root)} cannot be the root directory.")
@@ -5823,7 +5823,7 @@ class ProjectBase:
         host = self._reach(name, pool, report, cancel)
         report.step(name, "being made")
         with self.registry.creation_lock(name).hold(cancel):
-            self.vacate(name)
+            self._vacate(name)
             project = "{name}-{id}".format_map(self.registry.read())  # its directory on the host
             place = {"host": host, "root": root, "project": project}
             with noted(self, "new", name, host, ref) as log, contextlib.closing(
@@ -5831,7 +5831,7 @@ class ProjectBase:
                 log.row["op"] = upload.op  # not earlier: no entry had it
                 self._make(upload, init, source)
                 log.size = upload.sent
-                if "init" in self.entry(name):
+                if "init" in self._entry(name):
                     self._run_init(upload, secrets)
                 return self.workspace(name)
 
@@ -5843,7 +5843,7 @@ class ProjectBase:
         try:
             host.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
             if many and host.masters.single():
-                host.call("operation() { :; }", cancel=cancel)
+                host._call("operation() { :; }", cancel=cancel)
         except ConnectionFailed as error:
             if not many:
                 raise
@@ -5871,13 +5871,13 @@ class ProjectBase:
 
     def _make(self, upload: Upload, init: bool, source: str) -> None:
         name, host = upload.name, upload.host.name
-        words = [upload.op, upload.tree, self.entry(source)["path"] if source else ""]
+        words = [upload.op, upload.tree, self._entry(source)["path"] if source else ""]
         entry: Fields = {
             "state": "creating", **upload.entry, "op": upload.op, "created": int(time.time()),
             **upload.base()}
         upload.note_unsent()
         try:
-            reply = upload.with_base(lambda: self.operate(
+            reply = upload.with_base(lambda: self._operate(
                 CREATE, name, entry, words, entry, cancel=upload.cancel))
             if reply.status == 9:
                 raise RemoteFailed(f"Only git knows what is ignored in {source}: it needs git on "
@@ -5886,7 +5886,7 @@ class ProjectBase:
         except CmuxError as error:
             # After those it may exist; the next `new` or `rm` clears it away.
             if not isinstance(error, (ConnectionLost, Cancelled)):
-                self.forget(name)
+                self._forget(name)
             raise
         root = next((line[5:] for line in reply.lines() if line[:5] == "root "), "")
         check_remote_path(root)
@@ -5917,7 +5917,7 @@ class ProjectBase:
         except HostError as error:
             report.warn(f"The init hook of {name} was cut off: {error}")
         finally:
-            self.update(name, init=end)
+            self._update(name, init=end)
 
     def ensure(self, name: str, host: str | Sequence[str] = (), report: Report | None = None,
                cancel: Cancel | None = None,
@@ -5925,30 +5925,30 @@ class ProjectBase:
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
         hosts_for()); waits while another process makes it. Raises as create() does, UsageError
         if it is on another host, and WorkspaceMissing if another one is probably meant."""
-        entry = self.entries().get(check_workspace(name))
+        entry = self._entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
         if entry is None:
             begun = name in self.registry.read()["workspaces"]  # by another process
-            if not begun and self.slip_of(name) and name != self.default_workspace():
-                raise self.missing(name)
+            if not begun and self._slip_of(name) and name != self.default_workspace():
+                raise self._missing(name)
             report = report or Report()
             try:
                 made = self.create(name, host, report=report, cancel=cancel, secrets=secrets)
                 report.note(f"The workspace {name} is new, on {made.host.name}.")
                 return made
             except WorkspaceExists:
-                if name not in self.entries():
+                if name not in self._entries():
                     raise
         return self.existing(name, host)
 
     def existing(self, name: str, host: str | Sequence[str]) -> "Workspace":
         """A workspace. Raises UsageError if it is not on ``host``, or one of several."""
         found = self.workspace(name)
-        self.check_place(name, found.host.name, host)
+        self._check_place(name, found.host.name, host)
         return found
 
-    def check_place(self, name: str, place: str, host: str | Sequence[str]) -> None:
+    def _check_place(self, name: str, place: str, host: str | Sequence[str]) -> None:
         """Raise UsageError unless ``place`` is ``host``, one of several, or none is given."""
         pool = pool_of(host)
         if pool and place not in pool:
@@ -5967,37 +5967,37 @@ class ProjectBase:
             option = "--forget" if forget else "--force" if force else ""
             with noted(self, "rm", name, entry["host"], option, entry["op"]):
                 if forget:
-                    self.forget(name)
+                    self._forget(name)
                     return [name]
                 if entry["state"] == "ready":
-                    entry = self.settle(name)
+                    entry = self._settle(name)
                     if not force:
                         self._refuse_lost(name, entry, cancel)
-                self.discard(name, entry, cancel)
+                self._discard(name, entry, cancel)
         return [name]
 
     def _refuse_lost(self, name: str, entry: Fields, cancel: Cancel | None) -> None:
         if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
-               for row in self.running_now()):
+               for row in self._running_now()):
             raise WorkspaceDirty(f"A command runs in the workspace {name}.",
                                  f"Wait for it (see `{PROGRAM} top`), or give it up: "
                                  f"`{PROGRAM} rm --force {name}`.")
-        words = *self.looked_at(name, entry, os.urandom(8).hex()), entry["op"]
-        reply = self.host(entry["host"]).call(CHANGED, *words, cancel=cancel)
+        words = *self._looked_at(name, entry, os.urandom(8).hex()), entry["op"]
+        reply = self.host(entry["host"])._call(CHANGED, *words, cancel=cancel)
         if reply.status != 22:  # the directory is not there
             check_reply(reply, entry["host"], f"look for changes in {name}")
             self._refuse(name, entry, reply.lines())
 
-    def running_now(self) -> list[Fields]:
+    def _running_now(self) -> list[Fields]:
         """What this machine runs now, oldest first, by the workspaces' present names."""
-        names = {entry["op"]: name for name, entry in self.entries().items()}
+        names = {entry["op"]: name for name, entry in self._entries().items()}
         return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
                 for row in self.history.now()]
 
-    def past(self, name: str | None = None) -> list[Fields]:
+    def _past(self, name: str | None = None) -> list[Fields]:
         """The history, oldest first: of all workspaces; or of the one that has this name now, also
         under earlier names; or, if none has it, of those that had it."""
-        op = self.entries().get(name, {}).get("op") if name else None
+        op = self._entries().get(name, {}).get("op") if name else None
         return [row for row in self.history.rows() if not name or (
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
@@ -6013,8 +6013,8 @@ class ProjectBase:
             for one in sorted((name, source)):  # or two would wait for each other
                 lock = self.registry.creation_lock(one, operation == "fork" and one == source)
                 held.enter_context(lock.hold(cancel))
-            entry = self.settle(source)
-            self.vacate(name)
+            entry = self._settle(source)
+            self._vacate(name)
             held.enter_context(noted(self, operation, source, entry["host"], name, entry["op"]))
             yield dict(entry, path=entry["path"][:-len(source)] + name)
 
@@ -6026,14 +6026,14 @@ class ProjectBase:
             own, op = self.registry.own_secrets(entry["op"]), os.urandom(8).hex()
             entry.update(state="forking", op=op, branches={}, over={}, created=int(time.time()))
             words = op, source.name
-            reply = self.operate(FORK, name, entry, words, entry, cancel=cancel)
+            reply = self._operate(FORK, name, entry, words, entry, cancel=cancel)
             if reply.status in (20, 22):
-                self.forget(name)
+                self._forget(name)
             check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
             secrets = read_secrets(own)
             if secrets:
                 write_json(self.registry.own_secrets(op), {"secrets": secrets})
-            self.update(name, state="ready")
+            self._update(name, state="ready")
             return self.workspace(name)
 
     def rename(self, source: WorkspaceBase, name: str,
@@ -6043,10 +6043,10 @@ class ProjectBase:
         with self._moving("rename", source.name, name, cancel) as entry:
             op = os.urandom(8).hex()
             words = [op, source.name, name, entry["op"]]
-            reply = self.operate(RENAME, source.name, entry, words,
+            reply = self._operate(RENAME, source.name, entry, words,
                                  {"intent": {"op": op, "to": name}}, cancel=cancel)
             if reply.status in (20, 22):
-                self.settle(source.name)
+                self._settle(source.name)
             check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
             with self.registry.editing() as record:
                 del record["workspaces"][source.name]
@@ -6059,7 +6059,7 @@ class ProjectBase:
         WorkspaceDirty if it has work that has not been pulled; with ``force`` a copy stays in the
         host's trash until gc. Raises as create() does, too."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
-            entry, report = self.settle(name), report or Report()
+            entry, report = self._settle(name), report or Report()
             with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
                 upload.note_unsent()
                 stands = entry["base"], entry.get("whole")
@@ -6077,9 +6077,9 @@ class ProjectBase:
         name, host, op = upload.name, entry["host"], upload.op
         if not force:
             self._refuse(name, entry, ())
-        words = [op, *self.looked_at(name, entry, op), upload.tree, "1" if force else ""]
-        self.update(name, intent={"op": op, **upload.base()})
-        reply = upload.with_base(lambda: self.operate(
+        words = [op, *self._looked_at(name, entry, op), upload.tree, "1" if force else ""]
+        self._update(name, intent={"op": op, **upload.base()})
+        reply = upload.with_base(lambda: self._operate(
             PUSH, name, entry, words, cancel=upload.cancel), entry["tree"])
         if reply.status in (5, 25):  # nothing was done
             self._end_intent(name, False)
@@ -6100,7 +6100,7 @@ class ProjectBase:
         """Free trash, leftovers and old bases on the hosts that have or had a workspace of the
         project, or ``only`` on some: (bytes by host, the errors of others). Raises UsageError for
         another host."""
-        used = {(entry["host"], entry["root"]) for entry in self.entries().values()}
+        used = {(entry["host"], entry["root"]) for entry in self._entries().values()}
         known = used.union(map(tuple, self.registry.read().get("places", [])))
         pool = pool_of(only)
         places = [place for place in sorted(known) if not pool or place[0] in pool]
@@ -6114,7 +6114,7 @@ class ProjectBase:
         for host, root in places:
             try:
                 with noted(self, "gc", "", host):
-                    reply = self.host(host).call(GC, root, cancel=cancel)
+                    reply = self.host(host)._call(GC, root, cancel=cancel)
                     check_reply(reply, host, "clear up")
                     freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
                     done.add((host, root))
@@ -6125,7 +6125,7 @@ class ProjectBase:
                                 if tuple(place) not in done - used]
         return freed, failed
 
-    def looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
+    def _looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
         """The words by which PULL, CHANGED and PUSH compare a workspace."""
         tree = entry.get("host_tree", "")
         return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
@@ -6262,7 +6262,7 @@ class Upload:
         best, least, differs = "", sum(sizes.values()) / 2, []
         sent = {tree: tree for name, tree in project.registry.read().get("sent", [])
                 if name == host}
-        sent.update((entry["tree"], entry["base"]) for entry in project.entries().values()
+        sent.update((entry["tree"], entry["base"]) for entry in project._entries().values()
                     if entry["host"] == host)
         odd = any(path.startswith(b".cmux-gone") for path in sizes)
         for tree in () if odd else sent.keys() & set(offered):
@@ -6341,12 +6341,12 @@ class Upload:
     def _send(self, archive: Archive, parent: str) -> Reply:
         direct, how = not archive.small(), ""
         if direct:
-            answer = self.host.call(GZIP, before=HELD, cancel=self.cancel)
+            answer = self.host._call(GZIP, before=HELD, cancel=self.cancel)
             if answer.trip >= GZIP_FROM and answer.stdout == b"gzip\n":
                 how = "gzip"
                 archive.compress()
         try:
-            reply = self.project.operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
+            reply = self.project._operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
                                          cancel=self.cancel, source=archive, direct=direct)
         except ConnectionLost as lost:
             archive.check()
@@ -6389,7 +6389,7 @@ class WorkspaceBase:
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
-    def environment(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
+    def _environment(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
                     only: Collection[str] | None) -> bytes:
         """The header records of a command's environment: CMUX_ variables, the secrets (``only``
         these), then ``extra``."""
@@ -6401,7 +6401,7 @@ class WorkspaceBase:
     def _values(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
                 only: Collection[str] | None) -> dict[str, bytes]:
         stored = self.project.registry.secrets(self.op, only)
-        secrets = self.project.fetch(stored, self.project.ending.join(cancel))
+        secrets = self.project._fetch(stored, self.project.ending.join(cancel))
         values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(self.project.name),
                   **secrets}
         for name, value in (extra or {}).items():
@@ -6420,7 +6420,7 @@ class WorkspaceBase:
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
         try:
-            records = self.environment(env, cancel, secrets) + words
+            records = self._environment(env, cancel, secrets) + words
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
         directory = os.path.join(self.path, cwd) if cwd else self.path
@@ -6501,11 +6501,11 @@ class WorkspaceBase:
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
         ready = Capture(100)
-        [session] = self.host.open(Deadline(SLOT_PATIENCE))
+        [session] = self.host._open(Deadline(SLOT_PATIENCE))
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
             exchange = Exchange(session, header, ready, ready, data=encoded(text))
-            self.host.begin(exchange, None)
+            self.host._begin(exchange, None)
             exchange.run(Deadline(START_PATIENCE),
                          until=lambda: bool(ready.total) or exchange.ended)
             if ready.value() != b"ready\n":
@@ -6920,7 +6920,7 @@ class Pull:
         self.workspace, self.shadow, self.report = workspace, shadow, report or Report()
         self.cancel, self.project = cancel, workspace.project
         self.name, self.base = workspace.name, workspace.base
-        self.entry = self.project.entry(self.name)
+        self.entry = self.project._entry(self.name)
         self.notes: list[str] = []
         self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
         self.pulled: Fields = {"op": os.urandom(8).hex()}
@@ -6947,14 +6947,14 @@ class Pull:
         ``record``, the host records this pull, as ``self.pulled["op"]``."""
         importer, incoming, base = Importer(self.shadow), None, b""
         try:
-            self.project.know_secrets(self.workspace.op, self.cancel)
-            words = self.project.looked_at(self.name, self.entry, self.pulled["op"])
+            self.project._know_secrets(self.workspace.op, self.cancel)
+            words = self.project._looked_at(self.name, self.entry, self.pulled["op"])
             self.report.step(self.name, "collecting")
             incoming = Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)
             wire = Wire(incoming, self.report, self.name)
             dirty, base, everything = self._begin(wire, incoming)
             pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
-            secrets = self.project.known_secrets()
+            secrets = self.project._known_secrets()
             harvest = Harvest(wire, importer, self.sent, secrets, pointers)
             harvest.read(base, everything)
             self._check_reply(incoming)
@@ -7326,7 +7326,7 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
     project, name = workspace.project, workspace.name
     ref = project.repository.check_branch(branch or "cmux/" + name)
     with project.registry.creation_lock(name).hold(cancel):
-        workspace = project.kind(project, name, project.settle(name))  # a push may have moved it
+        workspace = project.kind(project, name, project._settle(name))  # a push may have moved it
         with contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
             work = Pull(workspace, shadow, report, cancel)
             try:
@@ -7661,7 +7661,7 @@ class Workspace(WorkspaceBase):
         the first)."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
-        reply = tool_reply(self, self.host.call(
+        reply = tool_reply(self, self.host._call(
             READ, absolute(self, path), str(READ_MAX), str(offset), str(limit), self.path,
             cancel=cancel, limit=READ_MAX + 4096), path)
         head, _, data = reply.stdout.partition(b"\n")
@@ -7695,7 +7695,7 @@ class Workspace(WorkspaceBase):
         """Write a file; True if it is new. ``old``: the cksum that it must still have, or ""."""
         where = absolute(self, path)
         lock = cksum_of(encoded(where + "\n")).replace(" ", "-")
-        reply = self.host.call(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
+        reply = self.host._call(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
                                self.path, lock, data=data, once=True, cancel=cancel)
         if reply.status == 36:
             raise FileChanged(f"{show(path)} changed meanwhile.", "Read it again.")
@@ -7791,7 +7791,7 @@ class Workspace(WorkspaceBase):
                 pack(source, op, stream, left)
                 size = stream.tell()
                 stream.seek(0)
-                reply = self.host.call(COPY_IN, self.root, op, self.path, place, name, "1" * force,
+                reply = self.host._call(COPY_IN, self.root, op, self.path, place, name, "1" * force,
                                        source=Source(stream.fileno()), direct=size > BULK_FROM,
                                        cancel=cancel)
         except OSError as error:
@@ -7835,10 +7835,10 @@ class Workspace(WorkspaceBase):
         job = "j" + os.urandom(4).hex()
         directory = os.path.join(self.path, cwd) if cwd else self.path
         records = record("_cmux_directory", directory)
-        records += self.environment(env, cancel, secrets)
+        records += self._environment(env, cancel, secrets)
         records += line_records(line, words, login)
         try:
-            reply = self.host.call(START, job_directory(self, job), job, *words, before=records,
+            reply = self.host._call(START, job_directory(self, job), job, *words, before=records,
                                    once=True, cancel=cancel)
         except WorkspaceMissing:
             raise self._no_directory(cwd)
@@ -7847,7 +7847,7 @@ class Workspace(WorkspaceBase):
             raise RemoteFailed(f"{self.host.name} did not confirm the job's start.", "See jobs.")
         # It runs, and its caller must have its id.
         with contextlib.suppress(CmuxError):
-            shown = masked_detail(command, self.project.masks())
+            shown = masked_detail(command, self.project._masks())
             row = {"workspace": self.name, "command": shown, "started": round(time.time(), 3)}
             with self.project.registry.editing() as known:
                 jobs = known.setdefault("jobs", {})
@@ -7862,7 +7862,7 @@ class Workspace(WorkspaceBase):
         directories = [job_directory(self, job) for job in jobs]
         if not jobs:
             raise UsageError("No job was named.", "See jobs.")
-        reply = self.host.call(script, *arguments, *directories, cancel=cancel, limit=limit)
+        reply = self.host._call(script, *arguments, *directories, cancel=cancel, limit=limit)
         return tool_reply(self, reply, " or ".join(jobs))
 
     @logged("jobs")
@@ -7870,7 +7870,7 @@ class Workspace(WorkspaceBase):
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited, stopped or lost),
         ``exit_code`` (None while it runs, or if lost), ``output_size`` (bytes), and, if this
         machine started it, ``command``, ``started`` (seconds since 1970)."""
-        reply = self.host.call(JOBS, job_directory(self), cancel=cancel)
+        reply = self.host._call(JOBS, job_directory(self), cancel=cancel)
         return parse_jobs(self, tool_reply(self, reply))
 
     @logged("logs", lambda status, *args: len(status["output"]))
@@ -8112,7 +8112,7 @@ def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = 
 
 def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
     if not project.remove(workspace, force, cancel=cancel):
-        raise project.missing(workspace, make=False)
+        raise project._missing(workspace, make=False)
     return {"removed": workspace}
 
 
@@ -8543,8 +8543,8 @@ class Veil:
     command can spell it otherwise to get it past this."""
 
     def __init__(self, project: Project, op: str) -> None:
-        project.know_secrets(op)
-        self.masks = project.masks()
+        project._know_secrets(op)
+        self.masks = project._masks()
 
     def clean(self, data: bytes | str, begun: bool = False, printed: bool = False) -> str:
         """``begun``: the data may begin within a secret; ``printed``: for a terminal."""
@@ -8941,7 +8941,7 @@ class McpServer:
             if tool.name == "new":
                 arguments["host"] = self.host_of(self.workspace)
                 with contextlib.suppress(UsageError):
-                    arguments["host"] = self.project.hosts_for("", self.host)
+                    arguments["host"] = self.project._hosts_for("", self.host)
             call.result = tool.handler(self.project, cancel=call.cancel, **arguments)
             return self._shown(call, call.result)
         arguments.pop("workspace", None)
@@ -8972,11 +8972,11 @@ class McpServer:
         return given
 
     def host_of(self, name: str) -> str:
-        return str(self.project.entries().get(name, {}).get("host", ""))
+        return str(self.project._entries().get(name, {}).get("host", ""))
 
     def _bound(self) -> str:
         """The present name of the workspace this is bound to, which may have been renamed."""
-        entries = self.project.entries()
+        entries = self.project._entries()
         with self.changed:
             if self.workspace not in entries:
                 self.workspace = next((name for name, entry in entries.items()
@@ -8990,7 +8990,7 @@ class McpServer:
         long upload again and again."""
         own = call.name in ("", self.workspace)
         name, host = (self._bound(), self.host) if own else (call.name, ())
-        entry = self.project.entries().get(name) if own else self.project.entry(name)
+        entry = self.project._entries().get(name) if own else self.project._entry(name)
         if entry and entry.get("init") != "pending":
             return self.project.existing(name, host)  # renamed this instant: missing, not made
         call.doing = f"the workspace {name} is being made"
@@ -9287,7 +9287,7 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     entry.size = 3
     archive = entry.tobuf(tarfile.USTAR_FORMAT) + b"ok\n".ljust(512, b"\0") + bytes(1024)
     with spool(archive) as stream:
-        reply = host.call(PROBE, root, os.urandom(8).hex(), source=Source(stream.fileno()))
+        reply = host._call(PROBE, root, os.urandom(8).hex(), source=Source(stream.fileno()))
     facts: dict[str, str] = {}
     for word, _, rest in (line.partition(" ") for line in reply.lines()[:50]):
         facts.setdefault(word, rest[:200])
@@ -9321,7 +9321,7 @@ def examine_speed(host: Host) -> Iterator[Finding]:
     times = []
     for _ in range(5):
         began = time.monotonic()
-        host.call("operation() { :; }")
+        host._call("operation() { :; }")
         times.append(time.monotonic() - began)
     yield finding("ok", "latency",
                   f"{sorted(times)[2] * 1000:.0f} ms for one operation (median of 5)")
@@ -9670,7 +9670,7 @@ class Execution:
         self.project = open_project(options)
         self.names = list(dict.fromkeys(options.workspace)) or [self.project.default_workspace()]
         if options.all:
-            self.names = sorted(self.project.entries())
+            self.names = sorted(self.project._entries())
             if not self.names:
                 raise WorkspaceMissing("This project has no workspaces.",
                                        f"Make some: {PROGRAM} new NAME -H HOST")
@@ -9734,7 +9734,7 @@ class Execution:
         out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
                     terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
         try:
-            host = self.project.entries().get(name, {}).get("host")
+            host = self.project._entries().get(name, {}).get("host")
             workspace = self._workspace(name)
             if options.detach:
                 job = workspace.start(cancel=self.cancel, **self.call)
@@ -9901,7 +9901,7 @@ def command_new(options: Options) -> int:
     names = [*map(check_workspace, dict.fromkeys([*options.names, *options.workspace]))]
     names = names or [project.default_workspace()]
     ref = state_to_send(options, project.repository)
-    host = project.hosts_for(names[0], options.host, source)
+    host = project._hosts_for(names[0], options.host, source)
     done = options.terminal.in_lanes(names, lambda name: project.create(
         name, host, ref, options.root or "", not options.no_init, options.terminal, cancel,
         source), 0, cancel)
@@ -9939,7 +9939,7 @@ def table(heads: str, rows: Iterable[Fields], width: int = 0) -> str:
 
 
 def command_history(options: Options) -> int:
-    rows = open_project(options).past(one_workspace(options))[-options.limit:]
+    rows = open_project(options)._past(one_workspace(options))[-options.limit:]
     if options.json:
         for row in rows:
             print_json(row)
@@ -9984,7 +9984,7 @@ class View:
         op = workspace.op
         try:
             workspace.host.masters.connect(Deadline(SLOT_PATIENCE), now=True)
-            reply = tool_reply(workspace, workspace.host.call(
+            reply = tool_reply(workspace, workspace.host._call(
                 JOBS, job_directory(workspace), workspace.path))
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
             jobs = parse_jobs(workspace, reply)
@@ -9997,7 +9997,7 @@ class View:
 
     def rows(self) -> list[Fields]:
         now, (project,) = time.time(), self.projects
-        operations = project.running_now()
+        operations = project._running_now()
         last = {row.get("op"): row.get("exit_code") for row in project.history.rows()
                 if row["operation"] == "exec"}
         rows = []
@@ -10107,7 +10107,7 @@ def values_of(name: str, directory: str) -> dict[str, str]:
     elif name in ("host", "target"):
         names = config_hosts()
     elif name in ("workspace", "name", "names"):
-        names = Project(directory).entries()
+        names = Project(directory)._entries()
     elif name == "secrets":
         names = [secret for secret, _, _ in Project(directory).registry.stored()]
     elif name == "job":
@@ -10206,10 +10206,10 @@ def command_rm(options: Options) -> int:
         try:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
             if host:
-                project.check_place(name, host, options.host)
+                project._check_place(name, host, options.host)
             gone = project.remove(name, options.force, options.forget)
             if not gone:
-                raise project.missing(name, make=False)
+                raise project._missing(name, make=False)
             removed += gone
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
@@ -10223,7 +10223,7 @@ def command_rm(options: Options) -> int:
 def existing_workspace(options: Options) -> Workspace:
     """The workspace that is named; else that of the job, that of the branch, or the only one."""
     project = open_project(options)
-    entries, name = project.entries(), one_workspace(options)
+    entries, name = project._entries(), one_workspace(options)
     if not name:
         job = getattr(options, "job", None) or [""]
         known = project.registry.read().get("jobs", {})
@@ -10308,7 +10308,7 @@ def stored_secrets(options: Options) -> Any:
     name = one_workspace(options)
     if options.everywhere and not name:  # also outside a repository
         return editing_secrets(secrets_file())
-    return Project(options.directory).editing_secrets(name, options.everywhere)
+    return Project(options.directory)._editing_secrets(name, options.everywhere)
 
 
 def command_secrets_set(options: Options) -> int:
@@ -10395,7 +10395,7 @@ def parse_dotenv(text: str) -> dict[str, str]:
 
 def command_secrets_list(options: Options) -> int:
     project, name = Project(options.directory), one_workspace(options)
-    stored = project.registry.stored(project.entry(name)["op"] if name else None)
+    stored = project.registry.stored(project._entry(name)["op"] if name else None)
     rows, lines = [], []
     for name, entry, where in sorted(stored, key=lambda row: row[0]):
         scope, _, workspace = where.partition(" ")
@@ -10588,8 +10588,8 @@ def command_doctor(options: Options) -> int:
     name, root, rows = options.target or "".join(options.host), "", []
     try:
         project = open_project(options)
-        entry = project.entries().get(named(options, project), {})
-        name = name or entry.get("host") or project.hosts_for("")[0]
+        entry = project._entries().get(named(options, project), {})
+        name = name or entry.get("host") or project._hosts_for("")[0]
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
