@@ -69,11 +69,21 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
     import socket
     import subprocess
     from typing import Any, Callable, Collection, Container, IO, Iterable, Iterator
-    from typing import Mapping, Sequence, TypeVar
+    from typing import Mapping, Sequence, TypedDict, TypeVar
     AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
     Made = TypeVar("Made")
     Fields = dict[str, Any]  # of a record, or of a JSON object
     Secrets = dict[str, dict[str, str]]  # name -> {"value": ...} or {"command": ...}
+    Written = TypedDict("Written", {"size": int, "sha256": str, "created": bool})
+    Edited = TypedDict("Edited", {"sha256": str, "diff": str})
+    Found = TypedDict("Found", {"paths": list[str], "truncated": bool})
+    Line = TypedDict("Line", {"path": str, "line": int, "text": str})
+    Lines = TypedDict("Lines", {"matches": list[Line], "truncated": bool})
+    Copied = TypedDict("Copied", {"path": str, "size": int, "notes": list[str]})
+    Job = TypedDict("Job", {  # each method describes which of these it returns
+        "job": str, "state": str, "exit_code": int | None, "size": int, "output": bytes,
+        "next_offset": int, "output_size": int, "command": str, "started": float | None,
+        "stopped": str}, total=False)
     Sink = Callable[[bytes], Any]
     Target = tuple[int, int]  # a port of the host, a local socket that ssh itself reads and writes
 
@@ -7568,7 +7578,7 @@ def job_directory(workspace: WorkspaceBase, *job: str) -> str:
     return "/".join([workspace.root, ".cmux/jobs", workspace.place, workspace.op, *job])
 
 
-def parse_state(text: str) -> Fields:
+def parse_state(text: str) -> Job:
     """running | exited CODE | stopped CODE | lost -> state and exit_code."""
     match = re.match(r"(exited|stopped) (\d{1,3})\Z", text, re.A)
     if match and int(match[2]) < 256:  # 256 would leave this process as a 0
@@ -7583,15 +7593,15 @@ def wait_code(status: Mapping[str, Any]) -> int:
     return 124 if status["state"] == "running" else 1
 
 
-def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Fields]:
+def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Job]:
     known = workspace.project.registry.read().get("jobs", {})
-    rows = []
+    rows = []  # type: list[Job]
     for line in reply.lines():
         match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (.*)", line, re.A)
         if match:
             own = known.get(match[1], {})
-            rows.append(dict(parse_state(match[3]), job=match[1], output_size=int(match[2]),
-                             command=own.get("command", ""), started=own.get("started")))
+            rows.append({**parse_state(match[3]), "job": match[1], "output_size": int(match[2]),
+                         "command": own.get("command", ""), "started": own.get("started")})
     return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
 
 
@@ -7682,7 +7692,7 @@ class Workspace(WorkspaceBase):
         return FileContent(content=data, size=size, sha256=digest)
 
     def write(self, path: str, content: str | bytes,
-              cancel: Cancel | None = None) -> Fields:
+              cancel: Cancel | None = None) -> Written:
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
         symlink is followed, missing directories are made. Returns ``created``, ``size`` (bytes),
         ``sha256``."""
@@ -7703,7 +7713,7 @@ class Workspace(WorkspaceBase):
 
     @logged("edit", lambda result, *args: len(result["diff"]))
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
-             cancel: Cancel | None = None) -> Fields:
+             cancel: Cancel | None = None) -> Edited:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
         must be (1). All are applied or none. Raises FileChanged if ``sha256`` is given, and the
         file has another. If it changes meanwhile, it is read and edited again. Returns the new
@@ -7737,7 +7747,7 @@ class Workspace(WorkspaceBase):
         return out.value()
 
     @logged("glob")
-    def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Fields:
+    def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Found:
         """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across
         them; ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than
         ``limit``. ToolFailed after two minutes."""
@@ -7753,7 +7763,7 @@ class Workspace(WorkspaceBase):
 
     @logged("grep")
     def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200,
-             cancel: Cancel | None = None) -> Fields:
+             cancel: Cancel | None = None) -> Lines:
         """Lines that match an extended regular expression, in files that match ``glob`` (without a
         slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
         to 500 characters), ``truncated``."""
@@ -7764,7 +7774,7 @@ class Workspace(WorkspaceBase):
         data = self._search(GREP, pattern, wider, "-i" if ignore_case else "-n", str(SEARCH_MAX),
                             str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
-        matches, binary = [], set(_BINARY.findall(data))
+        matches, binary = [], set(_BINARY.findall(data))  # type: list[Line], set[bytes]
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
         for name, line, row in grep_rows(data, kind == b"null"):
             path = as_text(name)
@@ -7776,7 +7786,7 @@ class Workspace(WorkspaceBase):
 
     @logged("upload", lambda result, *args: result["size"])
     def upload(self, local: str, path: str = "", force: bool = False,
-               report: Report | None = None, cancel: Cancel | None = None) -> Fields:
+               report: Report | None = None, cancel: Cancel | None = None) -> Copied:
         """Copy a local file or directory to ``path`` in the workspace, or into that directory,
         whole or not at all; ``force`` replaces what has its name. Returns ``path``, ``size``
         (bytes), ``notes`` on what was left out (git's, links that lead out, devices)."""
@@ -7802,7 +7812,7 @@ class Workspace(WorkspaceBase):
 
     @logged("download", lambda result, *args: result["size"])
     def download(self, path: str, local: str, force: bool = False,
-                 report: Report | None = None, cancel: Cancel | None = None) -> Fields:
+                 report: Report | None = None, cancel: Cancel | None = None) -> Copied:
         """Copy from the workspace to ``local`` in the same way, 2 GiB at most, never through a
         link. Names that other systems do not take are left out, too. Raises ResultRefused."""
         source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
@@ -7866,7 +7876,7 @@ class Workspace(WorkspaceBase):
         return tool_reply(self, reply, " or ".join(jobs))
 
     @logged("jobs")
-    def jobs(self, cancel: Cancel | None = None) -> list[Fields]:
+    def jobs(self, cancel: Cancel | None = None) -> list[Job]:
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited, stopped or lost),
         ``exit_code`` (None while it runs, or if lost), ``output_size`` (bytes), and, if this
         machine started it, ``command``, ``started`` (seconds since 1970)."""
@@ -7875,7 +7885,7 @@ class Workspace(WorkspaceBase):
 
     @logged("logs", lambda status, *args: len(status["output"]))
     def logs(self, job: str | Sequence[str], offset: int = 0, wait: float = 0,
-             limit: int = LOGS_MAX, until: str = "more", cancel: Cancel | None = None) -> Fields:
+             limit: int = LOGS_MAX, until: str = "more", cancel: Cancel | None = None) -> Job:
         """Output of a job from byte ``offset`` on, 1 MiB at most: ``output`` (bytes),
         ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits ``wait`` seconds (30 at
         most) for more, or, with ``until`` "end", for the end."""
@@ -7889,42 +7899,43 @@ class Workspace(WorkspaceBase):
         match = re.match(r"(\d{1,15}) (j[0-9a-f]{8}) (.*)", head.decode("latin-1"), re.A)
         if not match or match[2] not in jobs:
             raise RemoteFailed("The host's answer to logs is damaged.")
-        return dict(parse_state(match[3]), job=match[2], output=data,
-                    next_offset=offset + len(data), size=int(match[1]))
+        return {**parse_state(match[3]), "job": match[2], "output": data,
+                "next_offset": offset + len(data), "size": int(match[1])}
 
     @logged("wait", code=wait_code)
     def wait(self, job: str | Sequence[str], timeout: float | None = None,
-             cancel: Cancel | None = None) -> Fields:
+             cancel: Cancel | None = None) -> Job:
         """Wait, ``timeout`` seconds at most, for the end of a job, or of the first of several,
         across lost connections: ``job`` (which one), ``state`` (running, if none has ended),
         ``exit_code``, ``size``."""
         deadline = Deadline(timeout)
         while True:
-            status = through_faults(lambda: self.logs(
+            status: Job = through_faults(lambda: self.logs(
                 job, 0, deadline.capped(25), 0, "end", cancel), deadline, cancel)
             if status["state"] != "running" or deadline.over():
-                return {key: status[key] for key in ("job", "state", "exit_code", "size")}
+                del status["output"], status["next_offset"]
+                return status
 
     @logged("logs")
     def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
-               cancel: Cancel | None = None) -> Fields:
+               cancel: Cancel | None = None) -> Job:
         """Pass a job's output to ``sink`` until it ends, across lost connections, each byte once.
         Returns what logs() did last."""
         while True:
             more = functools.partial(self.logs, job, offset, 20, cancel=cancel)
-            status = through_faults(more, NEVER, cancel)
+            status: Job = through_faults(more, NEVER, cancel)
             sink(status["output"])
             offset = status["next_offset"]
             if status["state"] != "running" and not status["output"]:
-                return dict(status)
+                return status
 
     @logged("stop")
-    def stop(self, job: str, cancel: Cancel | None = None) -> Fields:
+    def stop(self, job: str, cancel: Cancel | None = None) -> Job:
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``:
         confirmed, or requested where the end was not seen."""
         how, state, *_ = self._ask(STOP, [job], cancel=cancel).lines() + ["", ""]
         stopped = "confirmed" if how == "confirmed" else "requested"
-        return dict(parse_state(state), job=job, stopped=stopped)
+        return {**parse_state(state), "job": job, "stopped": stopped}
 
 
 class Project(ProjectBase):
@@ -8090,7 +8101,7 @@ def tool_exec(workspace: Workspace, command: str | list[str], background: bool =
 
 
 def tool_write(workspace: Workspace, path: str, content: str | None = None,
-               content_base64: str | None = None, cancel: Cancel | None = None) -> Fields:
+               content_base64: str | None = None, cancel: Cancel | None = None) -> Written:
     if (content is None) == (content_base64 is None):
         raise UsageError("write needs content, or content_base64.")
     if content is not None:
@@ -10556,7 +10567,7 @@ def command_logs(options: Options) -> int:
         status = workspace.logs(job, offset, options.wait or 0)
         out(status["output"])
         offset = status["next_offset"]
-        more = status["output"] and offset < status["size"]
+        more = bool(status["output"]) and offset < status["size"]
     if options.follow:
         try:
             end = workspace.follow(job, json_line if options.json else out, offset)
