@@ -5514,11 +5514,11 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         raise
     finally:
         project.logging.discard(thread)
+        if lock:
+            lock.free()  # first: what follows fails where no descriptor is free
         describe()
         seconds = round(time.monotonic() - began, 3)
         project.history.append(dict(row, duration=seconds, exit_code=entry.code, bytes=entry.size))
-        if lock:
-            lock.free()
 
 
 def mask(data: bytes, masks: Iterable[tuple[bytes, bytes]]) -> bytes:
