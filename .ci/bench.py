@@ -199,7 +199,7 @@ class Bench:
         os.environ["CMUX_SSH_HOME"] = os.path.join(self.place, "cold-" + os.urandom(4).hex())
         try:
             began = time.perf_counter()
-            cmux_ssh.Host(self.host, warm=0).call("operation() { :; }\n")
+            cmux_ssh.Host(self.host, warm=0)._call("operation() { :; }\n")
             return (time.perf_counter() - began) * 1000
         finally:
             cmux_ssh.end_masters()
