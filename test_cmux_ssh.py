@@ -3240,7 +3240,7 @@ def test_a_header_cut_at_any_line_runs_nothing(tmp_path):
     lines = c.shell_header("N", "run", c.record("V", "touch ran") + c.command_records(["true"], False, True)).splitlines(True)
     for at in range(len(lines)):
         done = subprocess.run(c.BOOT, shell=True, input=b"".join(lines[:at]), cwd=tmp_path, stdout=DEVNULL)
-        assert done.returncode == 97 and not os.listdir(tmp_path), at
+        assert done.returncode == 97 and not os.listdir(tmp_path)
 
 
 @each("sessions", [1, 2])
@@ -4926,7 +4926,7 @@ def test_pull_says_what_would_run_and_what_leaks(repo):
     do(repo, 'echo "$TOKEN" >.env; echo all: >Makefile; mkdir -p .github/workflows; echo x >.github/workflows/x.yml; echo x >run.sh; chmod +x run.sh; ln -s README l')
     pulled = repo.ok("pull")
     assert ".env holds the secret TOKEN" in pulled.said and "s3cr3t" not in pulled.said + pulled.text, pulled
-    for name in ("Makefile", ".github/workflows/x.yml", "run.sh (executable)", "l (symbolic link)"):
+    for name in ("Makefile (file", ".github/workflows/x.yml (file", "run.sh (executable)", "l (symbolic link)"):
         assert name in pulled.text, pulled
     do(repo, "mkdir .husky; echo x >.husky/post-checkout")
     assert repo.cli("pull").code == 1
