@@ -1675,9 +1675,10 @@ def test_a_command_whose_master_hangs_is_stopped_over_another(repo, stdin, site,
 
 def test_a_timeout_comes_also_while_output_never_pauses(shared):
     """Somebody reads, slowly: there is always something to pass on."""
-    child, began = shared.start("exec", "--timeout", "1", "--", "yes", stdin=DEVNULL), time.monotonic()
+    assert in_library(shared, 'print(cmux_ssh.Project(".").workspace("main").exec("yes", 1, tee=lambda _: time.sleep(1)).exit_code)') == "124\n"
+    child, began = shared.start("exec", "--timeout", "1", "--", "yes"), time.monotonic()
     while os.read(child.stdout.fileno(), 4096):
-        assert time.monotonic() - began < 15, "it never timed out"
+        assert time.monotonic() - began < 15
         time.sleep(0.01)
     assert child.wait(15) == 124
 
@@ -3385,10 +3386,9 @@ def test_an_upload_cut_in_the_middle_leaves_no_workspace_and_a_retry_works(repo,
     repo.arrived("a")
 
 
-def test_an_archive_kept_otherwise_makes_no_workspace(repo, site):
+def test_an_archive_kept_otherwise_is_refused(repo, site):
     site.daemon("odd", env=replaced(site, tee=f'{program("tee")} "$@"; echo >>"$1"; exit'))
     refused(repo.cli("new", "-H", "odd", "main"), 1, "arrive whole")
-    assert not repo.workspaces()
 
 
 def source_text(size):
@@ -8114,7 +8114,8 @@ def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp, nap):
     nap.runs(2)
     mcp.cancel(number)
     nap.gone()
-    assert mcp.ask("ping")["result"] == {} and number not in mcp.answers
+    mcp("exec", command="sleep 1")
+    assert number not in mcp.answers
 
 
 @each("how", ["eof", "kill", "term"])
