@@ -1119,7 +1119,7 @@ def test_ssh_git_and_the_terminal_have_a_room_each(source, room, doors):
 
 
 # Lowered with each step of the simplification, never raised. The goal: 330,000 bytes each. (ruff holds the lines to 100 columns.)
-LIMITS = {"bytes of cmux_ssh.py": 528_500, "bytes of test_cmux_ssh.py": 508_200}
+LIMITS = {"bytes of cmux_ssh.py": 528_500, "bytes of test_cmux_ssh.py": 511_500}
 
 
 @each("measure", LIMITS)
@@ -1257,6 +1257,13 @@ def test_a_megabyte_on_both_streams_arrives_whole(shared):
     assert ran.code == 0 and ran.out == b"a" * (1 << 20) and ran.err == b"b" * (1 << 20)
 
 
+def test_what_an_output_lacks_is_told():
+    for size in (100, 101, 70_000):
+        kept = c.Capture(100)
+        kept(bytes(size))
+        assert kept.truncated == (b"left out" in kept.value()) == (size > 100)
+
+
 def test_output_streams_as_it_is_written(shared):
     child = shared.start("exec", "--", "echo first; read x; echo $x", stdin=PIPE)
     assert child.stdout.readline() == b"first\n" and child.end(b"second\n").ended == (0, b"second\n", b"")
@@ -1375,6 +1382,14 @@ def test_ctrl_c_on_a_terminal_is_130(shared, nap):
     nap.runs()
     terminal.send(b"\x03")
     assert terminal.wait() == 130
+
+
+def test_an_interrupt_while_it_connects_is_130(repo, line):
+    line.stall()
+    child = repo.start("exec", "-H", "far", "--", "true")
+    until(lambda: line.connections, "it connects")
+    child.send_signal(signal.SIGINT)
+    assert child.wait(PATIENCE) == 130
 
 
 COLOURFUL = (r"printf '\303'; sleep .2; printf '\244 \033[3'; sleep .2; printf '1mred\033[0m \33[1;32m10%%\r20%%'; sleep .2; printf '\033[m\n"
@@ -1595,9 +1610,10 @@ def test_a_hung_master_is_stopped_over_another(repo, stdin, site, nap):
 
 def test_a_timeout_comes_also_while_output_never_pauses(shared):
     """Somebody reads, slowly: there is always something to pass on."""
-    child, began = shared.start("exec", "--timeout", "1", "--", "yes", stdin=DEVNULL), time.monotonic()
+    assert in_library(shared, 'print(cmux_ssh.Project(".").workspace("main").exec("yes", 1, tee=lambda _: time.sleep(1)).exit_code)') == "124\n"
+    child, began = shared.start("exec", "--timeout", "1", "--", "yes"), time.monotonic()
     while os.read(child.stdout.fileno(), 4096):
-        assert time.monotonic() - began < 15, "it never timed out"
+        assert time.monotonic() - began < 15
         time.sleep(0.01)
     assert child.wait(15) == 124
 
@@ -1996,7 +2012,7 @@ def test_a_foreign_shell_runs_nothing_and_reads_no_secret(site, foreign, repo, n
 @compat
 def test_a_secret_arrives_and_lies_nowhere_on_the_host(repo, site):
     """Also under names that are used otherwise; but not _, which every shell sets anew."""
-    odd = [b"", b"x", b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * 100_000, "é\u2028".encode(),
+    odd = [b"", b"x", b" lead and trail ", b"\\", b"-n", b"-e \\c", b"%s%n", b"*", b"a" * c.SECRET_MAX, "é\u2028".encode(),
            "it's \"q\"\n$(touch x) `id` \\n\\\\ \t\r\n  spaces  \n#!*ü🐙\u202e-Zx9Yw8".encode()]
     values = dict(zip(["GIT_AUTHOR_NAME", "k", "n", "v", "CMUX", "OPENAI_API_KEY", "lower", "V1", "V2", "V3", "TOKEN"], odd))
     for name, value in values.items():
@@ -2137,7 +2153,7 @@ def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
     repo.secret("LOUD", command="head -c 200000 /dev/zero >&2; echo v")
     refused(repo.exec("true"), 125, "The command for the secret LOUD")
     repo.secret("LOUD", command="echo abcdefg; exit 7")
-    refused(repo.exec("echo ran", sh="trap '' CHLD; exec \"$@\""), 125, "failed with status 7")
+    refused(repo.exec("echo ran", sh='''exec bash -c 'trap "" CHLD; exec "$@"' sh "$@"'''), 125, "failed with status 7")
 
 
 def test_no_secret_lies_in_the_history_or_a_record(repo, site):
@@ -2178,7 +2194,7 @@ def test_the_state_is_never_sent(repo, site):
     home.new("--ref", clean, "x", env=env)
 
 
-@each("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x", "CMUX_WORKSPACE"])
+@each("name", ["", "1A", "A-B", "A B", "A=B", "a\nb", "Ü", "PATH", "IFS", "-x", "CMUX_WORKSPACE", "_cmux_run"])
 def test_impossible_secret_names_are_refused(shared, name):
     refused(shared.cli("secrets", "set", "--", name, stdin=b"v"), 2)
     assert shared.cli("secrets", "list").out == b""
@@ -3022,6 +3038,13 @@ def test_a_header_that_was_cut_off_is_sent_again(repo, site):
         assert talker("exec", command=["echo"] + ["x" * 100000] * 2, timeout=30)["exit_code"] == 0
 
 
+def test_a_header_cut_at_any_line_runs_nothing(tmp_path):
+    lines = c.shell_header("N", "run", c.record("V", "touch ran") + c.command_records(["true"], False, True)).splitlines(True)
+    for at in range(len(lines)):
+        done = subprocess.run(c.BOOT, shell=True, input=b"".join(lines[:at]), cwd=tmp_path, stdout=DEVNULL)
+        assert done.returncode == 97 and not os.listdir(tmp_path)
+
+
 @each("sessions", [1, 2])
 def test_waiting_sessions_do_not_block_a_small_host(site, sessions):
     """They lie in slots that do not count any more, once it was learnt how few it takes."""
@@ -3159,6 +3182,11 @@ def test_an_upload_cut_in_the_middle_leaves_nothing(repo, at, how, site, line):
     line.cut["up"], line.rate, line.delay = None, float("inf"), 0.0
     repo.new("a", host="far")
     repo.arrived("a")
+
+
+def test_an_archive_kept_otherwise_is_refused(repo, site):
+    site.daemon("odd", env=replaced(site, tee=f'{program("tee")} "$@"; echo >>"$1"; exit'))
+    refused(repo.cli("new", "-H", "odd", "main"), 1, "arrive whole")
 
 
 def source_text(size):
@@ -3816,6 +3844,8 @@ def test_diff_has_the_colour_and_pager_of_git(repo, site):
     assert not paged and b"\x1b[32m+x" in out
     assert b"\x1b[32m+2\x1b" in shown(("core.pager", "head -n 40"))[0], "left early"
     assert b"\x1b]0;evil" in repo.ok("diff").out and not got.exists()
+    terminal = repo.terminal("read", "README")
+    assert terminal.wait() == 0 and b"^[]0;evil" in terminal.output, terminal.output
 
 
 def test_diff_into_a_pipe_or_json_can_be_applied(repo):
@@ -4052,7 +4082,8 @@ def test_evil_links_are_refused(lab, target):
 
 
 def test_one_blob_under_many_names_counts_as_often(new_lab):
-    lab = new_lab(PULL_TOTAL_MAX=1 << 20)
+    lab = new_lab(PULL_TOTAL_MAX=1 << 20, PULL_FILE_MAX=200_000)
+    lab.refuse(one(b"x", data=bytes(200_001)), what="more than")
     names = [b"M 100644 :1 f%d" % n for n in range(12)]
     lab.refuse(export(blob(1, b"x" * 100000), commit(2, *names)), what="it repeats files")
     lab.refuse(export(blob(1, b"x" * 100000), commit(2, *names[:6]), commit(3, *names[6:], parent=b"from :2")), what="it repeats files")
@@ -4669,7 +4700,7 @@ def test_pull_says_what_would_run_and_what_leaks(repo):
     do(repo, 'echo "$TOKEN" >.env; echo all: >Makefile; mkdir -p .github/workflows; echo x >.github/workflows/x.yml; echo x >run.sh; chmod +x run.sh; ln -s README l')
     pulled = repo.ok("pull")
     assert ".env holds the secret TOKEN" in pulled.said and "s3cr3t" not in pulled.said + pulled.text, pulled
-    for name in ("Makefile", ".github/workflows/x.yml", "run.sh (executable)", "l (symbolic link)"):
+    for name in ("Makefile (file", ".github/workflows/x.yml (file", "run.sh (executable)", "l (symbolic link)"):
         assert name in pulled.text, pulled
     do(repo, "mkdir .husky; echo x >.husky/post-checkout")
     assert repo.cli("pull").code == 1
@@ -4877,6 +4908,9 @@ def test_a_branch_checked_out_meanwhile_does_not_move(repo, line):
     refused(repo.cli("pull"), 1, "is checked out: a pull")
     assert line.trap is None and repo.id("cmux/main") == before and not repo.git("status", "--short")
     repo.git("checkout", "-q", "main")
+    line.trap = ("down", 500_000, lambda: repo.git("branch", "-f", "cmux/main", "main"))
+    refused(repo.cli("pull"), 1, "could not be set")
+    assert repo.id("cmux/main") == repo.id("main")
     repo.ok("pull")
     assert repo.pulled("agents") == "2"
 
@@ -5712,7 +5746,7 @@ def test_cp_replaces_only_with_force(repo, site):
     before = untouched(repo)
     for words, said in ((":README file", "--force"), (":README link", "elsewhere"), (":README link/x", "elsewhere"), ("--force :README link", "elsewhere"), (":src there", "--force"),
                         (":README .git/hooks/post-checkout", "git"), (":README none/x", "No such file"), (":nowhere x", "no file"), (":.git/HEAD/x x", "no file"),
-                        ("README :", "exists already"), ("README :../x", "not in the workspace"), ("README :/etc/x", "not in the workspace"), ("nowhere :", "No such file"),
+                        ("README :", "exists already"), ("README :../mainx", "not in the workspace"), ("README :/etc/x", "not in the workspace"), ("nowhere :", "No such file"),
                         ("README x", "NAME:PATH"), (":a :b", "NAME:PATH"), ("README none:x", "no workspace"), ("-w main main:README x", "More than one"), (f"{site.state} :", "this program's own")):
         refused(repo.cli("cp", *words.split()), 1 if re.search("no (file|work)|exists already$", said) else 2, words=said)
     assert untouched(repo) == before and os.listdir(site.dir / "elsewhere") == []
@@ -5979,7 +6013,7 @@ def test_impossible_arguments_are_refused(talker):
         for arguments in rows:
             talker.refusal(tool, **arguments)
     assert [row["job"] for row in talker("jobs")["jobs"]][-1] == job, "none was started"
-    for unknown in ("j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."):
+    for unknown in (f"{job}/..", "j00000000", "", "x", "../../etc", "j0000000g", "j000000000", "-f", "j0000000\n", "*", "."):
         assert all("job" in talker.refusal(tool, job=unknown) for tool in ("logs", "wait", "stop")), unknown
 
 
@@ -6229,6 +6263,14 @@ def test_wait_and_logs_f_say_that_the_host_is_down(repo, command, site, line):
     assert b"answers again" in terminal.output and terminal.output.count(b"Trying again") == 1
 
 
+def test_what_no_time_mends_ends_a_wait(repo, site):
+    job = repo.job("sleep 60")
+    site.known_hosts.write_text(f"rig {public(site.keys.other_host)}\n")
+    for master in site.masters():
+        kill(master.pid)
+    refused(repo.cli("wait", job), 255, "has changed")
+
+
 @slow
 @promise(7)
 def test_logs_f_prints_each_line_once_over_three_cuts(repo, line):
@@ -6308,7 +6350,12 @@ def test_gc_frees_jobs_that_ended_a_week_ago(repo, site):
     assert repo.cli("wait", old).code == repo.cli("wait", new).code == 0
     for part in site.far_home().glob("cmux/.cmux/jobs/*/*/*/*"):
         os.utime(part, (time.time() - 8 * 86400,) * 2) if new not in part.parts else None
+    bases = site.far_home() / "cmux/.cmux/bases"
+    (bases / "old").mkdir()
+    for base in bases.iterdir():
+        os.utime(base, (time.time() - 16 * 86400,) * 2)
     repo.ok("gc")
+    assert os.listdir(bases) == [repo.id("HEAD^{tree}")]
     assert {path.name for path in site.far_home().glob("cmux/.cmux/jobs/*/*/*")} == {new, runs}
     repo.ok("stop", runs)
 
@@ -6692,7 +6739,7 @@ def test_batch_answers_every_line_also_the_bad_ones(shared):
     for n, bad in enumerate((
             {}, {"tool": "rm -rf"}, {"tool": ["exec"]}, {"arguments": None}, {"arguments": []},
             {"arguments": {"command": []}}, {"arguments": {"command": ""}}, {"workspace": 5, "arguments": true}, {"tool": "read", "workspace": "../x", "arguments": {"path": "README"}},
-            {"arguments": {**true, "timeout": 0}}, {"arguments": {**true, "cwd": "no/such"}}, {"arguments": {**true, "env": {"A B": "x"}}}, {"arguments": {"command": ["a\0b"]}},
+            {"arguments": {**true, "timeout": 0}}, {"arguments": {**true, "cwd": "no/such"}}, {"arguments": {**true, "env": {"A B": "x"}}}, {"arguments": {**true, "env": {"_cmux_life": "x"}}}, {"arguments": {"command": ["a\0b"]}},
             {"arguments": {"command": "\ud800"}}, {"arguments": {"command": "cat", "stdin": "\ud800"}}, {"arguments": {**true, "env": {"A": None}}},
             {"arguments": {**true, "timeout": 10 ** 400}}, {"tool": "write", "arguments": {"path": "x", "content_base64": "!"}}, {"tool": "write", "arguments": {"path": "x"}},
             {"tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}, {"host": "nohost", "arguments": true})):
@@ -7134,7 +7181,8 @@ def test_a_delta_stands_on_what_that_host_was_sent(repo, site):
     forged = site.far_home() / "cmux" / ".cmux" / "bases" / repo.id("HEAD^{tree}")
     repo.git("checkout", "-q", "main")
     forged.mkdir(parents=True)
-    (forged / "whole.tar").touch()
+    (forged / "whole.tar").write_bytes(bytes(1024))
+    repo.new("--ref", "private", "there", host=site.daemon("other"))
     whole = travelled(repo, "new", "-H", "box", "a")
     assert whole > 20 * 1024
     shutil.rmtree(forged)
@@ -7530,6 +7578,7 @@ def test_mcp_notifications_and_answers_get_no_answer(mcp):
 def test_mcp_neutralises_what_the_host_says(site, repo):
     value = f"s3cret-{os.urandom(8).hex()}"
     repo.secret("TOKEN", value)
+    repo.secret("PART", value[2:-2])
     with Mcp(repo, "-H", "box") as client:
         text = client("exec", command="printf '\\033]52;c;ZXZpbA==\\007\\033[31mred\\033[m\\033]0;title'; printf '\\033\\\\'; echo \" $TOKEN\"; "
                                       "head -c 2000000 /dev/zero | tr '\\0' y; echo THE END $TOKEN; printf 'a\\342\\200\\256b\\363\\240\\204\\200' >&2")
@@ -7656,7 +7705,8 @@ def test_mcp_cancel_ends_the_tree_there_and_answers_no_more(mcp, nap):
     nap.runs(2)
     mcp.cancel(number)
     nap.gone()
-    assert mcp.ask("ping")["result"] == {} and number not in mcp.answers
+    mcp("exec", command="sleep 1")
+    assert number not in mcp.answers
 
 
 @each("how", ["eof", "kill", "term"])
@@ -8456,7 +8506,27 @@ def test_a_damaged_state_file_is_said_and_left_alone(repo, which, site):
         refused(repo.cli("secrets", "set", "OTHER", stdin=b"x") if which == "secrets" else repo.cli("new", "other", "-H", "box"), 1, "is damaged")
     assert file.read_bytes() == whole[:-5] + b"\xff garbage"
     file.write_bytes(whole)
+    if os.geteuid() == 0:
+        os.chown(file, 65534, -1)
+        refused(repo.exec("true"), 125, "belongs to someone else")
+        os.chown(file, 0, -1)
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
+
+
+def test_a_state_file_is_synced_and_then_renamed(tmp_path, monkeypatch):
+    seen = []
+    for name in ("fsync", "rename"):
+        monkeypatch.setattr(os, name, lambda *_, name=name: seen.append(name))
+    c.write_json(str(tmp_path / "x"), {})
+    assert seen == ["fsync", "rename"]
+
+
+def test_directories_made_under_a_loose_umask_are_private(repo, site):
+    home = site.dir / "loose" / "a" / "b"
+    env = {"CMUX_SSH_HOME": str(home)}
+    repo.ok("secrets", "list", env=env, sh='umask 0; exec "$@"')
+    assert {mode_of(path) for path in (home, home.parent, home.parent.parent)} == {0o700}
+    repo.ok("list", env=env)
 
 
 def test_a_cleared_socket_directory_is_made_anew(repo, site):
@@ -8593,7 +8663,7 @@ def test_a_host_that_is_gone_can_be_forgotten(repo, site):
 # === Usage, hints, what a terminal shows ===
 
 
-@each("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/.."])
+@each("name", ["", ".", "..", "../x", "a/b", "/abs", "-x", ".hidden", "a b", "a\nb", "a\x1b[31m", "ü\u202e", "x" * 300, "a;b", "$(id)", "*", "~", "con.lock/..", "a..b", "a.lock"])
 def test_odd_workspace_names_are_refused(shared, name):
     called = shared.site.dir / "was-called"
     env = {"CMUX_SSH_COMMAND": shared.site.script("shim", f"touch {called}; exit 255")}
@@ -8609,6 +8679,9 @@ def test_no_commit_no_work_tree_no_ssh_and_no_git_are_said(site, repo):
     refused(repo.cli("new", "-H", "box", "a", "--dirty", "-C", repo.git("clone", "-q", "--bare", ".", "../bare") or "../bare"), 2, "bare")
     assert repo.workspaces() == {}
     refused(repo.exec("true", env={"CMUX_SSH_COMMAND": "/nonexistent/ssh"}), 125, "/nonexistent/ssh")
+    for name in ("git", "ssh"):
+        script(repo.dir / name, f"touch {site.dir}/trap")
+    assert repo.exec("true", host="box", env={"PATH": f".::{site.env['PATH']}"}).code == 0 and not (site.dir / "trap").exists()
     refused(repo.exec("true", env={"PATH": str(site.dir)}), 125, "git")
 
 
@@ -8626,7 +8699,7 @@ def test_no_server_chooses_the_hint_for_a_changed_key(repo, site):
 # What is refused: whether the project has the workspace main, the exit code, the line, words of what is said.
 REFUSALS = [(made, code, line, words) for made, code, lines in (
     (False, 2, {"": "", "no-such-command": "", "exce": " exec -h`", "secrets lst": " secrets -h`", "pull one -w two": "More than one workspace", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
-                "secrets import /nonexistent": "", "rm": "", "write x": "", "edit x": "", "list --none": "", "new x --allow y": "goes with --dirty",
+                "secrets import /nonexistent": "", "rm": "", "rm --forc x": "no option --forc", "write x": "", "edit x": "", "list --none": "", "new x --allow y": "goes with --dirty",
                 "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "--workspace is empty", "push -w '' --force": "--workspace is empty",
                 "pull -w ''": "--workspace is empty", "rm -w ''": "--workspace is empty", "history -n -5": "from 0", "doctor -oProxyCommand=x": "no option -oProxyCommand=x", "doctor 'a b'": "host",
                 "mcp -H -oProxyCommand=x": "host"}),
@@ -9729,7 +9802,7 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, h
                 answer = talker.answer(number, 60)
                 sane(answer, f"{tool} against {what}")
                 if tool == "exec" and answer["ok"] and "status" in what:
-                    assert arguments.get("background") or answer["result"]["exit_code"] != 0, (what, answer)
+                    assert arguments.get("background") or 0 < answer["result"]["exit_code"] < 256, (what, answer)
                 if tool == "wait" and answer["ok"]:
                     assert answer["result"]["exit_code"] in (None, *range(256)), (what, answer)
         assert talker("exec", command="echo honest")["stdout"] == "honest\n"
