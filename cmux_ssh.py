@@ -3622,7 +3622,6 @@ class Masters:
         remove_file(self.path("down.json"))
         return slots
 
-
     def _start(self, path: str, cancel: Cancel | None, batch: bool) -> None:
         """Start `ssh -M -N`, which closes its stdout once it is authenticated, and goes on in the
         background."""
@@ -3838,7 +3837,6 @@ class Masters:
             with self._mutex:
                 self._waiting -= count
             freed.leave()
-
 
     def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
         """Connect, one process at a time; the others share its result."""
