@@ -4308,7 +4308,7 @@ class Host:
     def _forked(self) -> None:
         import threading
         self._ready: list[Session] = []
-        self._active = 0  # operations that run
+        self._active = 0  # that run
         self._resting = False  # after close()
         self._keeper: threading.Thread | None = None
         self._wake = threading.Event()
@@ -4443,13 +4443,13 @@ class Host:
         self._give_up()
         self._keeper = None
 
-    def close(self) -> None:
+    def close(self, patience: float = CONTROL_PATIENCE) -> None:
         """Close the sessions opened ahead, until the next operation. Masters end when idle."""
         self._resting, keeper = True, self._keeper
         self._wake.set()
         self._give_up()
-        if keeper:  # it may be opening one
-            keeper.join(CONTROL_PATIENCE)
+        if keeper:  # it opens one
+            keeper.join(patience)
 
     def _give_up(self) -> None:
         with self._mutex:
@@ -4495,11 +4495,11 @@ class Host:
         """Use its master, which may hang, no more, nor the sessions opened ahead."""
         if session.master:
             self.masters.abandon(session.master)
-            self.close()
+            self.close(0)
 
     def run(self, records: bytes, directory: str, stdout: Sink, stderr: Sink,
-            source: Source | None = None,
-            deadline: Deadline = NEVER, cancel: Cancel | None = None) -> Outcome:
+            source: Source | None = None, deadline: Deadline = NEVER,
+            cancel: Cancel | None = None) -> Outcome:
         """Run a user's command (``records`` from command_records and the environment).
 
         Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
