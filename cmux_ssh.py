@@ -4308,7 +4308,7 @@ class Host:
     def _forked(self) -> None:
         import threading
         self._ready: list[Session] = []
-        self._active = 0  # that run
+        self._active = 0  # running calls
         self._resting = False  # after close()
         self._keeper: threading.Thread | None = None
         self._wake = threading.Event()
