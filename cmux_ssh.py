@@ -195,8 +195,7 @@ PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes
 PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
 WIRE_LINE_MAX = 8 * 1024  # of a line in a result's stream: a path is the longest
 STREAMED_FROM = 8 * MIB  # git handles larger blobs without holding them in memory
-PLACES_KEPT = 200  # hosts and roots that gc visits although no workspace is left there
-SENT_KEPT = 200  # trees that a host was sent: a delta stands on no other
+KEPT = 200  # places that gc visits though no workspace is left; trees sent, for deltas
 POINTER_MAX = 1024  # bytes of an LFS pointer, says its specification
 
 
@@ -4429,9 +4428,11 @@ class Host:
 
     def _keep(self) -> None:
         """Open sessions ahead between operations; close them after WARM_IDLE seconds unused."""
-        while self._wake.wait(WARM_IDLE) and not self._resting:
-            time.sleep(KEEPER_PAUSE)
+        while self._wake.wait(WARM_IDLE):
             self._wake.clear()
+            if self._resting:  # only now: close() may set both at any moment
+                break
+            time.sleep(KEEPER_PAUSE)
             # The next operation meets the same failure, and reports it.
             with contextlib.suppress(CmuxError, OSError):
                 while self._active == 0 and not self._resting and len(self._ready) < self._warm:
@@ -6230,10 +6231,10 @@ class Upload:
 
     def note_sent(self, record: Fields, root: str) -> None:
         """Note the place, for gc, and the tree, for deltas."""
-        for key, value, most in (("places", root, PLACES_KEPT), ("sent", self.tree, SENT_KEPT)):
+        for key, value in (("places", root), ("sent", self.tree)):
             row = [self.host.name, value]
             others = [other for other in record.get(key, []) if other != row]
-            record[key] = [row, *others[:most]]
+            record[key] = [row, *others[:KEPT]]
 
     def with_base(self, use: Callable[[], Reply], own: str = "") -> Reply:
         """Run ``use``, the operation. Where the host lacks the base (21), upload that and run it
