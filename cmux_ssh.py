@@ -46,7 +46,7 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 
 # === 1. Header ===
 # Owns: the name, the version, what is public. Touches: nothing. Imports that cost more than a
-# millisecond (json, argparse, shlex, hashlib, threading) stand where they are needed.
+# millisecond (json, argparse, hashlib, threading) stand where they are needed.
 
 from __future__ import annotations
 
@@ -57,11 +57,13 @@ import itertools
 import os
 import re
 import select
+import shlex
 import stat
 import sys
 import time
 import types
 import warnings
+from shlex import quote
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command line
@@ -205,15 +207,15 @@ POINTER_MAX = 1024  # bytes of an LFS pointer, says its specification
 class CmuxError(Exception):
     """Base of all expected failures: ``str(e)`` says what happened, ``e.hint`` what to do next.
 
+    ``commands`` do it: each a command of this program ("pull -w NAME") or of another ("git init").
     ``exit_code`` is what the command line ends with (``exec`` turns 1 and 2 into 125).
     """
 
     exit_code = 1
-    default_hint = ""
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", *commands: str) -> None:
         super().__init__(message)
-        self.hint = hint or self.default_hint
+        self.hint, self.commands = hint, commands
 
 
 class UsageError(CmuxError):
@@ -225,8 +227,8 @@ class HostError(CmuxError):
     exit_code = 255
     asks = True  # whether ssh may put a question to a person, to mend it
 
-    def __init__(self, message: str, hint: str = "", host: str = "") -> None:
-        super().__init__(message, hint)
+    def __init__(self, message: str, hint: str = "", host: str = "", *commands: str) -> None:
+        super().__init__(message, hint, *commands)
         self.host = host
 
 class ConnectionFailed(HostError):
@@ -294,7 +296,6 @@ class UploadFailed(CmuxError):
 
 class ResultRefused(CmuxError):
     """What the host sent is not a result that may come in; nothing was imported."""
-    default_hint = f"Nothing was imported. Look at it on the host: {PROGRAM} exec -- git status"
 
 class GitFailed(CmuxError):
     """The local repository cannot be used as asked."""
@@ -311,23 +312,6 @@ class PipeClosed(CmuxError):
 
 class OutputFailed(PipeClosed):
     """Our output cannot be written: the disk may be full."""
-
-
-# How this process was called: the program, its -C and its -w.
-CALLED = {"program": PROGRAM, "project": "", "workspace": ""}
-
-
-def as_called(hint: str) -> str:
-    """The hint with its commands (`cmux_ssh.py VERB ...`, or of git) as they can be pasted."""
-    program, project, workspace = CALLED.values()
-
-    def ours(match: Any) -> str:
-        verb, named = match.groups()
-        bound = verb in ("exec", "shell", "pull", "push", "diff", "read", "jobs") and not named
-        return f"{program}{project} {verb}{workspace if bound else ''}"
-    hint = re.sub(rf"(?<![\w./]){re.escape(PROGRAM)} (-h|[a-z]+)(?=([^`;]*? -w )?)", ours, hint)
-    local = "branch|config cmux|diff|fetch|init|lfs|log|merge|rm|submodule"
-    return re.sub(rf"(?<!-- )(?<!-- ')\bgit (?=({local})\b)", lambda match: f"git{project} ", hint)
 
 
 # === 4. Values ===
@@ -628,8 +612,8 @@ def check_workspace(name: object) -> str:
     if not _WORKSPACE.match(text) or ".." in text or text.endswith((".", ".lock")):
         raise UsageError(
             f"{show(str(name))} is not a workspace name.",
-            f"Use 1 to {NAME_MAX} letters, digits, dots, dashes and underscores, beginning with a "
-            "letter, digit or underscore; no two dots together, no dot or .lock at the end.")
+            f"Use up to {NAME_MAX} letters, digits and underscores and, but not first, dots and "
+            "dashes; no two dots together, no dot or .lock at the end.")
     return text
 
 
@@ -737,13 +721,6 @@ def show(text: bytes | str, limit: int = 100) -> str:
     """A name in one of our sentences: one line, neutralised, bounded, quoted."""
     line = neutralise(text).replace("\n", "^J").replace("\t", "^I")
     return f"'{line if len(line) <= limit else line[:limit - 5] + '[...]'}'"
-
-
-def quote(word: str) -> str:
-    """``word`` as one word of a shell line."""
-    if word and re.match(r"[A-Za-z0-9_@%+=:,./-]+\Z", word):
-        return word
-    return "'" + word.replace("'", "'\"'\"'") + "'"
 
 
 def encoded(value: object) -> bytes:
@@ -2060,7 +2037,7 @@ def check_command(command: object) -> tuple[str, Sequence[str]]:
     """(the shell line, its words) of a command that is a line, or an exact argv. UsageError."""
     if not isinstance(command, (str, list, tuple)) or not command or not command[0]:
         raise UsageError("No command was given: a line of text, or a list of words.",
-                         f"For example: {PROGRAM} exec -- make test")
+                         "Give one.", "exec -- make test")
     words = [] if isinstance(command, str) else command
     if any(len(encoded(word)) > ARGUMENT_MAX for word in words or [command]):
         raise UsageError(f"A word of the command is larger than {human_size(ARGUMENT_MAX)}.",
@@ -2325,22 +2302,22 @@ def private_directory(path: str) -> str:
     """Make ``path`` if it is missing; return it if it is ours alone, 0700, below directories that
     are safe. Raises StateFailed. ssh does not check who owns a control socket, and would hand our
     command lines and descriptors to anybody's: this check is the whole defence."""
-    home = "set CMUX_SSH_HOME to a directory of your own."
+    mend = "Set CMUX_SSH_HOME to a directory of your own, or mend that."
     try:
         make_private(path)
         status = os.lstat(path)
     except OSError as error:
         raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.",
-                          "Mend that, or " + home)
+                          mend)
     private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
     if not private or status.st_uid != os.geteuid():
         raise StateFailed(f"The directory {show(path)} is open to others.",
-                          f"If it is yours: chmod 700 {quote(path)}. Or {home}")
+                          mend, f"chmod 700 {quote(path)}")
     below, parent = "", os.path.dirname(os.path.realpath(path))
     while parent != below:
         if not _trusted(os.stat(parent)):
             raise StateFailed(f"Others can write to {show(parent)}, above {show(path)}.",
-                              f"If it is yours: chmod go-w {quote(parent)}. Or {home}")
+                              mend, f"chmod go-w {quote(parent)}")
         below, parent = parent, os.path.dirname(parent)
     return path
 
@@ -2425,7 +2402,7 @@ class Lock:
         if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
             owner, holder = self._holder()
             raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
-                              f"See what it does: ps -p {owner}" if owner else "")
+                               *["See what it does.", f"ps -p {owner}"] * bool(owner))
         return self
 
     def _holder(self) -> tuple[int, str]:
@@ -2529,7 +2506,7 @@ def paths_in(folder: str) -> set[str]:
 def damaged(path: str, what: str, thing: str = "state file") -> StateFailed:
     move = f"mv {quote(path)} {quote(f'{path}.damaged-{time.time():.0f}')}"
     return StateFailed(f"The {thing} {show(path, 300)} {what}.",
-                       "Repair it, or set it aside to start without it: " + move)
+                       "Repair it, or set it aside.", move)
 
 
 def fits(value: Any, shape: Any) -> bool:
@@ -2567,7 +2544,7 @@ RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict
 _TEXT = re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")
 SECRET = {"value": _TEXT}, {"command": _TEXT}
 ROW = {"operation": str, "time": (int, float), "duration?": (int, float), "bytes?": int}
-DOWN = {"count": int, "why": [str, str, str]}
+DOWN = {"count": int, "why": [str, str, str, [str]]}
 
 
 def read_json(path: str, shape: Any = dict) -> Fields | None:
@@ -2587,7 +2564,7 @@ def read_json(path: str, shape: Any = dict) -> Fields | None:
         raise damaged(path, "is damaged")
     if value["version"] != 1:
         raise StateFailed(f"The state file {show(path)} was written by a newer version.",
-                          f"Use that version of {PROGRAM}.")
+                          "Use that version of this program.")
     if not fits(value, shape):
         raise damaged(path, "has parts that are not as they should be")
     return value
@@ -2703,7 +2680,7 @@ class Registry:
             return found if only is None else {name: found[name] for name in only}
         except KeyError as missing:
             raise UsageError(f"There is no secret {show(missing.args[0])} for this workspace.",
-                             f"See: {PROGRAM} secrets list")
+                             "List them.", "secrets list")
 
 
 def secrets_file(key: str = "global") -> str:
@@ -2822,17 +2799,18 @@ def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, b
             except Cancelled:
                 raise
             except CmuxError as error:
-                raise CmuxError(f"The command for the secret {name}: {error}", error.hint)
+                raise CmuxError(f"The command for the secret {name}: {error}", error.hint,
+                                *error.commands)
             if status != 0:
                 raise CmuxError(f"The command for the secret {name} failed with status {status}.",
-                                f"Run it by hand, or set another: {PROGRAM} secrets set {name}")
+                                "Run it by hand, or set another.", f"secrets set {name}")
             values[name] = out.rstrip(b"\n")
         else:
             values[name] = encoded(entry["value"])
         check_secret(name, values[name])
     if sum(map(len, values.values())) > SECRETS_MAX:
         raise CmuxError(f"The secrets are larger than {human_size(SECRETS_MAX)}.",
-                        f"Remove some: {PROGRAM} secrets rm NAME")
+                        "Remove some.", "secrets rm NAME")
     return values
 
 
@@ -2878,33 +2856,34 @@ FORCED_IF_KNOWN = (
 NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_RUNTIME_DIR"
                  .split())
 
-# What ssh writes into its own log (-E: the host cannot), and what it means. The first pattern that
-# is found decides.
-FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
+# What ssh writes into its own log (-E: the host cannot), what it means, and what to do (the last is
+# a command of classify()). The first pattern that is found decides.
+NEWER_SSH = "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND."
+FAILURES: tuple[tuple[Any, ...], ...] = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
      "The key of {host} has changed: somebody may be listening in, or it was installed again.",
-     "Ask its owner for the new fingerprint; only then: {forget}"),
+     "Ask its owner for the new fingerprint, and only then forget the old one.", "forget"),
     (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
      "The key of {host} is not known on this machine.",
-     "Connect once by hand, compare the fingerprint, and accept it: {ssh} {to} true"),
+     "Connect once by hand, compare the fingerprint, and accept it.", "ssh"),
     (r"Too many authentication failures", AuthenticationFailed,
      "{host} ended the login because too many keys were tried.",
-     "Say in your ssh config which key it takes: IdentitiesOnly yes, and IdentityFile PATH."),
+     "Name its key in your ssh config: IdentitiesOnly yes, and IdentityFile PATH."),
     (r"Permission denied|No more authentication methods|no mutual signature", AuthenticationFailed,
      "{host} accepted none of your keys.",
-     "Check that `{ssh} {to} true` works without a question (ssh-add -l lists the agent's keys)."),
+     "ssh-add -l lists your agent's keys; ssh must log in without a question.", "ssh"),
     (r"(?i)Bad configuration option: setenv", ConnectionFailed,
      "The ssh of this machine is older than OpenSSH 7.8, which is needed.",
-     "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND."),
+     NEWER_SSH),
     (r"Bad (configuration|owner)|line \d+: |unknown key type|Bad number", ConnectionFailed,
      "ssh does not accept its configuration: {said}.", "Correct the file it names."),
     (r"timed out during banner exchange", ConnectionFailed,
      "{host} accepted the connection, but sent nothing.",
-     "Its sshd may hang, or another service may have that port: try {doctor}."),
+     "Its sshd may hang, or another service may have that port.", "look"),
     (r"kex_exchange_identification|Connection reset by peer|banner exchange|"
      r"Connection closed by (remote host|UNKNOWN|[0-9a-f.:]+ port)", ConnectionDropped,
      "{host} dropped the connection during the handshake.",
-     "It may be busy (MaxStartups) or penalise this address, or a proxy failed: try {doctor}."),
+     "It may be busy (MaxStartups) or penalise this address, or a proxy failed.", "look"),
     (r"break-in attempt", ConnectionFailed,
      "The server of {host} asked for this machine's agent or screen, which ssh refused.",
      "Do not trust that machine until somebody has looked at its sshd."),
@@ -2912,7 +2891,7 @@ FAILURES: tuple[tuple[str, type[HostError], str, str], ...] = (
      r"Network is unreachable|Host is down|not responding", ConnectionFailed,
      "{host} does not answer: {said}.",
      "Is its name right, and are the machine, its sshd and the network up?"),
-    ("", ConnectionFailed, "Cannot connect to {host}: {said}.", "Try {doctor}."),
+    ("", ConnectionFailed, "Cannot connect to {host}: {said}.", "Look closer.", "look"),
 )
 
 
@@ -2942,7 +2921,6 @@ def ssh_command() -> list[str]:
     text = plain_ssh()
     words = [text]
     if text != "ssh":
-        import shlex
         try:
             words = shlex.split(text)
         except ValueError as error:
@@ -3017,18 +2995,19 @@ def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostErro
     text = log[-LOG_MAX:].decode("utf-8", "replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = show(lines[-1], 200) if lines else "ssh gave no reason"
-    words = {"host": host, "to": quote(host), "said": said, "doctor": look_into(host),
-             "forget": forget_key(config, text) if config else "", "ssh": plain_ssh()}
-    _, kind, sentence, hint = next(row for row in FAILURES if re.search(row[0], text))
-    error = kind(sentence.format(**words), hint.format(**words), host)
+    words = {"host": host, "said": said, "look": look_into(host),
+             "ssh": f"{plain_ssh()} {quote(host)} true",
+             "forget": forget_key(config, text) if config else ""}
+    _, kind, sentence, hint, *names = next(row for row in FAILURES if re.search(row[0], text))
+    commands = filter(None, map(words.get, names))
+    error: HostError = kind(sentence.format(**words), hint, host, *commands)
     final = r"requested strict checking|Too many authentication failures"
     error.asks = not re.search(final, text)
     return error
 
 
 def look_into(host: str) -> str:
-    """The command to run where the cause is unclear. (doctor replaces it.)"""
-    return f"`{PROGRAM} doctor {quote(host)}`"
+    return f"doctor {quote(host)}"
 
 
 def forget_key(config: SSHConfig, words: str) -> str:
@@ -3076,7 +3055,7 @@ def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError
         words = b"Too many authentication failures"
     elif reason:
         return ConnectionFailed(f"{host} ended the connection: {show(reason, 200)}.",
-                                f"Look closer: {look_into(host)}.", host)
+                                "Look closer.", host, look_into(host))
     elif silent and proxy_of(config):
         words = b"banner exchange"  # it ended before that, which ssh does not log
     error = classify(words, host, config)
@@ -3102,9 +3081,10 @@ def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
         return None
     coder = re.search(r"(?i)coder", config.first("proxycommand") + last)
     if coder and re.search(r"(?i)log ?in|logged|signed|session|401|token", last):
-        return ConnectionFailed(f"Coder does not let you in: {last}.", "Run: coder login", host)
+        return ConnectionFailed(f"Coder does not let you in: {last}.", "Log in.", host,
+                                "coder login")
     return ConnectionDropped(f"The {way} of {host} ended without a connection: {last}.",
-                             f"Mend what it names, or try {look_into(host)}.", host)
+                             "Mend that, or look closer.", host, look_into(host))
 
 
 # The control protocol, OpenSSH's PROTOCOL.mux version 4: packets of a 32-bit length and a body;
@@ -3221,8 +3201,8 @@ class Session:
     def no_shell(self) -> RemoteShellFailed:
         return RemoteShellFailed(
             f"{self.host} accepted the session, but did not run our command with a POSIX sh.",
-            f"Try `{plain_ssh()} {quote(self.host)} exec sh -c :`, and look for a ForceCommand, "
-            "and for a shell that a start-up file runs.", self.host)
+            "Look for a ForceCommand, and for a shell that a start-up file runs.", self.host,
+            f"{plain_ssh()} {quote(self.host)} exec sh -c :")
 
     def full(self) -> HostFull:
         """The wrapper gave up after its start mark, as it does only where a fork fails."""
@@ -3511,7 +3491,7 @@ class Masters:
         return DOWN_WAITS[:count][-1] - age if count > 0 and age >= 0 else 0.0
 
     def _remember_failure(self, error: HostError) -> None:
-        why = [type(error).__name__, str(error), error.hint]
+        why = [type(error).__name__, str(error), error.hint, error.commands]
         write_json(self.path("down.json"), {"count": self._failed() + 1, "why": why})
 
     def _wait_out(self, deadline: Deadline, cancel: Cancel | None) -> None:
@@ -3519,11 +3499,11 @@ class Masters:
             raise self._shared_failure()
 
     def _shared_failure(self) -> HostError:
-        name, message, hint = recall(self.path("down.json"), DOWN).get("why") or (
-            "", f"{self.host} could not be reached a moment ago.", "Try again.")
+        name, message, hint, commands = recall(self.path("down.json"), DOWN).get("why") or (
+            "", f"{self.host} could not be reached a moment ago.", "Try again.", [])
         kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
         kind = {kind.__name__: kind for kind in kinds}.get(name, ConnectionFailed)
-        return kind(message, hint, self.host)
+        return kind(message, hint, self.host, *commands)
 
     # -- connections --
 
@@ -3642,7 +3622,8 @@ class Masters:
                 if type(error) is not CmuxError:
                     raise
                 raise ConnectionFailed(f"{self.host} did not answer within {patience:.0f} seconds.",
-                                       f"Is the machine up? Try {look_into(self.host)}.", self.host)
+                                       "See whether it is up.", self.host,
+                                       look_into(self.host))
         words, heard = read_log(log_head(log))
         if status != 0 or not os.path.exists(path):
             if not words.strip():  # arguments refused
@@ -3976,8 +3957,8 @@ class Forward:
             if re.search("open failed: (administratively prohibited|unknown channel)", words):
                 raise RemoteFailed(
                     f"The sshd of {self._masters.host} lets nobody through to its ports.",
-                    "It needs AllowTcpForwarding yes, and a key without `restrict`. Without: "
-                    f"{PROGRAM} exec -- curl -s http://localhost:{self.port}/")
+                    "It needs AllowTcpForwarding, and no `restrict`; or ask on the host.",
+                    f"exec -- curl -s http://localhost:{self.port}/")
             self._report(error)
 
     def _open(self, client: Any) -> Any:
@@ -3988,7 +3969,7 @@ class Forward:
         """Once for each kind."""
         if type(error).__name__ not in self._reported and not self._ending.is_set:
             self._reported.add(type(error).__name__)
-            self._tell(f"{error} {error.hint}".strip())
+            self._tell(f"{error} {error.hint} {', '.join(error.commands)}".strip())
 
     def _accept(self) -> None:
         import threading
@@ -4711,13 +4692,12 @@ class Repository:
         try:
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
-            raise GitFailed("The current directory has been removed.",
-                            "Change into one that exists.")
+            raise GitFailed("The current directory has been removed.")
         if not os.path.isdir(self.directory):
             raise GitFailed(f"{show(directory)} is not a directory.")
         lines = self._line("rev-parse", "--absolute-git-dir", "--git-common-dir").split("\n")
         if len(lines) != 2:
-            raise GitFailed("The repository's path holds a newline.", "Move it.")
+            raise GitFailed("The repository's path holds a newline.")
         self.git_dir = os.path.realpath(lines[0])
         self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
         if (os.path.realpath(self.directory) + "/").startswith(self.git_dir + "/"):
@@ -4741,10 +4721,10 @@ class Repository:
         last = text.split("\n")[-1].strip()
         if "dubious ownership" in text:
             raise GitFailed(f"{where} belongs to another user; git refuses to read it.",
-                            f"If you trust it: {last}")
+                            "Trust it, if it is yours.", last)
         if "not a git repository" in text:
             raise GitFailed(f"{where} is not inside a git repository.",
-                            "Change into one, name one with -C, or make one: git init")
+                            "Change into one, name one with -C, or make one.", "git init")
         raise GitFailed(f"git {words[0]} failed: {show(last, 200)}.")
 
     def _ask(self, *words: str, env: dict[str, str] | None = None) -> str:
@@ -4777,7 +4757,7 @@ class Repository:
             if revision == "HEAD":
                 raise GitFailed("The repository has no commit yet.", "Commit something first.")
             raise GitFailed(f"{show(revision)} is not a commit of this repository.",
-                            "Name one that `git log` shows.")
+                            "Name one of its log.", "git log")
         return commit, self._line("rev-parse", "--verify", "-q", commit + "^{tree}")
 
     def behind(self, base: str) -> int | None:
@@ -4812,8 +4792,8 @@ class Repository:
         if own and self.value_of(f"{commit}:{own}", ""):
             raise UsageError(f"Nothing was sent: {show(own)}, where {PROGRAM} keeps the secrets, "
                              f"is in the commit {commit[:12]}.",
-                             f"Take it out of git (git rm -r --cached {quote(':/' + own)}), or set "
-                             "CMUX_SSH_HOME to another directory.")
+                             "Set CMUX_SSH_HOME to another directory, or take it out of git.",
+                             f"git rm -r --cached {quote(':/' + own)}")
 
     def _as_user(self, shadow: Shadow, filters: bool = False) -> Shadow:
         """A shadow whose git reads the work tree with the user's configuration, but has its own
@@ -4931,7 +4911,7 @@ class Repository:
         if any("branch " + ref in row for row in self._worktrees()):
             raise GitFailed(
                 f"The branch {show(branch)} is checked out: a pull would change your work tree.",
-                "Choose another with --branch, or check out another one.")
+                "Choose another branch, or check out another one.")
         return ref
 
     def publish(self, pack: str, ref: str, new: str, old: str | None = None) -> None:
@@ -4948,7 +4928,7 @@ class Repository:
         status, _, err = run(command, self._without_hooks(git_environment()))
         if status:
             raise GitFailed(f"{show(ref.replace('refs/heads/', ''))} could not be set: "
-                            f"{show(err.strip(), 300)}.", "Choose another with --branch.")
+                            f"{show(err.strip(), 300)}.", "Choose another branch.")
 
 
 def read_errors(stream: IO[bytes]) -> bytes:
@@ -5177,7 +5157,7 @@ class Shadow:
         self._init(apart)
         why = index_pack(self.argv("--git-dir=" + apart), self.env, pack)
         if why:
-            raise ResultRefused(f"git refuses the result: {why}.")
+            raise ResultRefused(f"git refuses the result: {why}.", "Nothing was imported.")
         return pack
 
     def sizes(self, tree: str) -> dict[bytes, int]:
@@ -5334,7 +5314,8 @@ def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
     except OSError:
         raise GitFailed(f"The LFS content of {name} can no longer be read.", "Try again.")
     if digest.hexdigest() != pointer[2]:
-        raise GitFailed(f"The LFS content of {name} is damaged.", "Look with: git lfs fsck")
+        raise GitFailed(f"The LFS content of {name} is damaged.", "Look at it.",
+                        "git lfs fsck")
 
 
 def is_content(path: str, pointer: Pointer) -> bool:
@@ -5636,8 +5617,7 @@ class ProjectBase:
     def _editing_secrets(self, workspace: str = "", everywhere: bool = False) -> Iterator[Fields]:
         """The secrets of one scope, to be changed: see set_secret()."""
         if workspace and everywhere:
-            raise UsageError("A secret is for all projects, or for one workspace.",
-                             "Give one of the two.")
+            raise UsageError("A secret is for all projects, or for one workspace.")
         path = secrets_file() if everywhere else self.registry.secrets_path
         self.registry.read()  # makes it on first use, under the lock that is taken next
         with self.registry.editing() if workspace else contextlib.nullcontext():  # none removes it
@@ -5689,7 +5669,8 @@ class ProjectBase:
         if not hosts:
             raise UsageError(
                 f"There is no workspace {show(workspace)}, and no host is known to make it on.",
-                "Name one with -H HOST, or set $CMUX_SSH_HOST, or: git config cmux.host HOST")
+                "Name one (also in $CMUX_SSH_HOST).",
+                f"new {workspace} -H HOST", "git config cmux.host HOST")
         return pool_of(hosts)
 
     def _entries(self) -> dict[str, Fields]:
@@ -5725,9 +5706,9 @@ class ProjectBase:
     def _missing(self, name: str, make: bool = True) -> WorkspaceMissing:
         slip = self._slip_of(name)
         meant = f"; did you mean {slip}?" if slip else "."
-        more = f", or make it: {PROGRAM} new {name} -H HOST" if make else "."
         return WorkspaceMissing(f"There is no workspace {show(name)} in this project{meant}",
-                                f"See `{PROGRAM} list`{more}")
+                                "List them" + (", or make it." if make else "."),
+                                "list", *[f"new {name} -H HOST"] * make)
 
     def _update(self, name: str, **fields: Any) -> None:
         with self.registry.editing() as record:
@@ -5783,7 +5764,7 @@ class ProjectBase:
         left = self.registry.read()["workspaces"].get(name)
         if left and left["state"] == "ready":
             raise WorkspaceExists(f"The workspace {name} exists already.",
-                                  f"Choose another name, or remove it: {PROGRAM} rm {name}")
+                                  "Choose another name, or remove it.", f"rm {name}")
         if left:
             self._discard(name, left)
 
@@ -5890,7 +5871,7 @@ class ProjectBase:
                 CREATE, name, entry, words, entry, cancel=upload.cancel))
             if reply.status == 9:
                 raise RemoteFailed(f"Only git knows what is ignored in {source}: it needs git on "
-                                   f"{host}, and a repository.", "Leave out --from.")
+                                   f"{host}, and a repository.", "Make it without those.")
             check_reply(reply, host, "make the workspace", name, source, "made")
         except CmuxError as error:
             # After those it may exist; the next `new` or `rm` clears it away.
@@ -5931,9 +5912,10 @@ class ProjectBase:
     def ensure(self, name: str, host: str | Sequence[str] = (), report: Report | None = None,
                cancel: Cancel | None = None,
                secrets: Collection[str] | None = None) -> "Workspace":
-        """The workspace, made first from HEAD if it does not exist, on ``host`` (default:
-        hosts_for()); waits while another process makes it. Raises as create() does, UsageError
-        if it is on another host, and WorkspaceMissing if another one is probably meant."""
+        """The workspace, made first from HEAD if it does not exist, on ``host`` (default: this
+        object's, then $CMUX_SSH_HOST, then `git config cmux.host`); waits while another process
+        makes it. Raises as create() does, UsageError if it is on another host, and WorkspaceMissing
+        if another one is probably meant."""
         entry = self._entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
@@ -5962,7 +5944,7 @@ class ProjectBase:
         pool = pool_of(host)
         if pool and place not in pool:
             raise UsageError(f"The workspace {name} is on {place}, not on {' or '.join(pool)}.",
-                             "Leave out -H, or use another name with -w.")
+                             "Leave the host out, or use another name.")
 
     def remove(self, name: str, force: bool = False, forget: bool = False,
                cancel: Cancel | None = None) -> list[str]:
@@ -5989,13 +5971,12 @@ class ProjectBase:
         if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
                for row in self._running_now()):
             raise WorkspaceDirty(f"A command runs in the workspace {name}.",
-                                 f"Wait for it (see `{PROGRAM} top`), or give it up: "
-                                 f"`{PROGRAM} rm --force {name}`.")
+                                 "Wait for it, or give it up.", f"rm --force {name}")
         words = *self._looked_at(name, entry, os.urandom(8).hex()), entry["op"]
         reply = self.host(entry["host"])._call(CHANGED, *words, cancel=cancel)
         if reply.status != 22:  # the directory is not there
             check_reply(reply, entry["host"], f"look for changes in {name}")
-            self._refuse(name, entry, reply.lines())
+            self._refuse(name, entry, reply.lines(), "rm")
 
     def _running_now(self) -> list[Fields]:
         """What this machine runs now, oldest first, by the workspaces' present names."""
@@ -6016,8 +5997,7 @@ class ProjectBase:
         """Hold the locks of a workspace and of a new name, which is free. Yields the entry for that
         name."""
         if check_workspace(name) == source:
-            raise WorkspaceExists(f"The workspace {name} has that name already.",
-                                  "Choose another name.")
+            raise WorkspaceExists(f"The workspace {name} has that name already.")
         with contextlib.ExitStack() as held:
             for one in sorted((name, source)):  # or two would wait for each other
                 lock = self.registry.creation_lock(one, operation == "fork" and one == source)
@@ -6085,7 +6065,7 @@ class ProjectBase:
     def _push(self, upload: Upload, entry: Fields, force: bool) -> None:
         name, host, op = upload.name, entry["host"], upload.op
         if not force:
-            self._refuse(name, entry, ())
+            self._refuse(name, entry, (), "push")
         words = [op, *self._looked_at(name, entry, op), upload.tree, "1" if force else ""]
         self._update(name, intent={"op": op, **upload.base()})
         reply = upload.with_base(lambda: self._operate(
@@ -6093,11 +6073,12 @@ class ProjectBase:
         if reply.status in (5, 25):  # nothing was done
             self._end_intent(name, False)
         if reply.status == 25:
-            self._refuse(name, entry, reply.lines())
+            self._refuse(name, entry, reply.lines(), "push")
         if reply.status == 5:
             raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was "
                                "made anew, or a lock or a branch like main/x is in the way.",
-                               "Put that right, or replace the directory: --force.")
+                               "Put that right, or replace the directory.",
+                               f"push --force -w {name}")
         check_reply(reply, host, f"push to {name}", name, name, "pushed")
         for line in reply.lines():
             if line.startswith("kept "):
@@ -6116,7 +6097,7 @@ class ProjectBase:
         if pool and not places:
             names = " or ".join(map(show, pool))
             raise UsageError(f"No workspace of this project is or was on {names}.",
-                             f"See `{PROGRAM} list`.")
+                             "List them.", "list")
         freed: dict[str, int] = {}
         failed: list[CmuxError] = []
         done: set[tuple[str, str]] = set()
@@ -6142,27 +6123,27 @@ class ProjectBase:
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 entry.get("pulled", {}).get("op", "")]
 
-    def _refuse(self, name: str, entry: Fields, lines: Iterable[str]) -> None:
+    def _refuse(self, name: str, entry: Fields, lines: Iterable[str],
+                verb: str) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
-        way = f"Pull it first: {PROGRAM} pull -w {name}."
+        way, command = "Pull it first", f"pull -w {name}"
         if lost and all(line.startswith("a job that runs") for line in lost):
-            way = f"Wait for it, or end it with stop ({PROGRAM} jobs -w {name})."
+            way, command = "Wait for it, or end it with stop", f"jobs -w {name}"
         elif not lost:
-            way = (f"Look at it ({PROGRAM} exec -w {name} -- git status --short); read brings a "
-                   "file.")
+            way = "Look at it"
+            command = f"exec -w {name} -- git status --short"
         lost += entry.get("pulled", {}).get("left", ())
         if lost:
             some = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
             error = WorkspaceDirty(f"The workspace {name} has work that would be lost: {some}.",
-                                   way + " Or give it up: --force.")
+                                   way + ", or give it up.", command, f"{verb} --force -w {name}")
             error.lost = lost
             raise error
 
 
 def gone_there(name: str, host: str) -> WorkspaceMissing:
     return WorkspaceMissing(f"The directory of {name} is not on {host} (any more).",
-                            f"To make it anew: `{PROGRAM} rm --force {name}`, then "
-                            f"`{PROGRAM} new {name} -H {quote(host)}`.")
+                            "Remove it, then make it anew.", f"rm --force {name}")
 
 
 def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "",
@@ -6573,8 +6554,10 @@ _REMOVE_IT = "Remove it in the workspace, or let .gitignore cover it, and pull a
 _IGNORE = "Let .gitignore cover what was generated, and pull again."
 
 
-def refuse(what: str, hint: str = "") -> ResultRefused:
-    return ResultRefused(f"The result was refused: {what}.", hint)
+def refuse(what: str, hint: str = "", *commands: str) -> ResultRefused:
+    commands = commands if hint else ("exec -- git status",)
+    return ResultRefused(f"The result was refused: {what}.",
+                         hint or "Nothing was imported. Look at it.", *commands)
 
 
 def fold(text: str) -> str:
@@ -6933,19 +6916,19 @@ class Pull:
         self.notes: list[str] = []
         self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
         self.pulled: Fields = {"op": os.urandom(8).hex()}
-        take_files = f"{PROGRAM} cp {self.name}: {self.name}"
+        take_files = f"cp {self.name}: {self.name}"
         try:
             tree = shadow.call("rev-parse", self.base + "^{tree}")
             parts = Parts(shadow, tree)
         except GitFailed as error:
             raise GitFailed(
                 f"This repository lacks a part of what {self.name} was made of: {error}",
-                f"Fetch the commit {self.base[:10]} again; or take the files: {take_files}")
+                f"Fetch the commit {self.base[:10]} again, or take the files.", take_files)
         if "whole" not in self.entry:
             raise GitFailed(
                 f"The workspace {self.name} was made by an older version, which sent no "
                 "export-ignored files: it cannot be compared.",
-                f"Take its files: {take_files}; then: {PROGRAM} push --force -w {self.name}")
+                "Take its files, then push to it with force.", take_files)
         self.sent_tree, self.modules = parts.tree, parts.modules
         self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
         self.sent = functools.cache(  # the paths that the host was sent
@@ -6975,10 +6958,9 @@ class Pull:
             return commits, dirty
         except ResultRefused as error:
             if base and "Try again" not in error.hint:  # done for the user it could lose work
-                error.hint = (
-                    f"{error.hint.rstrip('.')}. If only an earlier commit there has it, squash "
-                    f"them: {PROGRAM} exec -w {self.name} -- "
-                    "'git reset --soft refs/cmux/base && git commit -m all'").lstrip(". ")
+                error.hint += " If only an earlier commit has it, squash them."
+                squash = "'git reset --soft refs/cmux/base && git commit -m all'"
+                error.commands += f"exec -w {self.name} -- {squash}",
             raise
         finally:
             self.report.step(self.name, "done")
@@ -7178,7 +7160,8 @@ class Pull:
                 why = "git hook"
                 if not allow:
                     raise refuse(f"it changes {show(text)}, and this repository runs hooks from "
-                                 "there", "Look at it with diff; to take it all the same: --allow.")
+                                 "there", "Look at it with diff, or take it all the same.",
+                                 f"pull --allow -w {self.name}")
             else:
                 why = "file that tools obey" if _EXECUTES.search(text) else \
                     "executable" if mode == "100755" != before else \
@@ -7228,8 +7211,9 @@ class Pull:
         if old and not merged and old not in own:
             raise GitFailed(
                 f"The branch {show(branch)} has commits that no pull of this workspace made.",
-                f"Choose another: {PROGRAM} pull -w {self.name} --branch NAME. Or, if you want to "
-                f"keep it: git branch -m {quote(branch)} NEW")
+                "Choose another, or rename that.",
+                f"pull -w {self.name} --branch NAME",
+                f"git branch -m {quote(branch)} NEW")
         commits, dirty = self.fetch(record=True)
         tip, since = self.combine(commits, dirty, "" if merged else old, old in over)
         executes, moved = self.inspect(since, tip, allow), tip != since
@@ -7460,7 +7444,7 @@ def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
     written out as in sh. ``by_name``: one without a slash is for any depth. UsageError for what
     can match nothing: an empty answer would lie."""
     if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
-        raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
+        raise UsageError("The pattern is longer than any path.")
     found, todo = [], [pattern]  # type: list[str], list[str]
     while todo:
         one = todo.pop()
@@ -7476,8 +7460,7 @@ def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
         todo += ([before + word + after for word in words] if words[1:]
                  else [f"{before}[{{]{inner}[}}]{after}"])
         if len(todo) + len(found) > 100:
-            raise UsageError(f"{show(pattern)} stands for more than 100 patterns.",
-                             "Write fewer braces.")
+            raise UsageError(f"{show(pattern)} stands for more than 100 patterns.")
     return found
 
 
@@ -7680,8 +7663,8 @@ class Workspace(WorkspaceBase):
         if len(data) > READ_MAX:
             raise ToolFailed(
                 f"What was asked for of {show(path)} is larger than {human_size(READ_MAX)}.",
-                "Ask for fewer lines (offset, limit), or get the file by: "
-                f"{PROGRAM} cp {quote(f'{self.name}:{path}')} .")
+                "Ask for fewer lines (offset, limit), or copy the file.",
+                f"cp {quote(f'{self.name}:{path}')} .")
         if match[2] == "lines":
             return FileContent(content=data, size=int(match[1]), sha256=match[3] or "")
         digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
@@ -7825,7 +7808,7 @@ class Workspace(WorkspaceBase):
                 tool_reply(self, incoming.reply(), path)
                 landing.publish()
         except ResultRefused as error:
-            error.hint = "Nothing was copied. Try again, or copy a part of it."
+            error.hint, error.commands = "Nothing was copied. Try again, or copy a part.", ()
             raise
         except OSError as error:
             raise expected(error) or UsageError(f"Cannot copy to {show(local)}: {error.strerror}.")
@@ -8347,6 +8330,34 @@ def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
     return tool, tool.check(arguments)
 
 
+# -- hints, as the command line words them --
+
+# How this process was called: the program, its -C and its -w.
+CALLED = {"program": PROGRAM, "project": "", "workspace": ""}
+
+
+def as_typed(command: str) -> str:
+    """A command of a hint, as a person types it."""
+    program, project, workspace = CALLED.values()
+    verb, _, rest = command.partition(" ")
+    if verb == "git":
+        return f"git{project} {rest}"
+    if verb not in {"-h", *(name.split()[0] for name in VERBS)}:
+        return command
+    bound = verb in ("exec", "shell", "pull", "push", "diff", "read", "jobs") and "-w " not in rest
+    return f"{program}{project} {verb}{workspace * bound} {rest}".rstrip()
+
+
+def as_called(hint: str, *commands: str) -> str:
+    """A hint with its commands."""
+    return f"{hint.rstrip('.')}: {', or '.join(map(as_typed, commands))}" if commands else hint
+
+
+def advised(error: CmuxError) -> str:
+    """What happened, and what to do next."""
+    return f"{error} {as_called(error.hint, *error.commands)}".strip()
+
+
 # === 15. Parallel ===
 # Owns: threads for many operations at once, and the JSON lines of batch. May touch: executors, an
 # injected reader and writer. Promises: bounded memory; every result is delivered, whatever else
@@ -8473,7 +8484,8 @@ def strict_json(line: bytes) -> Any:
 
 
 def error_fields(error: CmuxError) -> dict[str, str]:
-    return {"type": type(error).__name__, "message": str(error), "hint": as_called(error.hint)}
+    return {"type": type(error).__name__, "message": str(error),
+            "hint": as_called(error.hint, *error.commands)}
 
 
 def read_some(fd: int) -> bytes:
@@ -8924,15 +8936,16 @@ class McpServer:
             text = f"{failure} {self._hint(failure)}".rstrip()
             return Veil(self.project, self.op).clean(text)
         except CmuxError as unread:  # without the secrets nothing of the host's can be shown
-            return f"{unread} {unread.hint}"
+            return advised(unread)
 
     def _hint(self, failure: CmuxError) -> str:
-        """What a model can do next. The command line is the user's."""
-        for kind, hint in MCP_HINTS if self.manage else ():
-            if isinstance(failure, kind):
-                return hint
-        for_user = re.search(rf"`|\$| --?\w|{PROGRAM}", failure.hint)
-        return "For the user: " * bool(for_user) + as_called(failure.hint)
+        """What to do next: the tools that do it or, if one cannot, the user's commands."""
+        tools = {tool.name: name for name, tool in self.tools.items()}
+        steps = [tools.get(command.split()[0], "") for command in failure.commands
+                 if "--" not in command.replace("--force", "")]  # of others no tool knows all
+        if all(steps) and len(steps) == len(failure.commands):
+            return f"{failure.hint.rstrip('.')}: {', '.join(steps)}" if steps else failure.hint
+        return f"{failure.hint} {as_called('For the user', *failure.commands)}"
 
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
@@ -9051,8 +9064,8 @@ class McpServer:
                 raise
             plain = [f"{key}: {value}" for key, value in result.items()
                      if type(value) in (int, float, bool) or key in ("job", "state")]
-            return "\n".join(plain + [f"It was done, but what the host sent is not shown: {error} "
-                                      + error.hint])
+            return "\n".join(plain + ["It was done, but what the host sent is not shown: "
+                                      + advised(error)])
         if "next_offset" in result:  # of a job's output what may begin a secret waits for more
             data = result["output"]
             more = result["state"] == "running" or result["next_offset"] < result["size"]
@@ -9110,11 +9123,6 @@ def row_text(row: Any) -> str:
 
 MCP_MAY_LACK = ("path", "stdout", "stderr", "content", "output", "notes", "executes")  # in silence
 MCP_BODIES = (*MCP_MAY_LACK, "diff", "stat", "paths", "matches", "jobs", "workspaces")
-MCP_HINTS: Sequence[tuple[type[CmuxError], str]] = (
-    (WorkspaceDirty, "Wait for what runs in it (jobs, stop), bring its work back with "
-     "workspace_pull, or give it up with force."),
-    (WorkspaceMissing, "See workspace_list; workspace_new makes one."),
-    (WorkspaceExists, "Choose another name."))
 MCP_REST = {
     "exec": "Some of the output is left out: for all of it, send it to a file (> out.txt 2>&1) "
             "and read that with offset and limit.",
@@ -9220,11 +9228,11 @@ def demo(tell: Callable[[str], None]) -> None:
 Finding = dict[str, str]
 
 
-def finding(state: str, what: str, text: str, fix: str = "") -> Finding:
+def finding(state: str, what: str, text: str, *fix: Any) -> Finding:
     """A row of doctor. ``state``: ok; note (good to know); fix (it works, and could be better); bad
     (the host cannot be used); dead (it cannot be reached)."""
-    fix = "" if state == "ok" else as_called(neutralise(fix))[:1000]
-    return {"state": state, "what": what, "text": neutralise(text)[:1000], "fix": fix}
+    advice = neutralise(as_called(*fix))[:1000] if fix and state != "ok" else ""
+    return {"state": state, "what": what, "text": neutralise(text)[:1000], "fix": advice}
 
 
 # Options of ssh, and the values with which they let something out, or in.
@@ -9240,13 +9248,12 @@ def examine_machine() -> Iterator[Finding]:
     printed = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", printed)
     state = "fix" if not version else "ok" if tuple(map(int, version.groups())) >= (7, 8) else "bad"
-    yield finding(state, "ssh here", printed[:100],
-                  "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND.")
+    yield finding(state, "ssh here", printed[:100], NEWER_SSH)
     yield finding("ok", "python", "%d.%d.%d" % sys.version_info[:3])
     try:
         yield finding("ok", "state", f"{private_directory(state_home())} is private")
     except CmuxError as error:
-        yield finding("bad", "state", str(error), error.hint)
+        yield finding("bad", "state", str(error), error.hint, *error.commands)
 
 
 def examine_config(config: SSHConfig) -> Finding:
@@ -9265,7 +9272,7 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     error = failure_in(plain if plain.strip() or proxy_of(config) else said, heard, config)
     if isinstance(error, ConnectionDropped):
         error = proxy_failure(config, said) or error
-    text, fix = str(error), error.hint
+    text, fix = str(error), [error.hint, *error.commands]
     key = re.search(r"Server host key: (\S+ SHA256:\S+)", words)
     if isinstance(error, HostKeyFailed) and key:
         text += f" It offers {key[1]}."
@@ -9274,20 +9281,20 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
         takes = (re.findall(r"Authentications that can continue: (\S+)", words) or [""])[-1]
         text += f" It takes: {takes or 'nothing'}. Offered: {', '.join(keys) or 'no key at all'}."
         if takes and "publickey" not in takes:
-            fix = "Ask its owner to allow keys: passwords cannot be typed."
+            fix = ["Ask its owner to allow keys: passwords cannot be typed."]
         elif not re.search(r"Offering public key: .*agent", words):
-            fix = "Add your key to the agent (ssh-add), or name it with IdentityFile."
-            if not os.environ.get("SSH_AUTH_SOCK"):
-                fix = "No agent runs (SSH_AUTH_SOCK is not set): start one. " + fix
+            fix = ["Add your key to the agent (ssh-add, with SSH_AUTH_SOCK set), or name it with "
+                   "IdentityFile."]
     elif proxy_of(config) == "ProxyCommand" and type(error) is ConnectionDropped:
         text = text if said.strip() else "The ProxyCommand ended without a connection or a word."
-        fix = f"Run it by hand: {config.first('proxycommand')[:300]}"
-    return unreachable(config.host, text, fix)
+        fix = [f"Run it by hand: {config.first('proxycommand')[:300]}"]
+    return unreachable(config.host, text, *fix)
 
 
-def unreachable(host: str, text: str, fix: str) -> Finding:
-    return finding("dead", "connect", text, fix.replace(
-        look_into(host), f"`{plain_ssh()} -v {quote(host)} true`"))
+def unreachable(host: str, text: str, *fix: str) -> Finding:
+    closer = f"{plain_ssh()} -v {quote(host)} true"
+    return finding("dead", "connect", text, *(
+        closer if command == look_into(host) else command for command in fix))
 
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
@@ -9320,7 +9327,7 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
     yield finding(
         "fix" if 0 <= free < 512 * 1024 or 0 <= inodes < 10000 else "ok", "disk",
         f"{size} free{f', {inodes} inodes' if inodes >= 0 else ''} in {facts.get('root', '')}",
-        f"Free some: {PROGRAM} gc, or choose another place with new --root DIR.")
+        "Choose another place with new --root DIR, or free some.", "gc")
 
 
 def examine_speed(host: Host) -> Iterator[Finding]:
@@ -9373,7 +9380,7 @@ def examine_connection(host: Host) -> list[Finding]:
                     f"{' with ' + key[1] if key else ''}")
     return [found] if not status else [found, finding(
         "bad", "shell", f"no POSIX sh began on the host (status {status})",
-        "Look at the login shell's start-up files: "
+        "Look at the login shell's start-up files.",
         f"{plain_ssh()} {quote(host.name)} exec sh -c :")]
 
 
@@ -9384,7 +9391,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         if found["state"] == "bad":
             return
     if not name:
-        yield finding("note", "host", "none was named", f"Name one: {PROGRAM} doctor HOST")
+        yield finding("note", "host", "none was named", "Name one.", "doctor HOST")
         return
     host = Host(name, warm=0)
     try:
@@ -9396,9 +9403,9 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
             yield from examine_speed(host)
             yield examine_secrets(host)
     except HostError as error:
-        yield unreachable(name, str(error), error.hint)
+        yield unreachable(name, str(error), error.hint, *error.commands)
     except CmuxError as error:
-        yield finding("bad", "host", str(error), error.hint)
+        yield finding("bad", "host", str(error), error.hint, *error.commands)
 
 
 # === 19. Command line ===
@@ -9471,7 +9478,7 @@ class Terminal(Report):
 
     def warn(self, text: str) -> None:
         if self.verbosity >= 0:
-            self.line(as_called(text))
+            self.line(text)
 
     def step(self, what: str, doing: str) -> None:
         import threading
@@ -9683,7 +9690,7 @@ class Execution:
             self.names = sorted(self.project._entries())
             if not self.names:
                 raise WorkspaceMissing("This project has no workspaces.",
-                                       f"Make some: {PROGRAM} new NAME -H HOST")
+                                       "Make some.", "new NAME -H HOST")
         self.many = self.terminal.many = options.all or len(self.names) > 1
         self.plain = not (self.many or options.json)
         self._check()
@@ -9696,24 +9703,26 @@ class Execution:
     def _check(self) -> None:
         options, many = self.options, self.many
         unread = (options.detach or many) and not options.no_stdin and data_waits()
-        for bad, text, hint in (
+        name = quote(self.names[0])
+        for bad, *error in (
                 (options.tty and (options.json or options.detach or options.timeout
                                   or options.no_stdin or many),
-                 "-t takes no --json, --detach, --timeout, -n, nor several workspaces.", ""),
-                (options.all and options.workspace, "--all takes no -w.", ""),
+                 "-t takes no --json, --detach, --timeout, -n, nor several workspaces."),
+                (options.all and options.workspace, "--all takes no -w."),
                 (options.no_secrets and options.secrets,
-                 "--no-secrets and --secret exclude each other.", "Give one of the two."),
+                 "--no-secrets and --secret exclude each other."),
                 (options.detach and options.timeout, "--detach takes no --timeout.",
-                 f"End the job with: {PROGRAM} stop ID"),
+                 "End the job with stop.", "stop ID"),
                 (options.detach and many, "--detach takes one workspace.",
                  "Run it once for each."),
                 (unread and many, "With several workspaces exec passes stdin on to none of them.",
                  "Add -n, or run it once for each."),
                 (unread, "A job takes no stdin.",
-                 f"Write it first (... | {PROGRAM} write -w {quote(self.names[0])} FILE), and then "
-                 "exec --detach -- 'CMD <FILE'; or add -n.")):
+                 "Add -n, or write it into a file for the command.",
+                 f"write -w {name} FILE",
+                 f"exec -w {name} --detach -- 'CMD <FILE'")):
             if bad:
-                raise UsageError(text, hint)
+                raise UsageError(*error)
 
     def run(self) -> int:
         """The worst exit code."""
@@ -9786,8 +9795,8 @@ class Execution:
                 commit, _ = self.project.repository.resolve("HEAD")
                 parent = self.project.repository.value_of(workspace.base + "^")  # of a --dirty one
                 if commit not in (workspace.base, parent):
-                    report.warn(f"{name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. To "
-                                f"bring it there: {PROGRAM} push -w {name}")
+                    report.warn(f"{name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. "
+                                + as_called("To bring it there", f"push -w {name}"))
         return workspace
 
     def _sum_up(self, rows: list[Fields], seconds: float) -> None:
@@ -10184,8 +10193,8 @@ def command_list(options: Options) -> int:
              "age": human_age(time.time() - row["created"]), "base": row["base"][:10]}
             for row in rows))
     where = f" on {' or '.join(options.host)}" if options.host else " yet"
-    return render(options, rows, text, "" if text else
-                  f"No workspaces{where}. Make one: {PROGRAM} new NAME -H HOST")
+    return render(options, rows, text, "" if text else as_called(
+        f"No workspaces{where}. Make one", "new NAME -H HOST"))
 
 
 def human_age(seconds: float) -> str:
@@ -10210,7 +10219,7 @@ def named(options: Options, project: Project) -> str:
 def command_rm(options: Options) -> int:
     project, names = open_project(options), [*options.names, *options.workspace]
     if not names:
-        raise UsageError("Name the workspaces to remove.", f"See `{PROGRAM} list`.")
+        raise UsageError("Name the workspaces to remove.", "List them.", "list")
     removed, errors, code = [], [], 0  # type: list[str], list[Fields], int
     for name in names:
         try:
@@ -10223,7 +10232,8 @@ def command_rm(options: Options) -> int:
             removed += gone
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
-                error.hint += f" If the host is gone for good: {PROGRAM} rm --forget {name}"
+                error.hint += " If the host is gone for good, forget the workspace."
+                error.commands += f"rm --forget {name}",
             errors.append(dict(error_fields(error), name=name))
             code = max(code, report_error(error))
     answer(options, {"removed": removed, "errors": errors})
@@ -10261,7 +10271,8 @@ def command_pull(options: Options) -> int:
                   *(f"  {path}" for path in result.executes[:200])]
     answer(options, result.as_dict(), *lines)
     branch = quote(result.branch)
-    terminal.note(f"To look at it: git diff ...{branch}; to take it: git merge {branch}")
+    terminal.note(as_called("Look at it, or take it", f"git diff ...{branch}",
+                            f"git merge {branch}"))
     return 0
 
 
@@ -10323,17 +10334,17 @@ def stored_secrets(options: Options) -> Any:
 
 def command_secrets_set(options: Options) -> int:
     name, equals, _ = options.name.partition("=")
-    pipe = f"{PROGRAM} secrets set {show(name)[1:-1]}"
+    pipe = f"| {as_typed('secrets set ' + show(name)[1:-1])}"
     if equals:
         raise UsageError("A secret's value is not taken from the command line, which others see.",
-                         f"Pipe it: ... | {pipe}")
+                         f"Pipe it: ... {pipe}")
     check_variable(name, secret=True)
     entry, typed = {"command": options.command}, os.isatty(0)
     if options.command is None:
         value = typed_value(name, pipe) if typed else read_all(0, SECRET_MAX + 2)
         if not value and (typed or stdin_is_null()):
             raise UsageError(f"No value was given for {name} on stdin.",
-                             f"For an empty one: printf '' | {pipe}")
+                             f"For an empty one: printf '' {pipe}")
         entry = {"value": as_text(value.removesuffix(b"\n"))}
     with stored_secrets(options) as stored:
         stored[name] = entry
@@ -10347,12 +10358,12 @@ def typed_value(name: str, pipe: str) -> bytes:
         value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
     except UnicodeDecodeError:
         raise UsageError("What was typed is not text in this terminal's encoding.",
-                         f"Pipe it: ... | {pipe}")
+                         f"Pipe it: ... {pipe}")
     except EOFError:
         return b""
     if len(value) >= 4095:
         raise UsageError("A terminal passes on no more than 4095 bytes of a line.",
-                         f"Pipe it: ... | {pipe}")
+                         f"Pipe it: ... {pipe}")
     return value
 
 
@@ -10423,7 +10434,7 @@ def command_secrets_rm(options: Options) -> int:
         for name in options.names:
             if name not in stored:
                 raise UsageError(f"There is no secret {show(name)} in that scope.",
-                                 f"See: {PROGRAM} secrets list")
+                                 "List them.", "secrets list")
             del stored[name]
     return answer(options, options.names)
 
@@ -10440,7 +10451,7 @@ def job_of(options: Options, workspace: Workspace) -> Any:
     jobs = [options.job] if options.job else [row["job"] for row in workspace.jobs()]
     if not jobs:
         raise ToolFailed(f"The workspace {workspace.name} has no jobs.",
-                         f"Start one: {PROGRAM} exec --detach -- CMD")
+                         "Start one.", "exec --detach -- CMD")
     return jobs[-1]
 
 
@@ -10466,7 +10477,7 @@ def command_cp(options: Options) -> int:
     remote = away or back
     if not remote or away and back:
         raise UsageError("One of SRC and DST is NAME:PATH or :PATH, in a workspace.",
-                         f"For example: {PROGRAM} cp fix-login:report .")
+                         "Write one like that.", "cp fix-login:report .")
     name, path = remote.groups()
     options.workspace += [name] * bool(name)
     workspace, more = existing_workspace(options), (options.force, options.terminal)
@@ -10528,7 +10539,8 @@ def jobs_text(jobs: Sequence[Fields], heads: str = "") -> tuple[str, str]:
         {**job, "state": job_state(job),
          "age": human_age(time.time() - job["started"]) if job["started"] else "?"}
         for job in jobs))
-    return text, "" if text else f"No jobs. Start one: {PROGRAM} exec --detach -- CMD"
+    return text, "" if text else as_called(
+        "No jobs. Start one", "exec --detach -- CMD")
 
 
 def command_jobs(options: Options) -> int:
@@ -10571,7 +10583,7 @@ def command_logs(options: Options) -> int:
         try:
             end = workspace.follow(job, json_line if options.json else out, offset)
         except KeyboardInterrupt:
-            raise Cancelled(f"The job {job} goes on.", f"To look again: {PROGRAM} logs -f {job}")
+            raise Cancelled(f"The job {job} goes on.", "Look again.", f"logs -f {job}")
         if options.json:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
     out.end()
@@ -10594,7 +10606,7 @@ def command_mcp(options: Options) -> int:
 
 def command_doctor(options: Options) -> int:
     if len(options.host) + bool(options.target) > 1:
-        raise UsageError("doctor looks at one host.", f"For example: {PROGRAM} doctor HOST")
+        raise UsageError("doctor looks at one host.", "Name one.", "doctor HOST")
     name, root, rows = options.target or "".join(options.host), "", []
     try:
         project = open_project(options)
@@ -10621,7 +10633,7 @@ def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal, cal
     """What Workspace.shell() does with ``call``, on this terminal; its exit code."""
     if not (os.isatty(0) and os.isatty(1)):
         raise UsageError("This needs a terminal.",
-                         f"In a pipe or a script use: {PROGRAM} exec -- CMD")
+                         "Without one use exec.", "exec -- CMD")
     workspace = open_workspace()
     terminal.warn("The host now writes to this terminal as it likes, escape sequences included.")
     terminal.close()
@@ -10704,7 +10716,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
             unknown = re.match("unrecognized arguments: (-[^ ]+)", message)
             message = f"there is no option {unknown[1]}" if unknown else message
             raise UsageError(f"{verb.name}: {neutralise(message)}.",
-                             f"See `{PROGRAM} {verb.name} -h`.")
+                             "Read the help.", f"{verb.name} -h")
 
         def print_help(self, file: Any = None) -> None:
             print_text(self.format_help().rstrip("\n"))
@@ -10738,17 +10750,17 @@ def parse(name: str, words: list[str]) -> Options:
         import difflib
         near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
         raise UsageError(f"There is no command {show(name)}.",
-                         f"See `{' '.join([PROGRAM, *near, '-h'])}`.")
+                         "Read the help.", " ".join([*near, "-h"]))
     at = words.index("--") if name == "exec" and "--" in words else len(words)
     options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
     options.verb, options.verbosity = name, options.verbose - options.quiet
     options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
+    if NAME in VERBS[name].args and options.name:
+        options.workspace.append(options.name)
     CALLED["project"] = "" if options.directory == "." else " -C " + quote(options.directory)
     # A call of batch or mcp names its own.
     if name not in ("batch", "mcp") and len(options.workspace) == 1:
         CALLED["workspace"] = " -w " + quote(options.workspace[0])
-    if NAME in VERBS[name].args and options.name:
-        options.workspace.append(options.name)
     if name == "exec":
         if tail and options.command:
             raise UsageError(f"exec: {show(options.command[0])} stands before `--`.",
@@ -10756,7 +10768,7 @@ def parse(name: str, words: list[str]) -> Options:
         options.command += tail
         if not options.command:
             raise UsageError("exec: no command was given.",
-                             f"For example: {PROGRAM} exec -- make test")
+                             "Give one.", "exec -- make test")
     return options
 
 
@@ -10790,7 +10802,7 @@ def typed_program() -> str:
 def report_error(error: CmuxError) -> int:
     """Print the error; its exit code."""
     quiet_terminal()
-    err_out(f"{str(error).strip()} {as_called(error.hint)}".strip())
+    err_out(advised(error))
     return error.exit_code
 
 

@@ -2547,7 +2547,7 @@ def test_honest_host_strings_reach_ssh(repo, site):
     for host in GOOD_HOSTS:
         ran = repo.exec("true", host=host, env={"CMUX_SSH_COMMAND": str(shim)})
         assert ran.code == 255 and host in log.read_text().splitlines(), ran
-        assert shlex.split(re.findall("`(.*)`", ran.said)[0])[-1] == host, "and the command to paste names it"
+        assert shlex.split(ran.said.rpartition(": ")[2])[-1] == host, "and the command to paste names it"
 
 
 def test_hosts_and_users_that_openssh_allows_work(repo, site):
@@ -4822,7 +4822,7 @@ def test_what_may_not_come_has_a_way_out(repo):
     repo.cli("new", "-H", "box", "main")
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
     answer = repo.cli("pull")
-    refused(answer, 1, "pull again. If only an earlier commit there has it, squash them: ")
+    refused(answer, 1, "pull again. If only an earlier commit has it, squash them: ")
     assert "cmux_ssh.py exec -w main -- 'git reset --soft refs/cmux/base && git commit -m all'" in answer.said
     refused(repo.cli("rm", "main"), 1, "would be lost")
     do(repo, "git reset --soft refs/cmux/base && git commit -m all")
@@ -5012,7 +5012,7 @@ def test_changes_in_submodules_are_kept_from_rm(site, place):
     assert nothing_new(family).said.count("left out") == 4
     for words in (["rm", "main"], ["push", "--ref", "HEAD~1"]):
         kept = family.cli(*words)
-        refused(kept, 1, "work that would be lost", "-w main -- git status --short); read brings a file")
+        refused(kept, 1, "work that would be lost", "-w main -- git status --short, or ")
         assert "README" not in kept.said.replace("/README", "")
     family.ok("push", "--ref", "HEAD~1", "--force")
     family.ok("rm", "main")
@@ -7753,7 +7753,7 @@ def test_mcp_manage_reaches_other_workspaces(repo):
         assert "precious" in client("read", path="mine") and "made:" not in client("exec", command="true")
         repo.ok("rename", "-w", "renamed", "again")  # and from outside
         assert "precious" in client("read", path="mine")
-        assert "See workspace_list" in client.call("read", workspace="one", path="mine")[1]  # an old name is nobody's
+        assert "workspace_list, workspace_new" in client.call("read", workspace="one", path="mine")[1]  # an old name is nobody's
         client("workspace_rename", workspace="again", name="renamed")
         client("exec", command="rm mine")
         client("workspace_rename", workspace="renamed", name="one")
@@ -7761,7 +7761,7 @@ def test_mcp_manage_reaches_other_workspaces(repo):
         repo.commit("local")
         assert "pushed: True" in client("workspace_push", workspace="one") and "done" in client("read", workspace="four", path="work")
         for tool, more in (("workspace_diff", {}), ("read", {"path": "x"})):
-            assert "See workspace_list" in client.call(tool, workspace="none", **more)[1]
+            assert "workspace_list, workspace_new" in client.call(tool, workspace="none", **more)[1]
         assert client.call("workspace_rm", workspace="../x")[0] and client.call("read", workspace="-x", path="a")[0]
     assert set(repo.workspaces()) == {"one", "four"}
 
@@ -7789,7 +7789,7 @@ def test_mcp_says_what_is_new_and_where_a_page_is_cut(repo, client):
 @promise(4)
 def test_mcp_without_a_host_says_so_and_lives(repo, site):
     with Mcp(repo) as client:
-        assert "For the user: Name one with -H HOST" in client.refusal("exec", command="true")
+        assert re.search("For the user: .* new main -H HOST, or git config", client.refusal("exec", command="true"))
     site.at("dead", free_port())
     with Mcp(repo, "-H", "dead") as client:
         text = client.refusal("read", path="x")
@@ -8333,7 +8333,7 @@ DOCTOR = {  # how the host h comes to have the trouble, doctor's exit code, its 
     "proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'echo my proxy is broken >&2; exit 1'"), 255, "my proxy is broken"),
     "coder": (lambda site: site.host("h", "ProxyCommand sh -c 'echo You are not logged in. >&2; exit 1' coder ssh --stdio h"), 255, "coder login"),
     "silent": (lambda site: behind_line(site, "ConnectTimeout 2", stall=True), 255,
-               "but sent nothing. Its sshd may hang, or another service may have that port: try `ssh -F ", "h accepted the connection, but sent nothing"),
+               "but sent nothing. Its sshd may hang, or another service may have that port: ssh -F ", "h accepted the connection, but sent nothing"),
     "hangs up": (lambda site: behind_line(site, refuse=True), 255, "h ", "doctor h"),
     "late proxy": (lambda site: site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'"), 255, "without a connection: spoken late."),
     "silent proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'exit 1'"), 255, "ended without a connection or a word", "h dropped the connection"),
@@ -8698,12 +8698,12 @@ def test_no_server_chooses_the_hint_for_a_changed_key(repo, site):
     for words, path in (("/etc/passwd:1", ".ssh/known_hosts"), (f"{home}/known:3", "known"), (f"{home}:3", ".ssh/known_hosts")):
         said.write_text(f'@ REMOTE HOST IDENTIFICATION HAS CHANGED! @\r\nOffending ED25519 key in {words}\r\n  ssh-keygen -f "/etc/passwd" -R "x; y"\r\n')
         ran = repo.exec("true", host="h", env={"CMUX_SSH_COMMAND": str(ssh)})
-        assert ran.code == 255 and f"only then: ssh-keygen -f {home}/{path} -R h\n" in ran.said and "/etc/passwd" not in ran.said, ran
+        assert ran.code == 255 and f"the old one: ssh-keygen -f {home}/{path} -R h\n" in ran.said and "/etc/passwd" not in ran.said, ran
 
 
 # What is refused: whether the project has the workspace main, the exit code, the line, words of what is said.
 REFUSALS = [(made, code, line, words) for made, code, lines in (
-    (False, 2, {"": "", "no-such-command": "", "exce": " exec -h`", "secrets lst": " secrets -h`", "pull one -w two": "More than one workspace", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
+    (False, 2, {"": "", "no-such-command": "", "exce": " exec -h", "secrets lst": " secrets -h", "pull one -w two": "More than one workspace", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
                 "secrets import /nonexistent": "", "rm": "", "rm --forc x": "no option --forc", "write x": "", "edit x": "", "list --none": "", "new x --allow y": "goes with --dirty",
                 "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "--workspace is empty", "push -w '' --force": "--workspace is empty",
                 "pull -w ''": "--workspace is empty", "rm -w ''": "--workspace is empty", "history -n -5": "from 0", "doctor -oProxyCommand=x": "no option -oProxyCommand=x", "doctor 'a b'": "host",
@@ -8795,20 +8795,19 @@ def test_every_hint_can_be_pasted(repo, site):
     assert [command.split()[:2] for command in hinted(done.stdout.decode(), ours)] == [], done
     do(repo, "echo more >>README; git commit -qam more; echo even more >>README", "two")
     repo.commit()
-    told("push -w two", "@ pull -w two")
+    told("push -w two", "@ pull -w two", "@ push --force -w two")
     told("rm two")
     assert call(f"{here} new two -H box").returncode == 0 and call(f"git -C {repo.dir} branch -f cmux/two HEAD~1").returncode == 0
     do(repo, "echo more >>README", "two")
     told("pull -v -w two", "git diff ...cmux/two", "git merge cmux/two")
     do(repo, "echo again >>README", "two")
-    job = call(f"{here} exec -w two --detach -- sleep 60").stdout.decode().strip()
+    call(f"{here} exec -w two --detach -- sleep 60")
     assert call(f"{here} pull -w two").returncode == 0
-    told("rm two", "@ jobs -w two")
-    assert call(f"{here} stop {job}").returncode == 0
-    shutil.rmtree(repo.path("two"))
+    told("rm two", "@ jobs -w two", "@ rm --force -w two")
     for line in ("read -w two f", "exec -w two -- true", "exec --detach -w two -- true", "write -w two x", "fork -w two three", "diff -w two"):
-        told(line, "@ rm --force two", "@ new two -H box")
+        assert call(f"{here} new two -H box").returncode == 0
         shutil.rmtree(repo.path("two"))
+        told(line, "@ rm --force two")
     for damage in ('{"version": 1, "secrets": {"Z": 1}}', '{"version": 1, "secrets": 1}', "{"):
         secrets = next(site.state.glob("secrets/*.json"))
         secrets.write_text(damage)
@@ -8820,7 +8819,7 @@ def test_every_hint_can_be_pasted(repo, site):
     done = call(f"{ours} -C '{empty}' list")
     assert hinted(done.stderr.decode(), ours) == [f"git -C '{empty}' init"] and call(f"git -C '{empty}' init").returncode == 0, done
     by_module = subprocess.run([sys.executable, "-m", "cmux_ssh", "-C", str(repo.dir), "rm"], cwd=HERE, env=site.environment(), capture_output=True)
-    assert b"See `%s -m cmux_ssh -C %s list`" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
+    assert b"List them: %s -m cmux_ssh -C %s list" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
 
 
 def test_a_row_of_a_table_fits_the_screen(repo, site):
@@ -9095,7 +9094,7 @@ def test_readme_transcripts_are_what_happens(reader):
             seen += len(told)
             assert len(told) == len(found) and all(re.fullmatch(re.escape(line).replace(r"\.\.\.", ".*"), other) for line, other in zip(told, found)), (
                 f"$ {command}\n{said}")
-    assert seen > 10
+    assert seen > 5
 
 
 @compat
