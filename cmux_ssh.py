@@ -585,7 +585,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 def check_host(text: object) -> str:
     """Return ``text`` if ``ssh HOST`` takes it: a name, user@host, alias, IPv6 address,
     ssh://[user@]host[:port]. Else raise UsageError."""
-    hint = "Give what you would type after ssh: a name, user@name, or an alias of your ssh config."
+    hint = "Give what you type after ssh: a name, user@name, an alias of your config."
     if not isinstance(text, str) or not text:
         raise UsageError("No host was given.", hint)
     user, at, host = text.rpartition("@")
@@ -612,8 +612,8 @@ def check_workspace(name: object) -> str:
     if not _WORKSPACE.match(text) or ".." in text or text.endswith((".", ".lock")):
         raise UsageError(
             f"{show(str(name))} is not a workspace name.",
-            f"Use up to {NAME_MAX} letters, digits and underscores and, but not first, dots and "
-            "dashes; no two dots together, no dot or .lock at the end.")
+            f"Use up to {NAME_MAX} letters, digits, _, - and ., but neither - nor . first, no two "
+            "dots together, and no dot or .lock last.")
     return text
 
 
@@ -730,8 +730,7 @@ def encoded(value: object) -> bytes:
     try:
         return str.encode(value, "utf-8", "surrogateescape")  # type: ignore[arg-type]
     except (TypeError, UnicodeEncodeError):
-        raise UsageError(f"An argument is not text: it is a {type(value).__name__}, or holds a "
-                         "lone surrogate.")
+        raise UsageError(f"A {type(value).__name__} is not text, or it holds a lone surrogate.")
 
 
 def as_text(data: bytes) -> str:
@@ -1761,7 +1760,7 @@ TOOL_STATUS = {
     34: "The host does not take the pattern: {said}.",
     35: "The content for {path} did not arrive whole.", 36: "{path} changed meanwhile.",
     40: "{path} exists already in the workspace.",
-    38: "There is no job {path}.", 39: "A name in {path} is longer than 255 bytes.",
+    38: "There is no job {path}: see jobs.", 39: "A name in {path} is longer than 255 bytes.",
 }
 
 # READ: "0 all\n" and the whole file, cut after most + 1 bytes; or, of a larger file where lines
@@ -2092,8 +2091,7 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
             return path
     raise UsageError(f"The program {name} is not installed on this machine.",
-                     "Install it (Debian: apt-get install git openssh-client openssh-server). For "
-                     "another ssh set CMUX_SSH_COMMAND.")
+                     "Install it (git openssh-client openssh-server), or set CMUX_SSH_COMMAND.")
 
 
 def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = None,
@@ -2927,8 +2925,8 @@ def ssh_command() -> list[str]:
             raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
     if re.search(r"(?i)stricthostkeychecking[\s=]*(no|off|false)\b", text):
         raise UsageError("CMUX_SSH_COMMAND switches host key checking off.",
-                         "Leave that out. For a throwaway host put it into the ssh config, where "
-                         "it becomes accept-new.")
+                         "For a throwaway host use the ssh config, where it becomes "
+                         "accept-new.")
     return [find_program(words[0])] + words[1:]
 
 
@@ -6096,7 +6094,7 @@ class ProjectBase:
         places = [place for place in sorted(known) if not pool or place[0] in pool]
         if pool and not places:
             names = " or ".join(map(show, pool))
-            raise UsageError(f"No workspace of this project is or was on {names}.",
+            raise UsageError(f"This project has nothing on {names}.",
                              "List them.", "list")
         freed: dict[str, int] = {}
         failed: list[CmuxError] = []
@@ -6143,7 +6141,7 @@ class ProjectBase:
 
 def gone_there(name: str, host: str) -> WorkspaceMissing:
     return WorkspaceMissing(f"The directory of {name} is not on {host} (any more).",
-                            "Remove it, then make it anew.", f"rm --force {name}")
+                            "Remove and remake it.", f"rm --force {name}")
 
 
 def check_reply(reply: Reply, host: str, what: str, new: str = "", name: str = "",
@@ -7362,7 +7360,7 @@ class ToolFailed(CmuxError):
 def absolute(workspace: WorkspaceBase, path: object) -> str:
     """A tool's path for the host: absolute, or below the workspace."""
     if not isinstance(path, str) or not path or "\0" in path:
-        raise UsageError("The path is empty, or not text without NUL.")
+        raise UsageError("The path is empty, no text, or has a NUL.")
     return os.path.join(workspace.path, path)
 
 
@@ -7444,7 +7442,7 @@ def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
     written out as in sh. ``by_name``: one without a slash is for any depth. UsageError for what
     can match nothing: an empty answer would lie."""
     if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
-        raise UsageError("The pattern is longer than any path.")
+        raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
     found, todo = [], [pattern]  # type: list[str], list[str]
     while todo:
         one = todo.pop()
@@ -7460,7 +7458,8 @@ def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
         todo += ([before + word + after for word in words] if words[1:]
                  else [f"{before}[{{]{inner}[}}]{after}"])
         if len(todo) + len(found) > 100:
-            raise UsageError(f"{show(pattern)} stands for more than 100 patterns.")
+            raise UsageError(f"{show(pattern)} stands for more than 100 patterns.",
+                             "Write fewer braces.")
     return found
 
 
@@ -7470,8 +7469,8 @@ def glob_below(pattern: str, home: str, by_name: bool) -> str:
     names = pattern[len(home) + 1 if exact else 0:].split("/")
     if names[1:] and not names[0] or ".." in names or re.match(r"~([\w-]*/|\Z)", "/".join(names)):
         raise UsageError(f"{show(pattern)} is not a pattern below the workspace.",
-                         "Write it relative to the workspace, as 'src/**/*.py'. Find files "
-                         "elsewhere by a command, as find /etc -name '*.conf'.")
+                         "Write it relative to the workspace, as 'src/**/*.py'; elsewhere find "
+                         "files by a command.")
     if names[0].startswith("!"):
         raise UsageError(f"{show(pattern)} would leave files out, which a pattern cannot do.",
                          "Write what to take, as '*.py'.")
@@ -7556,7 +7555,7 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
 def job_directory(workspace: WorkspaceBase, *job: str) -> str:
     """Where the host keeps the records of jobs, or of one."""
     if not all(isinstance(name, str) and re.match(r"j[0-9a-f]{8}\Z", name) for name in job):
-        raise UsageError(f"{show(str(job[0]))} is not a job.", "See jobs.")
+        raise UsageError(f"{show(str(job[0]))} is not a job.", "List them.", "jobs")
     return "/".join([workspace.root, ".cmux/jobs", workspace.place, workspace.op, *job])
 
 
@@ -7606,11 +7605,11 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
             nap(0.5, deadline, cancel)
 
 
-def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> None:
+def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> int:
     """Write a local file or directory as the archive that COPY_IN takes; ``left`` is given the
-    paths that are left out, and why."""
+    paths that are left out, and why. Returns the bytes of the files."""
     import tarfile
-    state = os.path.realpath(state_home()) + "/"
+    state, sizes = os.path.realpath(state_home()) + "/", [0]
 
     def keep(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         path, why = entry.name[len(name) + 1:], ""
@@ -7625,13 +7624,17 @@ def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> N
         entry.uname = entry.gname = ""
         entry.mode = 0o755 if entry.mode & 0o100 else 0o644
         vars(archive).update(members=[], inodes={})  # for little memory, and no hard links
-        left.update({encoded(path): why} if why else {})
-        return None if why else entry
+        if why:
+            left[encoded(path)] = why
+            return None
+        sizes[0] += entry.size
+        return entry
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.GNU_FORMAT) as archive:
         archive.add(source, name, filter=keep)
         archive.addfile(tarfile.TarInfo("end"))
     if b"" in left:
         raise UsageError(f"{show(source)} cannot be copied: {left[b'']}.")
+    return sizes[0]
 
 
 class Workspace(WorkspaceBase):
@@ -7780,11 +7783,10 @@ class Workspace(WorkspaceBase):
         (report or Report()).step(self.name, "sending")
         try:
             with spool(b"") as stream:
-                pack(source, op, stream, left)
-                size = stream.tell()
+                size, bulk = pack(source, op, stream, left), stream.tell() > BULK_FROM
                 stream.seek(0)
                 reply = self.host._call(COPY_IN, self.root, op, self.path, place, name, "1" * force,
-                                       source=Source(stream.fileno()), direct=size > BULK_FROM,
+                                       source=Source(stream.fileno()), direct=bulk,
                                        cancel=cancel)
         except OSError as error:
             raise expected(error) or UsageError(
@@ -7808,7 +7810,7 @@ class Workspace(WorkspaceBase):
                 tool_reply(self, incoming.reply(), path)
                 landing.publish()
         except ResultRefused as error:
-            error.hint, error.commands = "Nothing was copied. Try again, or copy a part.", ()
+            error.hint, error.commands = "Nothing was copied. Try again, or a part.", ()
             raise
         except OSError as error:
             raise expected(error) or UsageError(f"Cannot copy to {show(local)}: {error.strerror}.")
@@ -8085,7 +8087,7 @@ def tool_exec(workspace: Workspace, command: str | list[str], background: bool =
 def tool_write(workspace: Workspace, path: str, content: str | None = None,
                content_base64: str | None = None, cancel: Cancel | None = None) -> Written:
     if (content is None) == (content_base64 is None):
-        raise UsageError("write needs content, or content_base64.")
+        raise UsageError("write takes content or content_base64.")
     if content is not None:
         return workspace.write(path, content, cancel)
     import base64
@@ -8146,7 +8148,7 @@ COMMON = (
     Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR",
         default="."),
     Arg("host", "texts", "anything `ssh HOST` accepts; repeated, it is a pool", flags="-H --host"),
-    Arg("workspace", "texts", "the workspace (default: the branch's name)", flags="-w --workspace",
+    Arg("workspace", "texts", "a workspace (default, mostly: the branch's)", flags="-w --workspace",
         shown="NAME"),
     Arg("json", "flag", "JSON on stdout instead of text"),
     Arg("quiet", "flag", "print less", flags="-q --quiet"),
@@ -8830,9 +8832,9 @@ class McpServer:
         return True
 
     def _describe(self, tool: Verb) -> Fields:
-        title = tool.text[0].upper() + tool.text[1:]
-        return {"name": tool.tool_name, "title": title,
-                "description": tool.settings.get("model", title + "."),
+        text = tool.settings.get("model") or tool.text[0].upper() + tool.text[1:] + "."
+        title = text.split(".")[0]
+        return {"name": tool.tool_name, "title": title, "description": text,
                 "inputSchema": tool.schema(),
                 "annotations": {
                     "title": title, "readOnlyHint": tool.reads,
@@ -9031,7 +9033,7 @@ class McpServer:
             raise ToolFailed(
                 f"There is no job {show(' or '.join(missing))} in this server: such a job ends "
                 "with the server that began it.", "Wait for jobs of the host (j...) apart, or run "
-                "it again, with background=true if it takes long.")
+                "it again with background=true.")
         jobs = [self.kept[name] for name in names]
         kept = jobs[0]
         call.name, call.op = kept.name, kept.op
@@ -10230,6 +10232,8 @@ def command_rm(options: Options) -> int:
             if not gone:
                 raise project._missing(name, make=False)
             removed += gone
+            if options.forget:
+                options.terminal.warn(f"The files of {name} stay on {host}.")
         except CmuxError as error:
             if isinstance(error, ConnectionFailed):
                 error.hint += " If the host is gone for good, forget the workspace."
