@@ -730,7 +730,8 @@ def encoded(value: object) -> bytes:
     try:
         return str.encode(value, "utf-8", "surrogateescape")  # type: ignore[arg-type]
     except (TypeError, UnicodeEncodeError):
-        raise UsageError(f"A {type(value).__name__} is not text, or it holds a lone surrogate.")
+        kind = type(value).__name__
+        raise UsageError(f"An argument ({kind}) is no text, or has a lone surrogate.")
 
 
 def as_text(data: bytes) -> str:
@@ -2925,8 +2926,7 @@ def ssh_command() -> list[str]:
             raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
     if re.search(r"(?i)stricthostkeychecking[\s=]*(no|off|false)\b", text):
         raise UsageError("CMUX_SSH_COMMAND switches host key checking off.",
-                         "For a throwaway host use the ssh config, where it becomes "
-                         "accept-new.")
+                         "In the ssh config of a throwaway host it becomes accept-new.")
     return [find_program(words[0])] + words[1:]
 
 
