@@ -2855,9 +2855,9 @@ FORCED_IF_KNOWN = (
 NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_RUNTIME_DIR"
                  .split())
 
+NEWER_SSH = "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND."
 # What ssh writes into its own log (-E: the host cannot), what it means, and what to do (the last is
 # a command of classify()). The first pattern that is found decides.
-NEWER_SSH = "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND."
 FAILURES: tuple[tuple[Any, ...], ...] = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
      "The key of {host} has changed: somebody may be listening in, or it was installed again.",
@@ -7350,7 +7350,7 @@ def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | No
 
 
 # === 14. Tools ===
-# Owns: the tools of an agent, and the table from which command line, batch and MCP are made. They
+# Owns: the tools of an agent, the table of which command line, batch and MCP are made; hints. They
 # take and return plain values. May touch: rooms above.
 
 class ToolFailed(CmuxError):
@@ -9230,7 +9230,7 @@ def demo(tell: Callable[[str], None]) -> None:
 Finding = dict[str, str]
 
 
-def finding(state: str, what: str, text: str, *fix: Any) -> Finding:
+def finding(state: str, what: str, text: str, *fix: str) -> Finding:
     """A row of doctor. ``state``: ok; note (good to know); fix (it works, and could be better); bad
     (the host cannot be used); dead (it cannot be reached)."""
     advice = neutralise(as_called(*fix))[:1000] if fix and state != "ok" else ""
