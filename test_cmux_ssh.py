@@ -8778,7 +8778,7 @@ def test_every_hint_can_be_pasted(repo, site):
     told("new two -H box", "@ rm two", codes=(0,))
     assert call(f"{here} new two -H box").returncode == 0
     told("jobs -w two", "@ exec -w two --detach -- CMD")
-    told("shell -w two", "@ exec -w two -- CMD")
+    told("shell two", "@ exec -w two -- CMD")
     assert ran[-1].stdout == b"in two\n"
     told("exec -w two", "@ exec -w two -- make test")
     assert b"made" in ran[-1].stdout
