@@ -4827,12 +4827,16 @@ class Repository:
         return dict(env, GIT_CONFIG_COUNT=str(first + len(names)))
 
     def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
-        """The number of tracked files that differ from HEAD, which has these LFS pointers."""
-        count = 0
+        """The number of files that --dirty would send, too. HEAD has these LFS pointers."""
+        count, own = 0, self._own_state()
         with contextlib.suppress(GitFailed):
-            for path in self._as_user(shadow).differing("HEAD") if self.top else ():
+            user = self._as_user(shadow)
+            for path in user.differing("HEAD"):
                 file = os.path.join(self.top, os.fsdecode(path))
                 count += path not in pointers or not is_content(file, pointers[path])
+            apart = [":(exclude,literal)" + own] if own else []
+            count += sum(1 for _ in user.records("ls-files", "-o", "--exclude-standard", "-z",
+                                                 "--", ".", *apart, talks=True))
         return count
 
     def snapshot(self, allow: Sequence[str] = ()) -> str:
@@ -6281,7 +6285,8 @@ class Upload:
                 return
             reported.add(self.tree)
             below = sum(place.uncommitted(self.shadow, tree) for place, tree in parts.places)
-            changed = self.head and self.project.repository.uncommitted(
+            repository = self.project.repository
+            changed = self.head and repository.top and repository.uncommitted(
                 self.shadow, parts.pointers)
         rows = ((len(parts.modules) - len(parts.places), "submodule", "not checked out"),
                 (len(parts.pointers) - len(parts.files), "LFS file",
