@@ -758,9 +758,9 @@ def json_fields(fields: Mapping[str, Any]) -> Fields:
 def field_bytes(name: str, fields: Mapping[str, str]) -> bytes:
     """The opposite of bytes_field()."""
     if name in fields:
-        return fields[name].encode("utf-8")
+        return encoded(fields[name])
     import base64
-    return base64.b64decode(fields[name + "_base64"])
+    return base64.b64decode(fields[name + "_base64"], validate=True)
 
 
 def human_size(count: float) -> str:
@@ -7364,23 +7364,6 @@ def absolute(workspace: WorkspaceBase, path: object) -> str:
     return os.path.join(workspace.path, path)
 
 
-def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
-    """The reply, unless its status stands for a failure."""
-    if reply.status == 37:
-        raise gone_there(workspace.name, workspace.host.name)
-    if reply.status:
-        text = TOOL_STATUS.get(
-            reply.status, f"The host failed with status {reply.status}: {{said}}.")
-        raise ToolFailed(text.format(path=show(path), said=show(reply.said(), 300)[1:-1]))
-    return reply
-
-
-def cksum_of(data: bytes) -> str:
-    digest = Cksum()
-    digest.update(data)
-    return digest.line()
-
-
 class FileContent(Value):
     """``content``: the bytes asked for; ``size`` and ``sha256`` (may be "") of the whole file."""
     content: bytes
@@ -7392,28 +7375,43 @@ class FileChanged(ToolFailed):
     """The file is not what it was; it was not written."""
 
 
+def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
+    """The reply, unless its status stands for a failure."""
+    if reply.status == 37:
+        raise gone_there(workspace.name, workspace.host.name)
+    if reply.status:
+        kind = FileChanged if reply.status == 36 else ToolFailed
+        text = TOOL_STATUS.get(
+            reply.status, f"The host failed with status {reply.status}: {{said}}.")
+        raise kind(text.format(path=show(path), said=show(reply.said(), 300)[1:-1]))
+    return reply
+
+
+def cksum_of(data: bytes) -> str:
+    digest = Cksum()
+    digest.update(data)
+    return digest.line()
+
+
 def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> bytes:
     """``data`` with every edit applied in order. Raises ToolFailed."""
     for index, edit in enumerate(edits, 1):
-        which = f"Edit {index} of {len(edits)}: the" if len(edits) > 1 else "The"
-        old, new = encoded(edit["old"]), encoded(edit["new"])
-        if not old:
-            raise ToolFailed(f"{which} text to replace is empty.", "Use write to make a file.")
-        if old == new:
-            raise ToolFailed(f"{which} texts old and new are the same.")
+        which = f"Edit {index} of {len(edits)}: the text" if len(edits) > 1 else "The text"
+        old, new, count = encoded(edit["old"]), encoded(edit["new"]), edit.get("count", 1)
+        if not old or old == new:
+            raise ToolFailed(f"{which} to replace is empty, or the same as the new one.")
         if old not in data and b"\r\n" in data and b"\r" not in old:
             old, new = (re.sub(b"\r?\n", b"\r\n", text) for text in (old, new))
-        count, found = edit.get("count", 1), data.count(old)
+        found = data.count(old)
         if count == found == 1 and data.find(old) != data.rfind(old):
             found = 2  # they overlap: which one is meant?
         if found != count:
             places = itertools.islice(re.finditer(b"(?=%s)" % re.escape(old), data), 10)
             lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
-            where = f" (at line{'s' * (found > 1)} {lines})" if found else ""
+            where = f" (at lines {lines})" if lines else ""
             raise ToolFailed(
-                f"{which} text occurs {found} time{'s' * (found != 1)} in {show(path)}{where}, "
-                f"not {count}; nothing was changed.",
-                "Give more context, or the right count." if found else
+                f"{which} occurs {found} times in {show(path)}{where}, not {count}; nothing was "
+                "changed.", "Give more context, or the right count." if found else
                 "Read the file again: whitespace and line ends must match exactly.")
         data = data.replace(old, new)
     return data
@@ -7435,60 +7433,51 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
 _BRACKET = r"\[[!^]?\]?[^\]]*\]"
 _BRACES = re.compile(
     r"((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET), re.S)
+_NO_GLOB = (  # what would match nothing: an empty answer would lie
+    (r".*\[\{\].*\.\..*\[\}\]", "has a range in braces, which is not understood",
+     "Write its members out, as {1,2,3}."),
+    (r".*\[[^\]]*\[:", "has a character class, which is not understood",
+     "Write its characters out, as [a-z]."),
+    (r"/|~([\w-]*/|\Z)|(.*/)?\.\.(/|\Z)", "is not a pattern below the workspace",
+     "Write it relative to the workspace, as 'src/**/*.py'; elsewhere find files by a command."),
+    (r"(\./)*!", "would leave files out, which a pattern cannot do",
+     "Write what to take, as '*.py'."),
+    (r"((\./)*\.)?\Z", "has no name in it", "For all files write '**'."))
 
 
-def glob_patterns(pattern: str, home: str, by_name: bool = False) -> list[str]:
-    """The patterns that ``pattern`` stands for, relative to the workspace at ``home``, {a,b}
-    written out as in sh. ``by_name``: one without a slash is for any depth. UsageError for what
-    can match nothing: an empty answer would lie."""
-    if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
-        raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
-    found, todo = [], [pattern]  # type: list[str], list[str]
-    while todo:
-        one = todo.pop()
-        braces = _BRACES.match(one)
-        if not braces:
-            found.append(glob_below(one, home, by_name))
-            continue
+def glob_patterns(pattern: str) -> Iterator[str]:
+    """The patterns that one with {a,b} stands for, as in sh."""
+    braces = _BRACES.match(pattern)
+    if braces:
         before, inner, after = braces.groups()
         words = re.split(r",(?![^\[]*\])", inner)
-        if ".." in inner and not words[1:]:
-            raise UsageError(f"{show(pattern)} has a range in braces, which is not understood.",
-                             "Write its members out, as {1,2,3}.")
-        todo += ([before + word + after for word in words] if words[1:]
-                 else [f"{before}[{{]{inner}[}}]{after}"])
-        if len(todo) + len(found) > 100:
-            raise UsageError(f"{show(pattern)} stands for more than 100 patterns.",
-                             "Write fewer braces.")
-    return found
-
-
-def glob_below(pattern: str, home: str, by_name: bool) -> str:
-    """glob_patterns() of one without braces."""
-    exact = pattern.startswith(home + "/")
-    names = pattern[len(home) + 1 if exact else 0:].split("/")
-    if names[1:] and not names[0] or ".." in names or re.match(r"~([\w-]*/|\Z)", "/".join(names)):
-        raise UsageError(f"{show(pattern)} is not a pattern below the workspace.",
-                         "Write it relative to the workspace, as 'src/**/*.py'; elsewhere find "
-                         "files by a command.")
-    if names[0].startswith("!"):
-        raise UsageError(f"{show(pattern)} would leave files out, which a pattern cannot do.",
-                         "Write what to take, as '*.py'.")
-    if names[1:] and not names[-1]:
-        names.append("**")
-    names = [name for name in names if name not in ("", ".")]
-    if not names:
-        raise UsageError("The pattern is empty.", "For all files write '**'.")
-    return "/".join(["**"] * (by_name and not exact and not names[1:]) + names)
+        for word in words if words[1:] else [f"[{{]{inner}[}}]"]:
+            yield from glob_patterns(before + word + after)
+    else:
+        yield pattern
 
 
 def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
-    """A test for paths that fit a pattern (see glob_patterns): a component ``**`` stands for any
-    number of components, ``*`` for any number of characters of one, ``[...]`` is as in sh; and a
-    pattern for find -path, whose ``*`` crosses slashes, that matches whatever may fit."""
-    patterns, regexes = glob_patterns(pattern, home, by_name), []
-    for one in patterns:
-        runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", one)
+    """A test for paths, relative to the workspace at ``home``, that fit a pattern: a component
+    ``**`` stands for any number of components, ``*`` for any number of characters of one, ``[...]``
+    is as in sh. ``by_name``: without a slash it is for any depth. And a pattern for find -path,
+    whose ``*`` crosses slashes, that matches whatever may fit. Raises UsageError."""
+    if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
+        raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
+    patterns, regexes = list(itertools.islice(glob_patterns(pattern), 101)), []
+    if patterns[100:]:
+        raise UsageError(f"{show(pattern)} stands for more than 100 patterns.",
+                         "Write fewer braces.")
+    for at, one in enumerate(patterns):
+        below = one[len(home) + 1:] if one.startswith(home + "/") else one
+        for wrong, what, hint in _NO_GLOB:
+            if re.match(wrong, below, re.S):
+                raise UsageError(f"{show(pattern)} {what}.", hint)
+        names = [name for name in below.split("/") if name not in ("", ".")]
+        names += ["**"] * below.endswith("/")
+        anywhere = by_name and one == below and not names[1:]
+        patterns[at] = "/".join(["**"] * anywhere + names)
+        runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", patterns[at])
         runs[-1] = runs[-1] or "*"  # all files below, and not the directory's own name
         parts = ["/".join(map(component_regex, run.split("/"))) for run in runs]
         regexes.append(leftmost(parts, "(?:[^/]*/)*?"))
@@ -7505,9 +7494,6 @@ def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[
 def component_regex(part: str) -> str:
     runs = [""]  # of what stands between the stars
     for word in re.findall(rf"{_BRACKET}|.", part, re.S):
-        if "[:" in word:
-            raise UsageError(f"{show(word)} has a character class, which is not understood.",
-                             "Write its characters out, as [a-z].")
         inner = re.sub(r"([\\\[\]&|~]|-(?=-))", r"\\\1", word[1:-1])
         inner = "^" + inner[1:] if inner[:1] == "!" else inner
         if word == "*":
@@ -7586,25 +7572,6 @@ def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Job]:
     return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
 
 
-def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel | None) -> Any:
-    """The value of ``call``; a lost or refused connection is tried again for FAULT_PATIENCE."""
-    patience, failed = Deadline(FAULT_PATIENCE), False
-    while True:
-        try:
-            value = call()
-            if failed:
-                Masters.tell("It answers again.")
-            return value
-        except HostError as error:
-            if isinstance(error, (HostKeyFailed, AuthenticationFailed)) \
-                    or patience.over() or deadline.over():
-                raise
-            if not failed:
-                Masters.tell(f"{error} Trying again for up to {FAULT_PATIENCE // 60} minutes.")
-            failed = True
-            nap(0.5, deadline, cancel)
-
-
 def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> int:
     """Write a local file or directory as the archive that COPY_IN takes; ``left`` is given the
     paths that are left out, and why. Returns the bytes of the files."""
@@ -7649,6 +7616,11 @@ class Workspace(WorkspaceBase):
     in a str as surrogateescape has them.
     """
 
+    def _tool(self, script: str, *arguments: str, about: str = "", **more: Any) -> Reply:
+        """The reply of a script, unless it failed. ``about``: a path or a job; ``more`` as of
+        Host._call()."""
+        return tool_reply(self, self.host._call(script, *arguments, **more), about)
+
     @logged("read", lambda found, *args: len(found.content))
     def read(self, path: str, offset: int = 1, limit: int = 0,
              cancel: Cancel | None = None) -> FileContent:
@@ -7656,9 +7628,9 @@ class Workspace(WorkspaceBase):
         the first)."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
-        reply = tool_reply(self, self.host._call(
+        reply = self._tool(
             READ, absolute(self, path), str(READ_MAX), str(offset), str(limit), self.path,
-            cancel=cancel, limit=READ_MAX + 4096), path)
+            about=path, cancel=cancel, limit=READ_MAX + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         match = re.match(r"(\d{1,15}) (all|lines) ?([0-9a-f]{64}\Z)?", head.decode("latin-1"))
         if not match:
@@ -7672,8 +7644,8 @@ class Workspace(WorkspaceBase):
             return FileContent(content=data, size=int(match[1]), sha256=match[3] or "")
         digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
         if offset > 1 or limit:
-            lines = re.findall(b".*\n|.+", data)
-            data = b"".join(lines[offset - 1:offset - 1 + limit if limit else None])
+            lines = re.findall(b".*\n|.+", data)[offset - 1:]
+            data = b"".join(lines[:limit or None])
         return FileContent(content=data, size=size, sha256=digest)
 
     def write(self, path: str, content: str | bytes,
@@ -7690,11 +7662,9 @@ class Workspace(WorkspaceBase):
         """Write a file; True if it is new. ``old``: the cksum that it must still have, or ""."""
         where = absolute(self, path)
         lock = cksum_of(encoded(where + "\n")).replace(" ", "-")
-        reply = self.host._call(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
-                               self.path, lock, data=data, once=True, cancel=cancel)
-        if reply.status == 36:
-            raise FileChanged(f"{show(path)} changed meanwhile.", "Read it again.")
-        return tool_reply(self, reply, path).stdout.strip() == b"created"
+        reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
+                           self.path, lock, about=path, data=data, once=True, cancel=cancel)
+        return reply.stdout.strip() == b"created"
 
     @logged("edit", lambda result, *args: len(result["diff"]))
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
@@ -7703,7 +7673,9 @@ class Workspace(WorkspaceBase):
         must be (1). All are applied or none. Raises FileChanged if ``sha256`` is given, and the
         file has another. If it changes meanwhile, it is read and edited again. Returns the new
         ``sha256``, and ``diff``."""
-        for edit in edits or [{}]:
+        if not edits:
+            raise UsageError("The list edits is empty.")
+        for edit in edits:
             EDIT.check(edit)
         for attempt in range(EDIT_TRIES):
             before = self.read(path, cancel=cancel)
@@ -7721,7 +7693,7 @@ class Workspace(WorkspaceBase):
     def _search(self, script: str, *arguments: str, cancel: Cancel | None) -> bytes:
         """The output of a script that runs as a command, so that it can be stopped."""
         out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
-        records = command_records(["sh", "-c", script, "sh"] + list(arguments), False, False)
+        records = command_records(["sh", "-c", script, "sh", *arguments], False, False)
         outcome = self.host.run(
             records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
         if outcome.reason == "cancel":
@@ -7785,13 +7757,13 @@ class Workspace(WorkspaceBase):
             with spool(b"") as stream:
                 size, bulk = pack(source, op, stream, left), stream.tell() > BULK_FROM
                 stream.seek(0)
-                reply = self.host._call(COPY_IN, self.root, op, self.path, place, name, "1" * force,
-                                       source=Source(stream.fileno()), direct=bulk,
-                                       cancel=cancel)
+                reply = self._tool(COPY_IN, self.root, op, self.path, place, name, "1" * force,
+                                   about=path or name, source=Source(stream.fileno()),
+                                   direct=bulk, cancel=cancel)
         except OSError as error:
             raise expected(error) or UsageError(
                 f"Cannot copy {show(local)}: {error.strerror or error}.")
-        into = tool_reply(self, reply, path or name).stdout == b"into\n"
+        into = reply.stdout == b"into\n"
         return {"path": place + f"/{name}" * into, "size": size, "notes": left_out(left)}
 
     @logged("download", lambda result, *args: result["size"])
@@ -7827,10 +7799,8 @@ class Workspace(WorkspaceBase):
         Arguments as of exec(). Raises WorkspaceMissing."""
         line, words = check_command(command)
         job = "j" + os.urandom(4).hex()
-        directory = os.path.join(self.path, cwd) if cwd else self.path
-        records = record("_cmux_directory", directory)
-        records += self._environment(env, cancel, secrets)
-        records += line_records(line, words, login)
+        records = (record("_cmux_directory", os.path.join(self.path, cwd) if cwd else self.path)
+                   + self._environment(env, cancel, secrets) + line_records(line, words, login))
         try:
             reply = self.host._call(START, job_directory(self, job), job, *words, before=records,
                                    once=True, cancel=cancel)
@@ -7850,41 +7820,49 @@ class Workspace(WorkspaceBase):
                     del jobs[old]
         return job
 
-    def _ask(self, script: str, jobs: Sequence[str], *arguments: str, cancel: Cancel | None,
-             limit: int = REPLY_MAX) -> Reply:
-        """The reply of a script about jobs."""
-        directories = [job_directory(self, job) for job in jobs]
-        if not jobs:
-            raise UsageError("No job was named.", "See jobs.")
-        reply = self.host._call(script, *arguments, *directories, cancel=cancel, limit=limit)
-        return tool_reply(self, reply, " or ".join(jobs))
-
     @logged("jobs")
     def jobs(self, cancel: Cancel | None = None) -> list[Job]:
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited, stopped or lost),
         ``exit_code`` (None while it runs, or if lost), ``output_size`` (bytes), and, if this
         machine started it, ``command``, ``started`` (seconds since 1970)."""
-        reply = self.host._call(JOBS, job_directory(self), cancel=cancel)
-        return parse_jobs(self, tool_reply(self, reply))
+        return parse_jobs(self, self._tool(JOBS, job_directory(self), cancel=cancel))
 
     @logged("logs", lambda status, *args: len(status["output"]))
     def logs(self, job: str | Sequence[str], offset: int = 0, wait: float = 0,
-             limit: int = LOGS_MAX, until: str = "more", cancel: Cancel | None = None) -> Job:
+             limit: int = LOGS_MAX, cancel: Cancel | None = None) -> Job:
         """Output of a job from byte ``offset`` on, 1 MiB at most: ``output`` (bytes),
         ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits ``wait`` seconds (30 at
-        most) for more, or, with ``until`` "end", for the end."""
-        if offset < 0:
-            raise UsageError("Bytes of a job's output count from 0.")
-        tenths = str(int(min(wait, 30) * 10))
+        most) for more, or, with ``limit`` 0, for the end of the first of several jobs."""
         jobs: Any = job if isinstance(job, (list, tuple)) else [job]
-        reply = self._ask(LOGS, jobs, str(offset), str(limit), tenths, until,
-                          cancel=cancel, limit=limit + 4096)
+        if offset < 0 or not jobs:
+            raise UsageError("No job was named, or the offset is below 0.")
+        reply = self._tool(LOGS, str(offset), str(limit), str(int(min(wait, 30) * 10)),
+                           "more" if limit else "end", *(job_directory(self, one) for one in jobs),
+                           about=" or ".join(jobs), cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         match = re.match(r"(\d{1,15}) (j[0-9a-f]{8}) (.*)", head.decode("latin-1"), re.A)
         if not match or match[2] not in jobs:
             raise RemoteFailed("The host's answer to logs is damaged.")
         return {**parse_state(match[3]), "job": match[2], "output": data,
                 "next_offset": offset + len(data), "size": int(match[1])}
+
+    def _logs(self, deadline: Deadline, cancel: Cancel | None, **more: Any) -> Job:
+        """logs(); a lost or refused connection is tried again for FAULT_PATIENCE."""
+        patience, failed = Deadline(FAULT_PATIENCE), False
+        while True:
+            try:
+                status = self.logs(cancel=cancel, **more)
+                if failed:
+                    Masters.tell("It answers again.")
+                return status
+            except HostError as error:
+                if isinstance(error, (HostKeyFailed, AuthenticationFailed)) \
+                        or patience.over() or deadline.over():
+                    raise
+                if not failed:
+                    Masters.tell(f"{error} Trying again for up to {FAULT_PATIENCE // 60} minutes.")
+                failed = True
+                nap(0.5, deadline, cancel)
 
     @logged("wait", code=wait_code)
     def wait(self, job: str | Sequence[str], timeout: float | None = None,
@@ -7894,8 +7872,7 @@ class Workspace(WorkspaceBase):
         ``exit_code``, ``size``."""
         deadline = Deadline(timeout)
         while True:
-            status: Job = through_faults(lambda: self.logs(
-                job, 0, deadline.capped(25), 0, "end", cancel), deadline, cancel)
+            status = self._logs(deadline, cancel, job=job, wait=deadline.capped(25), limit=0)
             if status["state"] != "running" or deadline.over():
                 del status["output"], status["next_offset"]
                 return status
@@ -7906,8 +7883,7 @@ class Workspace(WorkspaceBase):
         """Pass a job's output to ``sink`` until it ends, across lost connections, each byte once.
         Returns what logs() did last."""
         while True:
-            more = functools.partial(self.logs, job, offset, 20, cancel=cancel)
-            status: Job = through_faults(more, NEVER, cancel)
+            status = self._logs(NEVER, cancel, job=job, offset=offset, wait=20)
             sink(status["output"])
             offset = status["next_offset"]
             if status["state"] != "running" and not status["output"]:
@@ -7917,7 +7893,8 @@ class Workspace(WorkspaceBase):
     def stop(self, job: str, cancel: Cancel | None = None) -> Job:
         """End a job and everything it started: ``job``, ``state``, ``exit_code``, and ``stopped``:
         confirmed, or requested where the end was not seen."""
-        how, state, *_ = self._ask(STOP, [job], cancel=cancel).lines() + ["", ""]
+        reply = self._tool(STOP, job_directory(self, job), about=job, cancel=cancel)
+        how, state, *_ = reply.lines() + ["", ""]
         stopped = "confirmed" if how == "confirmed" else "requested"
         return {**parse_state(state), "job": job, "stopped": stopped}
 
@@ -7979,22 +7956,21 @@ KINDS: dict[str, tuple[Fields, tuple[type, ...], str]] = {  # schema, types, wor
 
 class Arg:
     """One argument of a verb: a member of a JSON object, a word or an option of a command line.
+    ``kind``: of KINDS, or several with a bar between."""
 
-    ``kind``: of KINDS, or several with a bar between. ``settings``: ``flags`` (default: --NAME),
-    or ``word``, how many words it is ("1", "?", "*", "+", or "...": all that follow); ``shown``,
-    its value in the help; ``default``; ``required``; ``least`` (0); ``choices``; ``blank``: it may
-    be an empty text; ``face``: "line" or "json", if it is not for both.
-    """
+    word = ""  # how many words it is ("1", "?", "*", "+", or "...": all that follow), if any
+    face = ""  # "line" or "json", if it is not for both
+    least: float = 0
+    blank = False  # it may be an empty text
+    default: Any = None
+    choices: Any = None
 
-    def __init__(self, name: str, kind: str, text: str, **settings: Any) -> None:
-        self.name, self.text, self.settings, get = name, text, settings, settings.get
-        self.kinds = kind.split("|")
-        self.word, self.face = get("word", ""), get("face", "")
-        self.default, self.least = get("default"), get("least", 0)
-        self.shown = get("shown", {"count": "N", "seconds": "TIME"}.get(kind, name.upper()))
-        self.required = get("required", self.word in ("1", "+"))
-        flags = get("flags", "--" + name.replace("_", "-")).split()
-        self.flags: list[str] = [] if self.word else flags
+    def __init__(self, name: str, kind: str, text: str, flags: str = "", **settings: Any) -> None:
+        self.name, self.kinds, self.text = name, kind.split("|"), text
+        self.shown = {"count": "N", "seconds": "TIME"}.get(kind, name.upper())  # in the help
+        vars(self).update(settings)
+        self.required = settings.get("required", self.word in ("1", "+"))
+        self.flags = [] if self.word else (flags or "--" + name.replace("_", "-")).split()
         self.valued = not self.word and self.kinds != ["flag"]
 
     def check(self, value: object, label: str) -> None:
@@ -8019,7 +7995,7 @@ class Arg:
             match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z", word)
             units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
             value = float(match[1]) * units[match[2]] if match else word
-        if not word and self.flags and "blank" not in self.settings:
+        if not word and self.flags and not self.blank:
             raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
         if self.kinds[-1] != "texts":  # of several words each is one text
             self.check(value, label)
@@ -8034,23 +8010,22 @@ class Arg:
 
 
 class Verb:
-    """A command of the command line, and perhaps a tool for batch, the library and MCP.
+    """A command of the command line, and perhaps a tool for batch, the library and MCP (see TOOLS),
+    or only for MCP with --manage. ``text``: a line of help; ``args``: what it takes."""
 
-    ``text``: a line of help; ``args``: what it takes. ``settings``: ``example``, its words;
-    ``tool``: the function of a tool (see TOOLS), called with a workspace; ``manage``: of one that
-    only MCP with --manage has, called with a project; ``model``: what a model reads instead of
-    ``text``; ``reads``: it changes nothing; ``destroys``: it may destroy work; ``repeats``: twice
-    is as once; ``lacks``: the letters of the global options that it does not take.
-    """
+    example = ""  # its words
+    model = ""  # what a model reads instead of the text
+    lacks = ""  # the letters of the global options that it does not take
+    reads = False  # it changes nothing
+    destroys = False  # it may destroy work
+    tool: Any = None  # the function of a tool, called with a workspace
+    manage: Any = None  # of one for --manage, called with a project
 
     def __init__(self, name: str, text: str, *args: Arg, **settings: Any) -> None:
-        self.text, self.args, self.settings = text, args, settings
-        self.handler: Any = settings.get("tool") or settings.get("manage")
-        self.name = name
-        self.tool_name = "workspace_" * ("manage" in settings) + name
-        self.reads, self.example = settings.get("reads", False), settings.get("example", "")
+        self.name, self.text, self.args, self.settings = name, text, args, settings
+        vars(self).update(settings)
+        self.tool_name = "workspace_" * bool(self.manage) + name
         self.params = [arg for arg in args if arg.face != "line"]
-        self.target = "project" if "manage" in settings else "workspace"
 
     def check(self, arguments: object) -> Fields:
         """The arguments of a call in JSON. Raises UsageError if they do not fit the table."""
@@ -8066,9 +8041,6 @@ class Verb:
             if arg.required and arg.name not in arguments:
                 raise UsageError(f"{self.name} needs the argument {arg.name}.")
         return arguments
-
-    def run(self, target: Any, arguments: Fields, cancel: Cancel | None) -> Fields:
-        return json_fields(self.handler(target, cancel=cancel, **arguments))
 
     def schema(self) -> Fields:
         """The JSON schema of such a call."""
@@ -8088,18 +8060,14 @@ def tool_exec(workspace: Workspace, command: str | list[str], background: bool =
     return workspace.exec(command, stdin=stdin, limit=TOOL_CAPTURE, **more).as_dict()
 
 
-def tool_write(workspace: Workspace, path: str, content: str | None = None,
-               content_base64: str | None = None, cancel: Cancel | None = None) -> Written:
-    if (content is None) == (content_base64 is None):
+def tool_write(workspace: Workspace, path: str, cancel: Cancel | None = None,
+               **content: str) -> Written:
+    if len(content) != 1:
         raise UsageError("write takes content or content_base64.")
-    if content is not None:
-        return workspace.write(path, content, cancel)
-    import base64
     try:
-        data = base64.b64decode(content_base64 or "", validate=True)
+        return workspace.write(path, field_bytes("content", content), cancel)
     except ValueError:
         raise UsageError("content_base64 is not base64.")
-    return workspace.write(path, data, cancel)
 
 
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
@@ -8122,13 +8090,10 @@ def manage_push(project: Project, cancel: Cancel, workspace: str, ref: str = "HE
 
 
 def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = False) -> Fields:
-    lines, size = [], 0
+    kept = Capture()
     for line in project.diff(workspace, stat, cancel=cancel):
-        lines.append(line)
-        size += len(line)
-        if size > CAPTURE_MAX:
-            break
-    return {"diff": "\n".join(lines)}
+        kept(encoded(line + "\n"))
+    return {"diff": kept.value().rstrip(b"\n")}
 
 
 LineArg, JsonArg = functools.partial(Arg, face="line"), functools.partial(Arg, face="json")
@@ -8198,11 +8163,11 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          ONE_WORKSPACE,
          Arg("branch", "text", "another branch than cmux/NAME"),
          LineArg("allow", "flag", "also changes of this repository's own hooks"),
-         example="fix-login", manage=manage_pull, repeats=True),
+         example="fix-login", manage=manage_pull),
     Verb("push", "bring a workspace to another local commit; sends what differs", NAME,
          ONE_WORKSPACE, REF, *DIRTY,
          Arg("force", "flag", "also over work that has not been pulled (a copy is kept until gc)"),
-         example="fix-login", manage=manage_push, destroys=True, repeats=True),
+         example="fix-login", manage=manage_push, destroys=True),
     Verb("read", "a file's bytes, or lines of it", PATH,
          Arg("offset", "count", "first line, 1 is the first", least=1, shown="LINE"),
          Arg("limit", "count", "how many lines"),
@@ -8211,7 +8176,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("write", "stdin becomes the file, whole or not at all", PATH,
          JsonArg("content", "text", "the text"),
          JsonArg("content_base64", "text", "or the bytes, as base64"),
-         example="notes.txt < notes.txt", tool=tool_write, destroys=True, repeats=True,
+         example="notes.txt < notes.txt", tool=tool_write, destroys=True,
          model="Make content the whole of a file (atomic; makes parent directories)."),
     Verb("edit", "exact replacements, all or none", PATH,
          JsonArg("edits", "objects", "one or more", required=True),
@@ -8255,7 +8220,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("timeout", "seconds", "seconds to wait; it may still run then"),
          example="j0123abcd", tool=Workspace.wait, reads=True),
     Verb("stop", "end a job and everything it started", ONE_JOB,
-         example="j0123abcd", tool=Workspace.stop, destroys=True, repeats=True),
+         example="j0123abcd", tool=Workspace.stop, destroys=True),
     Verb("new", "create workspaces, in parallel, from a local commit",
          LineArg("names", "texts", "default: the branch's name", word="*", shown="NAME"),
          JsonArg("name", "text", "the new name", required=True), REF, *DIRTY,
@@ -8264,12 +8229,10 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("source", "text", "with what git ignores (packages, caches) in this workspace of that "
              "host", flags="--from", shown="WS"),
          example="fix-login fix-logout -H my-server",
-         manage=lambda project, cancel, name, ref="HEAD", host=(), source="": project.create(
-             name, host, ref, cancel=cancel, source=source).describe()),
+         manage=lambda project, host=(), **given: project.create(host=host, **given).describe()),
     Verb("list", "this project's workspaces",
          LineArg("all_projects", "flag", "of every project of this machine"),
-         example="--json", lacks="w", reads=True,
-         manage=lambda project, cancel: {
+         example="--json", lacks="w", reads=True, manage=lambda project, cancel: {
              "workspaces": [workspace.describe() for workspace in project.workspaces()]}),
     Verb("fork", "a new workspace, made on the host with the content of another",
          ONE_WORKSPACE, NEW_NAME, example="-w fix-login second-try",
@@ -8318,15 +8281,15 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
 GROUPS = {  # of the commands, as the help lists them, by the first of each
     "exec": "work", "read": "files", "jobs": "jobs", "new": "workspaces", "mcp": "agents",
     "secrets set": "setup"}
-TOOLS = {verb.name: verb for verb in VERBS.values() if "tool" in verb.settings}
-MANAGE_TOOLS = {verb.tool_name: verb for verb in VERBS.values() if "manage" in verb.settings}
+TOOLS = {verb.name: verb for verb in VERBS.values() if verb.tool}
+MANAGE_TOOLS = {verb.tool_name: verb for verb in VERBS.values() if verb.manage}
 
 
 def call_tool(workspace: WorkspaceBase, name: object, arguments: object,
               cancel: Cancel | None = None) -> Fields:
     """Check the arguments, then run one of TOOLS. Raises CmuxError."""
     tool, checked = check_call(name, arguments)
-    return json_fields(tool.handler(workspace, cancel=cancel, **checked))
+    return json_fields(tool.tool(workspace, cancel=cancel, **checked))
 
 
 def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
@@ -8457,7 +8420,8 @@ class Batch:
             name = call.get("workspace") or self.workspace
             if name not in self.known:
                 self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
-            answer["result"] = tool.run(self.known[name], arguments, self.cancel)
+            answer["result"] = json_fields(
+                tool.tool(self.known[name], cancel=self.cancel, **arguments))
         except Exception as error:
             known = expected(error)
             answer.update(ok=False, error=error_fields(known) if known else {
@@ -8582,11 +8546,9 @@ class Veil:
         return neutralise(plain)
 
     def _edge(self, data: bytes, first: bool) -> bytes:
-        """``data``, in which four bytes or more that a cut left of a secret at one end are
-        masked."""
-        # Four bytes are looked for first: a host may send many cuts.
+        """``data``; what a cut left of a secret at one end, four bytes or more, is masked."""
         sizes = [(overlap(data, value, first), shown) for value, shown in self.masks
-                 if len(data) > 3 and (value[-4:] if first else value[:4]) in data]
+                 if (value[-4:] if first else value[:4]) in data]  # soon, for many cuts
         size, shown = max(sizes, default=(0, b""))
         return data if size < 4 else shown + data[size:] if first else data[:-size] + shown
 
@@ -8654,14 +8616,10 @@ def wait_until(done: Callable[[], bool], seconds: float, cancel: Cancel | None =
 
 class McpServer:
     """A server that answers lines of JSON-RPC 2.0 by ``write``, which also gets a Cancel: it is set
-    when the server is about to end.
-
-    It is bound to ``workspace``, made on ``host`` at the first call if it does not exist; with
-    ``manage`` the workspace commands are tools too, and every tool takes a ``workspace``. ``soft``:
-    seconds after which a call is answered with a job, which lives in this process (a command begun
-    with background=true lives on the host): to begin every command as a job of the host, with files
-    for its output, would double what a call costs.
-    """
+    when the server is about to end. It is bound to ``workspace``, made on ``host`` at the first
+    call if it does not exist; with ``manage`` every tool takes another one. After ``soft`` seconds
+    a call is answered with a job, which lives in this process: to begin every command as a job of
+    the host, with files for its output, would double what a call costs."""
 
     def __init__(self, project: Project, workspace: str, host: Sequence[str],
                  write: Callable[[bytes, Cancel], None], manage: bool = False,
@@ -8687,7 +8645,7 @@ class McpServer:
         self.kept: dict[str, Call] = {}  # answered with a job
 
     def run(self, lines: Iterable[bytes]) -> int:
-        """Serve until the end of input; then end what runs in the foreground. Returns 0."""
+        """Serve until the end of input, then end what runs; 0."""
         try:
             for line in lines:
                 if self.closed:
@@ -8872,16 +8830,14 @@ class McpServer:
     def _hint(self, failure: CmuxError) -> str:
         """What to do next: the tools that do it or, if one cannot, the user's commands."""
         tools = {tool.name: name for name, tool in self.tools.items()}
-        # No tool knows all options; --force is one that every tool has.
-        steps = [tools.get(command.split()[0], "") * ("--" not in command.replace("--force", ""))
-                 for command in failure.commands]
+        steps = [tools.get(command.split()[0], "") for command in failure.commands]
         if "" in steps:
             return f"{failure.hint} {as_called('For the user', *failure.commands)}"
         return f"{failure.hint.rstrip('.')}: {', '.join(steps)}" if steps else failure.hint
 
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
-        tool, most, target = call.tool, self.soft * 0.9, self.project  # type: Verb, float, Any
+        tool, most, target = call.tool, self.soft * 0.9, self.project  # type: Any, float, Any
         self._bound()  # before a first call that renames it
         arguments = dict(tool.check(understood(tool, call.arguments)))
         if tool.name == "logs":  # what waits answers before the soft timeout
@@ -8898,7 +8854,7 @@ class McpServer:
                 arguments["host"] = self.project._hosts_for("", self.host)
         elif tool.name == "exec":
             arguments["tee"] = call.take
-        if tool.target == "workspace":
+        if tool.tool:
             arguments.pop("workspace", None)
             jobs = arguments.get("job", [])
             jobs = [jobs] if isinstance(jobs, str) else jobs
@@ -8906,7 +8862,7 @@ class McpServer:
                 return self._on_kept(call, jobs, arguments)
             target = self._workspace(call)
             call.op = target.op
-        call.result.update(tool.handler(target, cancel=call.cancel, **arguments))
+        call.result.update((tool.tool or tool.manage)(target, cancel=call.cancel, **arguments))
         if tool.name == "jobs":
             call.result["jobs"] += [
                 one.row() for one in list(self.kept.values()) if one.op == call.op]
@@ -9022,26 +8978,24 @@ class McpServer:
 
 
 def understood(tool: Verb, given: Any) -> Any:
-    """The arguments. Models mix `name` and `workspace` up: each is taken for the other where a tool
-    has only that."""
-    known = {"name", "workspace"} & {arg.name for arg in tool.params}
-    if len(known) == 1 and isinstance(given, dict) and not known & set(given):
-        return {key if key not in ("name", "workspace") else "".join(known): value
-                for key, value in given.items()}
+    """The arguments. Models mix `name` and `workspace` up: where a tool has only one of them, it is
+    taken for that."""
+    both = {"name", "workspace"}
+    own = both & {arg.name for arg in tool.params}
+    if len(own) == 1 and isinstance(given, dict) and not own & set(given):
+        return {own.copy().pop() if key in both else key: value for key, value in given.items()}
     return given
 
 
 def described(tool: Verb) -> Fields:
     """A tool, as a client is told of it."""
-    text = tool.settings.get("model") or tool.text[0].upper() + tool.text[1:] + "."
+    text = tool.model or tool.text[0].upper() + tool.text[1:] + "."
     title = text.split(".")[0]
     return {"name": tool.tool_name, "title": title, "description": text,
             "inputSchema": tool.schema(),
             "annotations": {
-                "title": title, "readOnlyHint": tool.reads,
-                "destructiveHint": "destroys" in tool.settings,
-                "idempotentHint": tool.reads or "repeats" in tool.settings,
-                "openWorldHint": tool.name == "exec"}}
+                "title": title, "readOnlyHint": tool.reads, "idempotentHint": tool.reads,
+                "destructiveHint": tool.destroys, "openWorldHint": tool.name == "exec"}}
 
 
 def page(text: str, offset: int, notes: list[str]) -> str:
@@ -9949,8 +9903,7 @@ class View:
         op = workspace.op
         try:
             workspace.host.masters.connect(Deadline(SLOT_PATIENCE), now=True)
-            reply = tool_reply(workspace, workspace.host._call(
-                JOBS, job_directory(workspace), workspace.path))
+            reply = workspace._tool(JOBS, job_directory(workspace), workspace.path)
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
             jobs = parse_jobs(workspace, reply)
             self.seen[op] = {"changed": int(changed[1]) if changed else None, "jobs": jobs,
@@ -10236,7 +10189,7 @@ def command_push(options: Options) -> int:
 
 def command_fork(options: Options) -> int:
     source = existing_workspace(options)
-    made = VERBS[options.verb].handler(source.project, None, source.name, options.name)
+    made = VERBS[options.verb].manage(source.project, None, source.name, options.name)
     return answer(options, made, "%(name)s  %(host)s:%(path)s" % made)
 
 
@@ -10630,8 +10583,7 @@ def command_demo(options: Options) -> int:
 
 def line_args(verb: Verb) -> list[Arg]:
     """What the command line of ``verb`` takes."""
-    lacks = verb.settings.get("lacks", "")
-    known = [arg for arg in COMMON if arg.flags[0].strip("-")[0] not in lacks]
+    known = [arg for arg in COMMON if arg.flags[0].strip("-")[0] not in verb.lacks]
     return [arg for arg in verb.args if arg.face != "json"] + known
 
 
@@ -10683,7 +10635,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
             settings.update(action="store_true")
         else:
             settings.update(metavar=arg.shown, type=arg.from_word, default=arg.default,
-                            choices=arg.settings.get("choices"),
+                            choices=arg.choices,
                             nargs=None if arg.word in ("", "1") else arg.word,
                             action="append" if arg.flags and arg.kinds == ["texts"] else "store")
         parser.add_argument(*(arg.flags or [arg.name]), help=text, **settings)
