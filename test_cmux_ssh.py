@@ -9169,9 +9169,9 @@ def test_readme_commands_are_the_parsers():
         assert flags <= flags_of(name), (name, flags - flags_of(name))
     assert set(told) == {name.split()[0] for name in c.VERBS}
     assert [word.split()[-1] for word in told["secrets"]] == [name.split()[1] for name in c.VERBS if " " in name]
-    assert [word.split()[-1] for word in told["completion"]] == [*c.VERBS["completion"].args[0].settings["choices"]]
+    assert [word.split()[-1] for word in told["completion"]] == [*c.VERBS["completion"].args[0].choices]
     for name, verb in c.VERBS.items():
-        takes = [arg.settings.get("shown", arg.name.upper()) for arg in verb.args if arg.word and arg.face != "json"]
+        takes = [arg.shown for arg in verb.args if arg.word and arg.face != "json"]
         assert name.startswith(("secrets", "completion")) or all(metavar.split()[-1].rstrip(".") in told[name][0] for metavar in takes), (name, takes)
 
 
