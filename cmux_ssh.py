@@ -9233,7 +9233,9 @@ Finding = dict[str, str]
 def finding(state: str, what: str, text: str, *fix: str) -> Finding:
     """A row of doctor. ``state``: ok; note (good to know); fix (it works, and could be better); bad
     (the host cannot be used); dead (it cannot be reached)."""
-    advice = neutralise(as_called(*fix))[:1000] if fix and state != "ok" else ""
+    closer = [f"{plain_ssh()} -v {word[7:]} true" if word.startswith("doctor ") else word
+              for word in fix]
+    advice = neutralise(as_called(*closer))[:1000] if fix and state != "ok" else ""
     return {"state": state, "what": what, "text": neutralise(text)[:1000], "fix": advice}
 
 
@@ -9290,13 +9292,7 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     elif proxy_of(config) == "ProxyCommand" and type(error) is ConnectionDropped:
         text = text if said.strip() else "The ProxyCommand ended without a connection or a word."
         fix = [f"Run it by hand: {config.first('proxycommand')[:300]}"]
-    return unreachable(config.host, text, *fix)
-
-
-def unreachable(host: str, text: str, *fix: str) -> Finding:
-    closer = f"{plain_ssh()} -v {quote(host)} true"
-    return finding("dead", "connect", text, *(
-        closer if command == look_into(host) else command for command in fix))
+    return finding("dead", "connect", text, *fix)
 
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
@@ -9317,13 +9313,12 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
                       f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
                       "Make it writable, or choose another with new --root DIR.")
         return
-    for what, state, lack in (
-            ("tar", "bad", "the host has none that extracts"),
-            ("git there", "fix", "the host has none: workspaces have no commits")):
-        program = what.split()[0]
-        has = program in facts
-        yield finding("ok" if has else state, what, facts[program] or "found" if has else lack,
-                      f"Install {program} on the host.")
+    yield finding("ok" if "tar" in facts else "bad", "tar",
+                  facts.get("tar", "the host has none that extracts") or "found",
+                  "Install tar on the host.")
+    yield finding("ok" if "git" in facts else "fix", "git there",
+                  facts.get("git", "the host has none: workspaces have no commits"),
+                  "Install git on the host.")
     free, inodes = (number(facts.get(key, "")) for key in ("free", "inodes"))
     size = human_size(free * 1024) if free >= 0 else "unknown"
     yield finding(
@@ -9337,13 +9332,13 @@ def examine_speed(host: Host) -> Iterator[Finding]:
     yield finding("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions",
                   f"{count} on one connection; {min(count, SESSIONS_PER_MASTER)} of them used",
                   "MaxSessions 10 in its sshd_config is the usual.")
-    times = []
-    for _ in range(5):
+
+    def seconds() -> float:
         began = time.monotonic()
         host._call("operation() { :; }")
-        times.append(time.monotonic() - began)
-    yield finding("ok", "latency",
-                  f"{sorted(times)[2] * 1000:.0f} ms for one operation (median of 5)")
+        return time.monotonic() - began
+    median = sorted(seconds() for _ in range(5))[2]
+    yield finding("ok", "latency", f"{median * 1000:.0f} ms for one operation (median of 5)")
 
 
 def examine_secrets(host: Host) -> Finding:
@@ -9393,7 +9388,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
         if found["state"] == "bad":
             return
     if not name:
-        yield finding("note", "host", "none was named", "Name one.", "doctor HOST")
+        yield finding("note", "host", "none was named", "Name one, to have it examined.")
         return
     host = Host(name, warm=0)
     try:
@@ -9404,10 +9399,9 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
             yield from examine_programs(host, root)
             yield from examine_speed(host)
             yield examine_secrets(host)
-    except HostError as error:
-        yield unreachable(name, str(error), error.hint, *error.commands)
     except CmuxError as error:
-        yield finding("bad", "host", str(error), error.hint, *error.commands)
+        where = ("dead", "connect") if isinstance(error, HostError) else ("bad", "host")
+        yield finding(*where, str(error), error.hint, *error.commands)
 
 
 # === 19. Command line ===
@@ -9415,6 +9409,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
 
 if TYPE_CHECKING:
     Options = argparse.Namespace
+    Shown = Any  # what a command returns: its exit code, or a tuple for render()
 
 class Terminal(Report):
     """What a person sees on stderr during work: a lane for each workspace, redrawn in place on a
@@ -9425,12 +9420,13 @@ class Terminal(Report):
     def __init__(self, verbosity: int, notes: bool = False) -> None:
         import threading
         self.verbosity, self.many = verbosity, False
-        self.bars = verbosity >= 0 and os.isatty(2)
-        self.notes = self.bars or notes or verbosity > 0  # exec is silent in a pipe
-        self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
+        person = verbosity >= 0 and os.isatty(2)
+        self.notes = person or notes or verbosity > 0  # exec is silent in a pipe
+        self.redraws = person and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
         self.lanes: dict[str, tuple[str, float]] = {}  # the step, and when it began (0: no work)
-        self.width, self.drawn, self.paused, self.began = 0, 0, False, 0.0
+        self.width, self.drawn, self.paused = 0, 0, False
+        self.drawer = threading.Thread(target=self._keep_drawn, daemon=True)
         self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
         Masters.tell, Masters.alert, Lock.tell = self.note, self.warn, self.note
@@ -9483,11 +9479,10 @@ class Terminal(Report):
             self.line(text)
 
     def step(self, what: str, doing: str) -> None:
-        import threading
         self.lanes[what], self.paused = (doing, time.monotonic()), False
-        if self.redraws and not self.began:
-            self.began = time.monotonic()
-            threading.Thread(target=self._keep_drawn, daemon=True).start()
+        with self.mutex:
+            if self.redraws and not self.drawer.ident:
+                self.drawer.start()
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
@@ -9529,10 +9524,11 @@ class Terminal(Report):
             self.drawn = 0
 
     def _keep_drawn(self) -> None:
-        while not self.closed.wait(0.2):
-            if time.monotonic() - self.began >= 1:
-                with self.mutex:
-                    self._draw()
+        pause = 1.0  # what takes less needs no lane
+        while not self.closed.wait(pause):
+            pause = 0.2
+            with self.mutex:
+                self._draw()
 
     def _draw(self) -> None:
         if self.paused or self.closed.is_set():
@@ -9584,11 +9580,8 @@ class Patience:
             self.lost.add(fd)
 
 
-def write_out(fd: int, data: bytes, harmless: bool = False,
-              patience: Patience | None = None) -> None:
-    """Write to our stdout or stderr: raw bytes into a pipe or file, harmless text to a terminal."""
-    if not harmless and os.isatty(fd):
-        data = neutralise(data).encode("utf-8", "replace")
+def write_out(fd: int, data: bytes, patience: Patience | None = None) -> None:
+    """Write to our stdout or stderr, as it is: a terminal obeys it."""
     view, patience = memoryview(data), patience or Patience(0)
     while view and patience.takes(fd):
         try:
@@ -9603,7 +9596,7 @@ def write_out(fd: int, data: bytes, harmless: bool = False,
 
 def draw(fd: int, text: str) -> None:
     """Write harmless text, perhaps with our own escape sequences."""
-    write_out(fd, text.encode("utf-8", "replace"), harmless=True)
+    write_out(fd, text.encode("utf-8", "replace"))
 
 
 def err_out(text: str) -> None:
@@ -9620,7 +9613,7 @@ def answer_out(data: bytes, ending: Cancel) -> None:
     """Write to an MCP client; PipeClosed if it has closed stdin, or ``ending`` is set, and it
     reads nothing more."""
     patience = Patience(MCP_GRACE, (0, 0), (ending, select.POLLIN))  # of stdin only its end
-    write_out(1, data, patience=patience)
+    write_out(1, data, patience)
     if patience.lost:
         raise PipeClosed("Nobody reads the answers.")
 
@@ -9631,9 +9624,13 @@ def quiet_terminal() -> None:
 
 
 def print_text(text: str | bytes) -> None:
-    """Print a text and a newline, or bytes as they are."""
+    """Print a text and a newline, or bytes as they are; neutralised for a terminal."""
     quiet_terminal()
-    write_out(1, text if isinstance(text, bytes) else encoded(text + "\n"))
+    data = text if isinstance(text, bytes) else encoded(text + "\n")
+    if os.isatty(1):
+        draw(1, neutralise(data))
+    else:
+        write_out(1, data)
 
 
 def print_json(value: object) -> None:
@@ -9641,22 +9638,20 @@ def print_json(value: object) -> None:
     print_text(json.dumps(value))
 
 
-def render(options: Options, value: object, text: str | bytes, warning: str = "",
-           code: int = 0) -> int:
-    """Print a result: the value with --json, else the text and the warning; the exit code."""
+def render(options: Options, value: object, text: str | bytes | list[str] = "",
+           warning: str = "", code: int = 0) -> int:
+    """Print the value with --json, else the text (of a list nothing with -q) and the warning.
+    Returns the exit code."""
     if options.json:
         print_json(value)
         return code
+    if isinstance(text, list):
+        text = "\n".join(text) if options.verbosity >= 0 else ""
     if text:
         print_text(text)
     if warning:
         options.terminal.warn(warning)
     return code
-
-
-def answer(options: Options, value: object, *lines: str) -> int:
-    """The same, without the lines if -q was given."""
-    return render(options, value, "\n".join(lines) if options.verbosity >= 0 else "")
 
 
 def may_ask() -> bool:
@@ -9674,145 +9669,114 @@ def open_project(options: Options) -> Project:
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
-# -- the commands: command_VERB(options), or command_tool(options), returns the exit code --
+# -- the commands: command_VERB(options), or command_tool(options) --
 
-def command_exec(options: Options) -> int:
-    return Execution(options).run()
-
-
-class Execution:
+def command_exec(options: Options) -> Shown:
     """A command in one workspace, or in several at once, with a row for each."""
+    project, began, words = open_project(options), time.monotonic(), options.command
+    names = list(dict.fromkeys(options.workspace)) or [project.default_workspace()]
+    if options.all:
+        names = sorted(project._entries())
+        if not names:
+            raise WorkspaceMissing("This project has no workspaces.",
+                                   "Make some.", "new NAME -H HOST")
+    many = options.many = options.terminal.many = options.all or len(names) > 1
+    check_use(options, names[0])
+    options.project, options.cancel = project, Cancel()
+    options.call = {"command": words if words[1:] else words[0], "cwd": options.cwd or "",
+                    "env": parse_environment(options.env), "login": options.login,
+                    "secrets": [] if options.no_secrets else options.secrets}
+    if options.tty:
+        return on_terminal(lambda: exec_workspace(options, names[0]), options, options.call)
+    rows = options.terminal.in_lanes(
+        names, functools.partial(exec_row, options), options.parallel or 0, options.cancel)
+    for at, row in enumerate(rows):
+        if isinstance(row, CmuxError):
+            if isinstance(row, PipeClosed) or not (many or options.json):
+                raise row
+            rows[at] = exec_failure(names[at], None, row, began)  # it has not begun
+    first, text, warning = rows[0], "", ""
+    if many:
+        warning = summary(rows, time.monotonic() - began)
+    elif options.detach:
+        text = first.get("job", "")
+    elif first["stopped"]:
+        after = f"stopped after {options.timeout:g} s" if first["timed_out"] else "interrupted"
+        warning = f"The command on {first['host']} was {after}; {STOPPED[first['stopped']]}."
+    code = max(int(row.get("exit_code", 0)) for row in rows)
+    return rows if many else first, text, warning, code
 
-    def __init__(self, options: Options) -> None:
-        self.options, self.cancel = options, Cancel()
-        self.terminal: Terminal = options.terminal
-        self.project = open_project(options)
-        self.names = list(dict.fromkeys(options.workspace)) or [self.project.default_workspace()]
-        if options.all:
-            self.names = sorted(self.project._entries())
-            if not self.names:
-                raise WorkspaceMissing("This project has no workspaces.",
-                                       "Make some.", "new NAME -H HOST")
-        self.many = self.terminal.many = options.all or len(self.names) > 1
-        self.plain = not (self.many or options.json)
-        self._check()
-        words = options.command
-        self.call: Fields = {
-            "command": words if words[1:] else words[0], "cwd": options.cwd or "",
-            "env": parse_environment(options.env), "login": options.login,
-            "secrets": [] if options.no_secrets else options.secrets}
 
-    def _check(self) -> None:
-        options, many = self.options, self.many
-        unread = (options.detach or many) and not options.no_stdin and data_waits()
-        name = quote(self.names[0])
-        for bad, *error in (
-                (options.tty and (options.json or options.detach or options.timeout
-                                  or options.no_stdin or many),
-                 "-t takes no --json, --detach, --timeout, -n, nor several workspaces."),
-                (options.all and options.workspace, "--all takes no -w."),
-                (options.no_secrets and options.secrets,
-                 "--no-secrets and --secret exclude each other."),
-                (options.detach and options.timeout, "--detach takes no --timeout.",
-                 "End the job with stop.", "stop ID"),
-                (options.detach and many, "--detach takes one workspace.",
-                 "Run it once for each."),
-                (unread and many, "With several workspaces exec passes stdin on to none of them.",
-                 "Add -n, or run it once for each."),
-                (unread, "A job takes no stdin.",
-                 "Add -n, or write it into a file for the command.",
-                 f"write -w {name} FILE",
-                 f"exec -w {name} --detach -- 'CMD <FILE'")):
-            if bad:
-                raise UsageError(*error)
+def check_use(options: Options, name: str) -> None:
+    """Refuse what exec cannot do in several workspaces, or in a job."""
+    if options.many and (options.tty or options.detach):
+        raise UsageError("-t and --detach take one workspace.", "Run it once for each.")
+    if (options.many or options.detach) and not options.no_stdin and data_waits():
+        raise UsageError("exec passes stdin on to no job, and to none of several workspaces.",
+                         "Add -n, or write it into a file for the command.",
+                         f"write -w {quote(name)} FILE")
 
-    def run(self) -> int:
-        """The worst exit code."""
-        if self.options.tty:
-            return on_terminal(lambda: self._workspace(self.names[0]), self.terminal, self.call)
-        began, at_once = time.monotonic(), self.options.parallel or 0
-        rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
-        for at, row in enumerate(rows):
-            if isinstance(row, CmuxError):
-                if self.plain or isinstance(row, PipeClosed):
-                    raise row
-                rows[at] = exec_failure(self.names[at], None, row, began)  # it has not begun
-        if self.options.json:
-            print_json(rows if self.many else rows[0])
-        elif self.many:
-            self._sum_up(rows, time.monotonic() - began)
-        elif self.options.detach:
-            print_text(rows[0]["job"])
-        elif rows[0]["stopped"]:
-            timed_out, how = rows[0]["timed_out"], STOPPED[rows[0]["stopped"]]
-            after = f"stopped after {self.options.timeout:g} s" if timed_out else "interrupted"
-            self.terminal.warn(f"The command on {rows[0]['host']} was {after}; {how}.")
-        return max(int(row.get("exit_code", 0)) for row in rows)
 
-    def _row(self, name: str) -> Fields:
-        options, terminal, began = self.options, self.terminal, time.monotonic()
-        patience, host = Patience(0.5, (self.cancel, select.POLLIN)), None
-        out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
-                    terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
-        try:
-            host = self.project._entries().get(name, {}).get("host")
-            workspace = self._workspace(name)
-            if options.detach:
-                job = workspace.start(cancel=self.cancel, **self.call)
-                if not options.no_stdin and data_waits():  # of a slow writer
-                    terminal.warn("The job does not read what came on stdin.")
-                return {"job": job, "workspace": name}
-            if self.many:
-                terminal.step(name, "running")
-            else:
-                terminal.pause()
-            source = None if options.no_stdin or self.many else open_stdin()
-            patience.deadline = Deadline(options.timeout)
-            outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=self.cancel,
-                                    timeout=options.timeout, **self.call)
-            result = exec_result(workspace, outcome, out, err, began)
-            return json_fields(dict(result.as_dict(), error=None))
-        except PipeClosed:
-            self.cancel.set()
+def exec_row(options: Options, name: str) -> Fields:
+    """What `exec --json` prints of one workspace. If it is the only one, and without --json, an
+    error is raised."""
+    began, host = time.monotonic(), None
+    patience = Patience(0.5, (options.cancel, select.POLLIN))
+    out, err = [Capture(TOOL_CAPTURE if options.many else CAPTURE_MAX) if options.json else
+                options.terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
+    try:
+        workspace = exec_workspace(options, name)
+        host = workspace.host.name
+        if options.detach:
+            return {"job": workspace.start(cancel=options.cancel, **options.call),
+                    "workspace": name}
+        if options.many:
+            options.terminal.step(name, "running")
+        else:
+            options.terminal.pause()
+        source = None if options.no_stdin or options.many else open_stdin()
+        patience.deadline = Deadline(options.timeout)
+        outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=options.cancel,
+                                timeout=options.timeout, **options.call)
+        result = exec_result(workspace, outcome, out, err, began)
+        return json_fields(dict(result.as_dict(), error=None))
+    except PipeClosed:
+        options.cancel.set()
+        raise
+    except CmuxError as error:
+        if not (options.many or options.json):
             raise
-        except CmuxError as error:
-            if self.plain:
-                raise
-            return exec_failure(name, host, error, began, out.value(), err.value())
-        finally:
-            if not options.json:
-                out.end()
-                err.end()
+        return exec_failure(name, host, error, began, out.value(), err.value())
+    finally:
+        if not options.json:
+            out.end()
+            err.end()
 
-    def _workspace(self, name: str) -> Workspace:
-        host, report, cancel = self.options.host, self.terminal, self.cancel
-        report.step(name, "connecting")
-        workspace = self.project.ensure(name, host, report, cancel, self.call["secrets"])
-        if self.options.push and self.project.push(name, report=report, cancel=cancel):
-            workspace = self.project.workspace(name)
-        if self.many:
-            workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
-        elif report.bars:
-            with contextlib.suppress(GitFailed):
-                commit, _ = self.project.repository.resolve("HEAD")
-                parent = self.project.repository.value_of(workspace.base + "^")  # of a --dirty one
-                if commit not in (workspace.base, parent):
-                    report.warn(f"{name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. "
-                                + as_called("To bring it there", f"push -w {name}"))
-        return workspace
 
-    def _sum_up(self, rows: list[Fields], seconds: float) -> None:
-        bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
-        for row in rows:
-            if row["exit_code"]:
-                how = [str(row["exit_code"])]
-                how += [row["error"]["message"]] if row["error"] else []
-                how += ["stopped, " + STOPPED[row["stopped"]]] if row["stopped"] else []
-                bad.setdefault(": ".join(how), []).append(row["workspace"])
-        failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
-        good = len(rows) - sum(map(len, bad.values()))
-        self.terminal.warn(f"{good} of {len(rows)} succeeded in {seconds:.1f} s"
-                           + (f"; failed: {failed}" if bad else "."))
+def exec_workspace(options: Options, name: str) -> Workspace:
+    project, report, cancel = options.project, options.terminal, options.cancel
+    report.step(name, "connecting")
+    workspace: Workspace = project.ensure(
+        name, options.host, report, cancel, options.call["secrets"])
+    if options.push and project.push(name, report=report, cancel=cancel):
+        workspace = project.workspace(name)
+    if options.many:
+        workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
+    return workspace
+
+
+def summary(rows: list[Fields], seconds: float) -> str:
+    """How commands in several workspaces ended."""
+    bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
+    for row in rows:
+        if row["exit_code"]:
+            how = [str(row["exit_code"])]
+            how += [row["error"]["message"]] if row["error"] else []
+            how += ["stopped, " + STOPPED[row["stopped"]]] if row["stopped"] else []
+            bad.setdefault(": ".join(how), []).append(row["workspace"])
+    failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
+    good = len(rows) - sum(map(len, bad.values()))
+    return f"{good} of {len(rows)} succeeded in {seconds:.1f} s" + f"; failed: {failed}" * bool(bad)
 
 
 STOPPED = {"confirmed": "its processes have ended",
@@ -9858,7 +9822,7 @@ class Outlet:
 
     def __call__(self, data: bytes, last: bool = False) -> None:
         shown = self.text(data, last).encode() if self.text else data
-        write_out(self.fd, shown, True, self.patience)
+        write_out(self.fd, shown, self.patience)
 
     def end(self) -> None:
         self(b"", True)
@@ -9883,7 +9847,7 @@ class Labelled(Outlet):
                      for line in lines]
         if lines:
             text = b"".join(self.label + line + b"\n" for line in lines)
-            self.live.put(lambda: write_out(self.fd, text, True, self.patience))
+            self.live.put(lambda: write_out(self.fd, text, self.patience))
 
 
 def stdin_is_null() -> bool:
@@ -9917,7 +9881,7 @@ def state_to_send(options: Options, repository: Repository) -> Any:
     return repository.snapshot(options.allow or []) if options.dirty else options.ref
 
 
-def command_new(options: Options) -> int:
+def command_new(options: Options) -> Shown:
     project, source, cancel = open_project(options), options.source or "", Cancel()
     names = [*map(check_workspace, dict.fromkeys([*options.names, *options.workspace]))]
     names = names or [project.default_workspace()]
@@ -9926,40 +9890,32 @@ def command_new(options: Options) -> int:
     done = options.terminal.in_lanes(names, lambda name: project.create(
         name, host, ref, options.root or "", not options.no_init, options.terminal, cancel,
         source), 0, cancel)
-    rows, lines = [], []
+    rows, lines, code = [], [], 0
     for name, made in zip(names, done):
         if isinstance(made, CmuxError):
             rows.append({"name": name, "error": error_fields(made)})
+            code = max(code, report_error(made))
             continue
         rows.append(made.describe())
         lines.append(f"{name}  {made.host.name}:{made.path}")
         if options.verbosity < 0 and made.state == "init failed":  # not reported above
             report_error(RemoteFailed(f"The init hook of {name} failed."))
-    answer(options, rows, *lines)
-    return max([report_error(made) for made in done if isinstance(made, CmuxError)], default=0)
+    return rows, lines, "", code
 
 
 def table(heads: str, rows: Iterable[Fields], width: int = 0) -> str:
-    """A line for each row, of its members named like ``heads``; None is a dash. Where they do not
-    fit, the last column is cut, to 8 characters at least, or left out; then the widest yield."""
+    """A line for each row, of its members named like ``heads``; None is a dash. What does not fit
+    the screen is cut off."""
     width, names = width or terminal_width(), heads.split()
-    cells = [["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
-              for value in (row.get(name.lower(), "") for name in names)] for row in rows]
-    if not cells:
-        return ""
-    cells.insert(0, names)
-    *widths, last = [max(map(len, column)) for column in zip(*cells)]
-    rest = width - sum(widths) - 2 * len(widths)
-    if rest >= min(8, last):
-        widths.append(min(rest, last))
-    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
-        widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of equals, the later
-    return "\n".join("  ".join(
-        (text if len(text) <= size else text[:size - 3] + "...").ljust(size)
-        for text, size in zip(row, widths)).rstrip() for row in cells)
+    cells = [names, *(["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
+                       for value in (row.get(name.lower(), "") for name in names)]
+                      for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells] if cells[1:] else []
+    return "\n".join(line if len(line) <= width else line[:width - 3] + "..." for line in lines)
 
 
-def command_history(options: Options) -> int:
+def command_history(options: Options) -> Shown:
     rows = open_project(options)._past(one_workspace(options))[-options.limit:]
     if options.json:
         for row in rows:
@@ -9970,12 +9926,12 @@ def command_history(options: Options) -> int:
          "what": row["operation"], "took": f"{row.get('duration') or 0:.2f} s",
          "code": row.get("exit_code", ""),
          "bytes": human_size(row["bytes"]) if row.get("bytes") else ""} for row in rows))
-    return render(options, None, text, "" if text else "Nothing is on record yet.")
+    return None, text, "" if text else "Nothing is on record yet."
 
 
 class View:
-    """The state of the workspaces of projects, on all hosts or on some. Each workspace is asked
-    in a thread of its own, so that no host delays the others."""
+    """What hosts report of the workspaces of projects, on all hosts or on some. Each workspace is
+    asked in a thread of its own, so that no host delays the others."""
 
     def __init__(self, hosts: Container[str], *projects: Project) -> None:
         self.hosts, self.projects = hosts, projects
@@ -10016,71 +9972,58 @@ class View:
         finally:
             self.asked.discard(op)
 
-    def rows(self) -> list[Fields]:
-        now, (project,) = time.time(), self.projects
-        operations = project._running_now()
-        last = {row.get("op"): row.get("exit_code") for row in project.history.rows()
-                if row["operation"] == "exec"}
-        rows = []
-        for workspace, seen in self.look():
-            running = [(row["operation"], str(row.get("detail", "")), row["time"])
-                       for row in operations if row.get("workspace") == workspace.name]
-            running += [(job["job"], job["command"], job["started"])
-                        for job in seen.get("running", ())]
-            rows.append({
-                "workspace": workspace.name, "host": workspace.host.name,
-                "changed": seen.get("changed"), "error": seen.get("error"),
-                "last_exit_code": last.get(workspace.op), "running": [
-                    {"what": what, "detail": text, "for": round(now - since, 1) if since else None}
-                    for what, text, since in running]})
-        return rows
 
-    def table(self, width: int) -> str:
-        shown = []
-        for row in self.rows():
-            facts = dict(row, last=row["last_exit_code"], running=row["error"] or "")
-            for item in row["running"] or [{}]:
-                if item:
-                    own = "" if item["what"] == "exec" else item["what"] + " "
-                    since = "" if item["for"] is None else human_age(item["for"])
-                    facts.update({"for": since, "running": own + item["detail"]})
-                shown.append(facts)
-                facts = {}
-        return table("WORKSPACE HOST CHANGED LAST FOR RUNNING", shown, width)
+def top_rows(view: View, project: Project) -> list[Fields]:
+    """A row for each operation and job that runs, and for each workspace without any."""
+    rows, now, running = [], project._running_now(), []  # type: list[Fields], Any, list[Any]
+    last = {row.get("op"): row.get("exit_code") for row in project.history.rows()
+            if row["operation"] == "exec"}
+    for workspace, seen in view.look():
+        running = [(f"{row['operation']} {row.get('detail', '')}", row["time"])
+                   for row in now if row.get("workspace") == workspace.name]
+        running += [(f"{job['job']} {job['command']}", job["started"])
+                    for job in seen.get("running", ())]
+        rows += [{"workspace": workspace.name, "host": workspace.host.name,
+                  "changed": seen.get("changed"), "error": seen.get("error"),
+                  "last_exit_code": last.get(workspace.op), "running": what,
+                  "for": since and round(time.time() - since, 1)}
+                 for what, since in running or [(None, None)]]
+    return rows
 
 
-def command_top(options: Options) -> int:
+def top_table(rows: Sequence[Fields], width: int) -> str:
+    return table("WORKSPACE HOST CHANGED LAST FOR RUNNING", (
+        {**row, "last": row["last_exit_code"], "running": row["running"] or row["error"] or "",
+         "for": "" if row["for"] is None else human_age(row["for"])} for row in rows), width)
+
+
+def command_top(options: Options) -> Shown:
     project = open_project(options)
-    top = View(options.host, project)
-    if options.json or not (os.isatty(0) and os.isatty(1)):
-        top.ask(TOP_PATIENCE)
-        return render(options, top.rows(), top.table(1 << 16))
+    view = View(options.host, project)
+    if options.json or not os.isatty(1):
+        view.ask(TOP_PATIENCE)
+        rows = top_rows(view, project)
+        return rows, top_table(rows, 1 << 16)
     import shutil
-    import termios
-    import tty
-    saved = termios.tcgetattr(0)
     draw(1, "\x1b[?1049h\x1b[?25l")  # the other screen, no cursor
     try:
-        tty.setcbreak(0)
         while True:
-            top.ask()
+            view.ask()
             size = shutil.get_terminal_size()
-            title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q quits)"
-            lines = [title, "", *top.table(size.columns).split("\n")][:size.lines - 1]
-            draw(1, "\x1b[H%s\x1b[J" % "".join(f"\x1b[K{line}\r\n" for line in lines))
-            if poll_once(TOP_EVERY, 0) and os.read(0, 1) in b"qQ":  # b"": the terminal is gone
-                return 0
+            lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "",
+                     *top_table(top_rows(view, project), size.columns).split("\n")]
+            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:size.lines - 1])
+            draw(1, f"\x1b[H{shown}\x1b[J")
+            time.sleep(TOP_EVERY)
     except KeyboardInterrupt:
         return 0
     finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, saved)
         draw(1, "\x1b[?25h\x1b[?1049l")
 
 
-def command_completion(options: Options) -> int:
+def command_completion(options: Options) -> Shown:
     own = f"{quote(sys.executable or 'python3')} {quote(os.path.abspath(__file__))}"
-    print_text(COMPLETIONS[options.shell] % own)
-    return 0
+    return None, COMPLETIONS[options.shell] % own
 
 
 def complete(shell: str, words: Sequence[str]) -> int:
@@ -10093,28 +10036,22 @@ def complete(shell: str, words: Sequence[str]) -> int:
 
 def candidates(before: Sequence[str], last: str) -> dict[str, str]:
     """What may follow the words ``before``, each with its help."""
-    plain, pending, directory, name = [], "", ".", ""  # type: list[str], str, str, str
-    known: Sequence[Arg] = COMMON
-    for word in before:
-        if pending:
-            directory = os.path.expanduser(word) if pending == "directory" else directory
-            pending = ""
-        elif word.startswith("-"):
-            pending = next((arg.name for arg in known if word in arg.flags and arg.valued), "")
-        else:
-            plain.append(word)
-            name = " ".join(plain[:1 + (plain[0] == "secrets")])
-            known = line_args(VERBS[name]) if name in VERBS else COMMON
+    valued = {flag: arg.name for verb in VERBS.values() for arg in line_args(verb)
+              for flag in arg.flags if arg.valued}
+    of_flags = list(zip(["", *before], before))  # words after the one before them
+    plain = [word for flag, word in of_flags if word[:1] != "-" and flag not in valued]
+    directory = os.path.expanduser("".join(word for flag, word in of_flags if flag == "-C") or ".")
+    name = " ".join(plain[:1 + (plain[:1] == ["secrets"])])
     if "--" in before or name == "exec" and plain[1:]:  # words of the remote command
         return {}
-    if pending:
-        return values_of(pending, directory)
+    if before and before[-1] in valued:
+        return values_of(valued[before[-1]], directory)
+    known = line_args(VERBS[name]) if name in VERBS else COMMON
     if last.startswith("-"):
         return {flag: arg.text for arg in known for flag in arg.flags}
     if name not in VERBS:
-        at = len(plain)
-        return {row.split()[at]: verb.text for row, verb in VERBS.items()
-                if row.split()[:at] == plain}
+        return {row.split()[len(plain)]: verb.text for row, verb in VERBS.items()
+                if row.split()[:len(plain)] == plain}
     first = next((arg.name for arg in known if arg.word), "")
     own = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}
     return values_of(own.get(name, first), directory)
@@ -10132,8 +10069,7 @@ def values_of(name: str, directory: str) -> dict[str, str]:
     elif name == "secrets":
         names = [secret for secret, _, _ in Project(directory).registry.stored()]
     elif name == "job":
-        jobs = Project(directory).registry.read().get("jobs", {})
-        return {job: str(row["command"]) for job, row in jobs.items()}
+        names = Project(directory).registry.read().get("jobs", {})
     return dict.fromkeys(sorted(names), "")
 
 
@@ -10172,14 +10108,17 @@ complete -c python3 -n __cmux_ssh -f -a '$__cmux_ssh_words'
 COMPLETIONS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + COMPLETIONS["bash"]
 
 
-def command_list(options: Options) -> int:
-    projects = []  # none is interactive: ssh asks no question for a list
-    if not options.all_projects:
-        projects.append(Project(options.directory, warm=0))
-    for record in all_projects(report_error) if options.all_projects else ():
-        try:
-            projects.append(Project(re.sub(r"/\.git\Z", "", record.get("repository", "/")), warm=0))
+def command_list(options: Options) -> Shown:
+    directories, projects = [options.directory], []
+    if options.all_projects:
+        directories = [re.sub(r"/\.git\Z", "", record.get("repository", "/"))
+                       for record in all_projects(report_error)]
+    for directory in directories:
+        try:  # none is interactive: ssh asks no question for a list
+            projects.append(Project(directory, warm=0))
         except CmuxError as error:  # the repository is gone
+            if not options.all_projects:
+                raise
             report_error(error)
     view = View(options.host, *projects)
     if options.verbosity >= 0:
@@ -10188,15 +10127,20 @@ def command_list(options: Options) -> int:
                  behind=workspace.project.repository.behind(workspace.base),
                  jobs=len(seen["running"]) if "running" in seen else None)
             for workspace, seen in view.look()]
-    text = "\n".join(row["name"] for row in rows)
-    if options.verbosity >= 0:
-        text = table("NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", (
-            {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
-             "age": human_age(time.time() - row["created"]), "base": row["base"][:10]}
-            for row in rows))
+    text = listing(options, "NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
+        {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
+         "age": human_age(time.time() - row["created"]), "base": row["base"][:10]}
+        for row in rows])
     where = f" on {' or '.join(options.host)}" if options.host else " yet"
-    return render(options, rows, text, "" if text else as_called(
-        f"No workspaces{where}. Make one", "new NAME -H HOST"))
+    return rows, text, "" if text else as_called(
+        f"No workspaces{where}. Make one", "new NAME -H HOST")
+
+
+def listing(options: Options, heads: str, rows: Sequence[Fields]) -> str:
+    """A table; with -q only the names."""
+    if options.verbosity >= 0:
+        return table(heads, rows)
+    return "\n".join(row["name"] for row in rows)
 
 
 def human_age(seconds: float) -> str:
@@ -10218,7 +10162,7 @@ def named(options: Options, project: Project) -> str:
     return check_workspace(one_workspace(options) or project.default_workspace())
 
 
-def command_rm(options: Options) -> int:
+def command_rm(options: Options) -> Shown:
     project, names = open_project(options), [*options.names, *options.workspace]
     if not names:
         raise UsageError("Name the workspaces to remove.", "List them.", "list")
@@ -10240,8 +10184,7 @@ def command_rm(options: Options) -> int:
                 error.commands += f"rm --forget {name}",
             errors.append(dict(error_fields(error), name=name))
             code = max(code, report_error(error))
-    answer(options, {"removed": removed, "errors": errors})
-    return code
+    return {"removed": removed, "errors": errors}, "", "", code
 
 
 def existing_workspace(options: Options) -> Workspace:
@@ -10258,7 +10201,7 @@ def existing_workspace(options: Options) -> Workspace:
     return project.existing(name, options.host)
 
 
-def command_pull(options: Options) -> int:
+def command_pull(options: Options) -> Shown:
     terminal = options.terminal
     result = pull(existing_workspace(options), options.branch or "", options.allow, terminal)
     for note in result.notes:
@@ -10266,52 +10209,49 @@ def command_pull(options: Options) -> int:
     for path, names in result.secrets.items():
         terminal.line(f"warning: {path} holds the secret {', '.join(names)}.")
     if not result.new:
-        return answer(options, result.as_dict(), f"Nothing new in {result.workspace}.")
+        return result.as_dict(), [f"Nothing new in {result.workspace}."]
     commits = f"{result.commits} commit" + "s" * (result.commits != 1)
     lines = [f"{result.branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}",
              result.stat]
     if result.executes:
         lines += ["After a merge these can run on this machine, or configure its tools:",
                   *(f"  {path}" for path in result.executes[:200])]
-    answer(options, result.as_dict(), *lines)
     branch = quote(result.branch)
-    terminal.note(as_called("Look at it, or take it", f"git diff ...{branch}",
-                            f"git merge {branch}"))
-    return 0
+    next_step = as_called("Look at it, or take it", f"git diff ...{branch}", f"git merge {branch}")
+    return result.as_dict(), lines, next_step * terminal.notes
 
 
-def command_push(options: Options) -> int:
+def command_push(options: Options) -> Shown:
     workspace = existing_workspace(options)
     project = workspace.project
     ref = state_to_send(options, project.repository)
     moved = project.push(workspace.name, ref, options.force, options.terminal)
     now = project.workspace(workspace.name)
-    return answer(options, dict(now.describe(), pushed=moved),
-                  f"{now.name} is at {now.base[:10]}" + " already" * (not moved))
+    return dict(now.describe(), pushed=moved), [
+        f"{now.name} is at {now.base[:10]}" + " already" * (not moved)]
 
 
-def command_fork(options: Options) -> int:
+def command_fork(options: Options) -> Shown:
     source = existing_workspace(options)
     made = VERBS[options.verb].handler(source.project, None, source.name, options.name)
-    return answer(options, made, "%(name)s  %(host)s:%(path)s" % made)
+    return made, ["%(name)s  %(host)s:%(path)s" % made]
 
 
 command_rename = command_fork
 
 
-def command_gc(options: Options) -> int:
+def command_gc(options: Options) -> Shown:
     freed, failed = open_project(options).gc(options.host)
     lost = {getattr(error, "host", None) or "?": {"error": error_fields(error)} for error in failed}
     lines = [f"{host}: freed {human_size(count)}" for host, count in freed.items()]
-    answer(options, dict(freed, **lost), *lines)
-    return max(map(report_error, failed), default=0)
+    return dict(freed, **lost), lines, "", max(map(report_error, failed), default=0)
 
 
-def command_diff(options: Options) -> int:
+def command_diff(options: Options) -> Shown:
     workspace, exact = existing_workspace(options), options.json or not os.isatty(1)
     lines = diff_lines(workspace, options.stat, options.terminal, binary=exact)
     if options.json:
-        return answer(options, bytes_field("diff", b"".join(line + b"\n" for line in lines)))
+        return bytes_field("diff", b"".join(line + b"\n" for line in lines)), ""
     pager, coloured = ("", False) if exact else workspace.project.repository.diff_settings()
     plain = options.stat or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured and not plain else {}
@@ -10324,7 +10264,7 @@ def command_diff(options: Options) -> int:
             text = neutralise(line)
             colour = colours.get(text[:1])
             shown = (f"\x1b[{colour}m{text}\x1b[m" if colour else text).encode("utf-8", "replace")
-            write_out(fd, (line if exact else shown) + b"\n", harmless=True)
+            write_out(fd, (line if exact else shown) + b"\n")
     return 0
 
 
@@ -10336,7 +10276,7 @@ def stored_secrets(options: Options) -> Any:
     return Project(options.directory)._editing_secrets(name, options.everywhere)
 
 
-def command_secrets_set(options: Options) -> int:
+def command_secrets_set(options: Options) -> Shown:
     name, equals, _ = options.name.partition("=")
     pipe = f"| {as_typed('secrets set ' + show(name)[1:-1])}"
     if equals:
@@ -10352,7 +10292,7 @@ def command_secrets_set(options: Options) -> int:
         entry = {"value": as_text(value.removesuffix(b"\n"))}
     with stored_secrets(options) as stored:
         stored[name] = entry
-    return answer(options, [name])
+    return [name], ""
 
 
 def typed_value(name: str, pipe: str) -> bytes:
@@ -10381,7 +10321,7 @@ def read_all(fd: int, limit: int) -> bytes:
     return bytes(data)
 
 
-def command_secrets_import(options: Options) -> int:
+def command_secrets_import(options: Options) -> Shown:
     try:
         with open(os.dup(0) if options.file == "-" else options.file, "rb") as stream:
             values = parse_dotenv(as_text(read_all(stream.fileno(), SECRETS_MAX)))
@@ -10390,7 +10330,7 @@ def command_secrets_import(options: Options) -> int:
     with stored_secrets(options) as stored:
         stored.update({name: {"value": value} for name, value in values.items()})
     names = sorted(values)
-    return answer(options, names, f"{len(names)} secrets: {', '.join(names)}")
+    return names, [f"{len(names)} secrets: {', '.join(names)}"]
 
 
 def parse_dotenv(text: str) -> dict[str, str]:
@@ -10418,29 +10358,25 @@ def parse_dotenv(text: str) -> dict[str, str]:
     return values
 
 
-def command_secrets_list(options: Options) -> int:
+def command_secrets_list(options: Options) -> Shown:
     project, name = Project(options.directory), one_workspace(options)
     stored = project.registry.stored(project._entry(name)["op"] if name else None)
-    rows, lines = [], []
+    rows = []
     for name, entry, where in sorted(stored, key=lambda row: row[0]):
         scope, _, workspace = where.partition(" ")
-        kind = "command" if "command" in entry else "value"
-        rows.append(dict({"workspace": workspace} if workspace else {}, name=name, kind=kind,
-                         scope=scope))
-        facts = [where] * (scope != "project") + ["from a command"] * (kind == "command")
-        shown = f"  ({', '.join(facts)})" if facts and options.verbosity >= 0 else ""
-        lines.append(name + shown)
-    return render(options, rows, "\n".join(lines))
+        rows.append({"name": name, "scope": scope, "workspace": workspace or None,
+                     "kind": "command" if "command" in entry else "value"})
+    return rows, listing(options, "NAME SCOPE WORKSPACE KIND", rows)
 
 
-def command_secrets_rm(options: Options) -> int:
+def command_secrets_rm(options: Options) -> Shown:
     with stored_secrets(options) as stored:
         for name in options.names:
             if name not in stored:
                 raise UsageError(f"There is no secret {show(name)} in that scope.",
                                  "List them.", "secrets list")
             del stored[name]
-    return answer(options, options.names)
+    return options.names, ""
 
 
 # -- the tools as commands --
@@ -10459,23 +10395,23 @@ def job_of(options: Options, workspace: Workspace) -> Any:
     return jobs[-1]
 
 
-def command_tool(options: Options) -> int:
+def command_tool(options: Options) -> Shown:
     name, workspace = options.verb, existing_workspace(options)
     given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
     arguments = {key: value for key, value in given.items() if value is not None}
     if "job" in given:
         arguments["job"] = job_of(options, workspace)
     result = call_tool(workspace, name, arguments)
-    return render(options, result["jobs"] if name == "jobs" else result, *tool_text(name, result))
+    return (result["jobs"] if name == "jobs" else result, *tool_text(name, result))
 
 
-def command_write(options: Options) -> int:
+def command_write(options: Options) -> Shown:
     workspace = the_workspace(options)
     absolute(workspace, options.path)  # before 100 MB are read for a path that cannot be
-    return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
+    return workspace.write(options.path, read_all(0, READ_MAX * 10)), ""
 
 
-def command_cp(options: Options) -> int:
+def command_cp(options: Options) -> Shown:
     back, away = (re.match(r"([\w.-]*):(.*)\Z", side, re.S)
                   for side in (options.source, options.to))
     remote = away or back
@@ -10489,10 +10425,10 @@ def command_cp(options: Options) -> int:
             else workspace.download(path, options.to, *more))
     for note in done["notes"]:
         options.terminal.warn(note)
-    return answer(options, done, done["path"])
+    return done, [done["path"]]
 
 
-def command_edit(options: Options) -> int:
+def command_edit(options: Options) -> Shown:
     arguments: Fields = {}
     if (options.old, options.new) != (None, None):
         if None in (options.old, options.new):
@@ -10512,7 +10448,7 @@ def command_edit(options: Options) -> int:
         arguments["sha256"] = options.sha256
     arguments["path"] = options.path
     result = call_tool(the_workspace(options), "edit", arguments)
-    return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
+    return result, [result["diff"].rstrip("\n")]
 
 
 def tool_text(name: str, result: Fields) -> tuple[str | bytes, str, int]:
@@ -10525,15 +10461,13 @@ def tool_text(name: str, result: Fields) -> tuple[str | bytes, str, int]:
         line = f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']]}"
         return (line, "", 0) if result["stopped"] == "confirmed" else ("", line, 1)
     if name == "wait":
-        how = ("" if result["exit_code"] is not None else
-               "still running" if result["state"] == "running" else
-               "lost: it ended without a record (was the host restarted?)")
-        return "", f"The job {result['job']} is {how}." if how else "", wait_code(result)
-    if name not in ("glob", "grep"):
-        return "", "", 0
-    rows = result["paths"] if name == "glob" else [
-        "%(path)s:%(line)d:%(text)s" % match for match in result["matches"]]
-    more = "There are more; narrow the pattern, or raise --limit." * result["truncated"]
+        how = {"running": "still running",
+               "lost": "lost: it ended without a record (was the host restarted?)"}
+        text = f"The job {result['job']} is {how.get(result['state'])}."
+        return "", text * (result["state"] in how), wait_code(result)
+    rows = result.get("paths") or [
+        "%(path)s:%(line)d:%(text)s" % match for match in result.get("matches", ())]
+    more = "There are more; narrow the pattern, or raise --limit." * result.get("truncated", False)
     return "\n".join(rows), more, int(name == "grep" and not rows)
 
 
@@ -10547,11 +10481,9 @@ def jobs_text(jobs: Sequence[Fields], heads: str = "") -> tuple[str, str]:
         "No jobs. Start one", "exec --detach -- CMD")
 
 
-def command_jobs(options: Options) -> int:
+def command_jobs(options: Options) -> Shown:
     if not options.all:
         return command_tool(options)
-    if options.workspace:
-        raise UsageError("--all takes no -w.")
     view, rows, code = View(options.host, open_project(options)), [], 0
     view.ask(TOP_PATIENCE)
     for workspace, seen in view.look():
@@ -10559,7 +10491,7 @@ def command_jobs(options: Options) -> int:
         if "error" in seen:
             code = 255
             options.terminal.line(f"{workspace.name}: {seen['error']}")
-    return render(options, rows, *jobs_text(rows, "WORKSPACE "), code)
+    return (rows, *jobs_text(rows, "WORKSPACE "), code)
 
 
 def job_state(row: Mapping[str, Any]) -> str:
@@ -10567,7 +10499,7 @@ def job_state(row: Mapping[str, Any]) -> str:
     return f"{row['state']} {row['exit_code']}".replace(" None", "")
 
 
-def command_logs(options: Options) -> int:
+def command_logs(options: Options) -> Shown:
     if options.json and not options.follow:
         return command_tool(options)
     offset, workspace, out = options.offset or 0, existing_workspace(options), Outlet(1)
@@ -10594,21 +10526,21 @@ def command_logs(options: Options) -> int:
     return 0
 
 
-def command_batch(options: Options) -> int:
+def command_batch(options: Options) -> Shown:
     project = Project(options.directory)
     batch = Batch(project, named(options, project), options.host, lambda data: write_out(1, data))
     lines = read_lines(0, batch.cancel)
     return batch.run(lines, options.parallel or 16)
 
 
-def command_mcp(options: Options) -> int:
+def command_mcp(options: Options) -> Shown:
     project = Project(options.directory)
     server = McpServer(project, named(options, project), pool_of(options.host), answer_out,
                        options.manage, options.soft_timeout)
     return server.run(read_lines(0))
 
 
-def command_doctor(options: Options) -> int:
+def command_doctor(options: Options) -> Shown:
     if len(options.host) + bool(options.target) > 1:
         raise UsageError("doctor looks at one host.", "Name one.", "doctor HOST")
     name, root, rows = options.target or "".join(options.host), "", []
@@ -10623,37 +10555,30 @@ def command_doctor(options: Options) -> int:
         rows.append(row)
         state, what, text, fix = row.values()
         if not options.json and (options.verbosity >= 0 or state in ("bad", "dead")):
-            import textwrap
-            print_text(textwrap.fill(
-                text.rstrip(".") + (". " + fix if fix else ""), max(58, terminal_width()),
-                initial_indent=f"{state:<5} {what:<10}  ", subsequent_indent=" " * 18,
-                break_on_hyphens=False))
-    if options.json:
-        print_json(rows)
-    return max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
+            print_text(f"{state:<5} {what:<10}  {text.rstrip('.')}{'. ' * bool(fix)}{fix}")
+    return rows, "", "", max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
 
 
-def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal, call: Fields) -> int:
-    """What Workspace.shell() does with ``call``, on this terminal; its exit code."""
+def on_terminal(open_workspace: Callable[[], Workspace], options: Options, call: Fields) -> Shown:
+    """What Workspace.shell() does with ``call``, on this terminal."""
     if not (os.isatty(0) and os.isatty(1)):
-        raise UsageError("This needs a terminal.",
-                         "Without one use exec.", "exec -- CMD")
-    workspace = open_workspace()
-    terminal.warn("The host now writes to this terminal as it likes, escape sequences included.")
-    terminal.close()
-    status = None
+        raise UsageError("This needs a terminal.", "Without one use exec.", "exec -- CMD")
+    workspace, status = open_workspace(), None
+    options.terminal.warn(
+        "The host now writes to this terminal as it likes, escape sequences included.")
+    options.terminal.close()
     try:
         status = workspace.shell(**call)
     finally:
         if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
-            write_out(1, TIDY, harmless=True)
+            draw(1, TIDY)
     if status in (None, 255):
-        terminal.warn(f"The connection to {workspace.host.name} was cut, or the command ended "
-                      "with 255.")
+        options.terminal.warn(f"The connection to {workspace.host.name} was cut, or the command "
+                              "ended with 255.")
     return 255 if status is None else status
 
 
-def command_forward(options: Options) -> int:
+def command_forward(options: Options) -> Shown:
     workspace = existing_workspace(options)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as held:
         for word in options.ports:
@@ -10663,21 +10588,21 @@ def command_forward(options: Options) -> int:
             forward = held.enter_context(workspace.forward(
                 int(ports[2]), int(ports[1] or 0), options.terminal))
             fields = {name: getattr(forward, name) for name in ("url", "local", "port")}
-            answer(options, fields, f"{forward.url} is port {ports[2]} of {workspace.host.name}")
+            render(options, fields, [f"{forward.url} is port {ports[2]} of {workspace.host.name}"])
         while True:  # a signal just before a sleep does not end it
             time.sleep(2)
     return 0
 
 
-def command_shell(options: Options) -> int:
-    return on_terminal(lambda: the_workspace(options), options.terminal, {})
+def command_shell(options: Options) -> Shown:
+    return on_terminal(lambda: the_workspace(options), options, {})
 
 
 # Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
-TIDY = b"\x1b[?1047;1000;1002;1003;1006;2004;1l\x1b>\x1b[?25h\x1b[m\r\n"
+TIDY = "\x1b[?1047;1000;1002;1003;1006;2004;1l\x1b>\x1b[?25h\x1b[m\r\n"
 
 
-def command_demo(options: Options) -> int:
+def command_demo(options: Options) -> Shown:
     demo(lambda text: print_text(neutralise(text)))
     return 0
 
@@ -10717,8 +10642,6 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            unknown = re.match("unrecognized arguments: (-[^ ]+)", message)
-            message = f"there is no option {unknown[1]}" if unknown else message
             raise UsageError(f"{verb.name}: {neutralise(message)}.",
                              "Read the help.", f"{verb.name} -h")
 
@@ -10748,12 +10671,19 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
     return parser
 
 
+# Options, and those that they exclude.
+EXCLUDED = {"tty": "json detach timeout no_stdin", "all": "workspace", "no_secrets": "secrets",
+            "detach": "timeout"}
+
+
 def parse(name: str, words: list[str]) -> Options:
     """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
     if name not in VERBS:
         import difflib
         near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
-        raise UsageError(f"There is no command {show(name)}.",
+        own = [verb for verb in VERBS if verb.startswith(name.partition(" ")[0] + " ")]
+        raise UsageError(f"There is no command {show(name)}."
+                         + f" There are: {', '.join(own)}." * bool(own),
                          "Read the help.", " ".join([*near, "-h"]))
     at = words.index("--") if name == "exec" and "--" in words else len(words)
     options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
@@ -10761,6 +10691,11 @@ def parse(name: str, words: list[str]) -> Options:
     options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
     if NAME in VERBS[name].args and options.name:
         options.workspace.append(options.name)
+    flags = {arg.name: arg.flags[0] for arg in line_args(VERBS[name]) if arg.flags}
+    for one, others in EXCLUDED.items():
+        for other in others.split():
+            if getattr(options, one, None) and getattr(options, other):
+                raise UsageError(f"{flags[one]} takes no {flags[other]}.")
     CALLED["project"] = "" if options.directory == "." else " -C " + quote(options.directory)
     # A call of batch or mcp names its own.
     if name not in ("batch", "mcp") and len(options.workspace) == 1:
@@ -10858,7 +10793,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stop_signals()
         try:
             name = "command_" + options.verb.replace(" ", "_")
-            return int(globals().get(name, command_tool)(options))
+            shown = globals().get(name, command_tool)(options)
+            return shown if isinstance(shown, int) else render(options, *shown)
         finally:
             options.terminal.close()
     except KeyboardInterrupt:
