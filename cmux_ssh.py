@@ -3910,7 +3910,7 @@ class Forward:
     connection has a session, and a thread that waits for its end."""
 
     def __init__(self, masters: Masters, port: int, local: int,
-                 tell: Callable[[str], None]) -> None:
+                 tell: Callable[[Any], None]) -> None:
         import socket
         import threading
         if not (0 < port < 65536 and 0 <= local < 65536):
@@ -3967,7 +3967,7 @@ class Forward:
         """Once for each kind."""
         if type(error).__name__ not in self._reported and not self._ending.is_set:
             self._reported.add(type(error).__name__)
-            self._tell(f"{error} {error.hint} {', '.join(error.commands)}".strip())
+            self._tell(error)
 
     def _accept(self) -> None:
         import threading
@@ -6169,8 +6169,8 @@ class Report:
     def note(self, text: str) -> None:
         """Something good to know that is no fault."""
 
-    def warn(self, text: str) -> None:
-        """Something the user should know."""
+    def warn(self, text: str | CmuxError) -> None:
+        """Something the user should know; an error has a hint, too."""
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
@@ -8018,7 +8018,9 @@ class Arg:
         elif self.kinds == ["seconds"]:
             match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z", word)
             units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-            value = float(match[1]) * units[match[2]] if match else word
+            if not match:
+                raise UsageError(f"{label} takes a number of seconds, or a time like 5m or 1h.")
+            value = float(match[1]) * units[match[2]]
         if not word and self.flags and "blank" not in self.settings:
             raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
         if self.kinds[-1] != "texts":  # of several words each is one text
@@ -9425,7 +9427,7 @@ class Terminal(Report):
         self.redraws = person and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
         self.lanes: dict[str, tuple[str, float]] = {}  # the step, and when it began (0: no work)
-        self.width, self.drawn, self.paused = 0, 0, False
+        self.width, self.drawn = 0, 0
         self.drawer = threading.Thread(target=self._keep_drawn, daemon=True)
         self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
@@ -9447,8 +9449,7 @@ class Terminal(Report):
                 if name in self.sinks:
                     self.sinks[name].end()
                 if self.many:
-                    how = f"failed ({code})" if code else "done"
-                    self.lanes[name], self.paused = (how, 0.0), False
+                    self.lanes[name] = f"failed ({code})" if code else "done", 0.0
         try:
             return in_parallel([functools.partial(lane, name) for name in names], at_once, cancel)
         finally:
@@ -9474,14 +9475,14 @@ class Terminal(Report):
         if self.notes:
             self.warn(text)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str | CmuxError) -> None:
         if self.verbosity >= 0:
-            self.line(text)
+            self.line(advised(text) if isinstance(text, CmuxError) else text)
 
     def step(self, what: str, doing: str) -> None:
-        self.lanes[what], self.paused = (doing, time.monotonic()), False
-        with self.mutex:
-            if self.redraws and not self.drawer.ident:
+        self.lanes[what] = doing, time.monotonic()
+        if self.redraws:
+            with contextlib.suppress(RuntimeError):  # it runs already
                 self.drawer.start()
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
@@ -9512,7 +9513,7 @@ class Terminal(Report):
         """Draw nothing until the next step."""
         with self.mutex:
             self.clear()
-            self.paused = True
+            self.lanes.clear()
 
     def close(self) -> None:
         self.closed.set()  # threads may go on reporting
@@ -9531,7 +9532,7 @@ class Terminal(Report):
                 self._draw()
 
     def _draw(self) -> None:
-        if self.paused or self.closed.is_set():
+        if self.closed.is_set() or not self.lanes:
             return
         columns, rows = 80, 24
         with contextlib.suppress(OSError):
@@ -9602,11 +9603,6 @@ def draw(fd: int, text: str) -> None:
 def err_out(text: str) -> None:
     with contextlib.suppress(CmuxError):  # a full or closed stderr cannot be reported
         draw(2, f"{PROGRAM}: {neutralise(text)}\n")
-
-
-def terminal_width() -> int:
-    import shutil
-    return shutil.get_terminal_size().columns if os.isatty(1) else 1 << 16
 
 
 def answer_out(data: bytes, ending: Cancel) -> None:
@@ -9903,10 +9899,12 @@ def command_new(options: Options) -> Shown:
     return rows, lines, "", code
 
 
-def table(heads: str, rows: Iterable[Fields], width: int = 0) -> str:
+def table(heads: str, rows: Iterable[Fields]) -> str:
     """A line for each row, of its members named like ``heads``; None is a dash. What does not fit
-    the screen is cut off."""
-    width, names = width or terminal_width(), heads.split()
+    the terminal is cut off."""
+    import shutil
+    names = heads.split()
+    width = shutil.get_terminal_size().columns if os.isatty(1) else 1 << 16
     cells = [names, *(["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
                        for value in (row.get(name.lower(), "") for name in names)]
                       for row in rows)]
@@ -9944,7 +9942,7 @@ class View:
                 for project in self.projects for workspace in project.workspaces()
                 if not self.hosts or workspace.host.name in self.hosts]
 
-    def ask(self, seconds: float = 0) -> None:
+    def ask(self, seconds: float) -> None:
         """Ask all but those still to answer; wait up to ``seconds`` for the answers."""
         import threading
         for workspace, _ in self.look():
@@ -9954,7 +9952,7 @@ class View:
         patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
         while self.asked and not patience.over():
             time.sleep(0.02)
-        for op in list(self.asked) if seconds else ():
+        for op in list(self.asked):
             self.seen.setdefault(op, {"error": late})
 
     def _ask(self, workspace: Workspace) -> None:
@@ -9991,10 +9989,10 @@ def top_rows(view: View, project: Project) -> list[Fields]:
     return rows
 
 
-def top_table(rows: Sequence[Fields], width: int) -> str:
+def top_table(rows: Sequence[Fields]) -> str:
     return table("WORKSPACE HOST CHANGED LAST FOR RUNNING", (
         {**row, "last": row["last_exit_code"], "running": row["running"] or row["error"] or "",
-         "for": "" if row["for"] is None else human_age(row["for"])} for row in rows), width)
+         "for": "" if row["for"] is None else human_age(row["for"])} for row in rows))
 
 
 def command_top(options: Options) -> Shown:
@@ -10003,16 +10001,14 @@ def command_top(options: Options) -> Shown:
     if options.json or not os.isatty(1):
         view.ask(TOP_PATIENCE)
         rows = top_rows(view, project)
-        return rows, top_table(rows, 1 << 16)
-    import shutil
+        return rows, top_table(rows)
     draw(1, "\x1b[?1049h\x1b[?25l")  # the other screen, no cursor
     try:
         while True:
-            view.ask()
-            size = shutil.get_terminal_size()
+            view.ask(TOP_EVERY)
             lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "",
-                     *top_table(top_rows(view, project), size.columns).split("\n")]
-            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:size.lines - 1])
+                     *top_table(top_rows(view, project)).split("\n")]
+            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:os.get_terminal_size(1)[1] - 1])
             draw(1, f"\x1b[H{shown}\x1b[J")
             time.sleep(TOP_EVERY)
     except KeyboardInterrupt:
@@ -10026,60 +10022,56 @@ def command_completion(options: Options) -> Shown:
     return None, COMPLETIONS[options.shell] % own
 
 
-def complete(shell: str, words: Sequence[str]) -> int:
-    """`__complete SHELL WORD...`, for the scripts below: print the completions of the last word."""
-    for word, text in candidates(words[:-1], words[-1]).items():
+def complete(words: Sequence[str]) -> int:
+    """`__complete WORD...`, for the scripts below: print what the last word can become."""
+    for word in sorted(candidates(words[:-1], words[-1])):
         if word.startswith(words[-1]):
-            print_text(f"{word}\t{text}" if shell == "fish" else word)
+            print_text(word)
     return 0
 
 
-def candidates(before: Sequence[str], last: str) -> dict[str, str]:
-    """What may follow the words ``before``, each with its help."""
+def candidates(before: Sequence[str], last: str) -> Iterable[str]:
+    """What may follow the words ``before``."""
     valued = {flag: arg.name for verb in VERBS.values() for arg in line_args(verb)
               for flag in arg.flags if arg.valued}
-    of_flags = list(zip(["", *before], before))  # words after the one before them
-    plain = [word for flag, word in of_flags if word[:1] != "-" and flag not in valued]
-    directory = os.path.expanduser("".join(word for flag, word in of_flags if flag == "-C") or ".")
+    pairs = list(zip(["", *before], before))
+    plain = [word for flag, word in pairs if word[:1] != "-" and flag not in valued]
+    directory = os.path.expanduser("".join(word for flag, word in pairs if flag == "-C") or ".")
     name = " ".join(plain[:1 + (plain[:1] == ["secrets"])])
     if "--" in before or name == "exec" and plain[1:]:  # words of the remote command
-        return {}
+        return []
     if before and before[-1] in valued:
         return values_of(valued[before[-1]], directory)
     known = line_args(VERBS[name]) if name in VERBS else COMMON
     if last.startswith("-"):
-        return {flag: arg.text for arg in known for flag in arg.flags}
+        return [flag for arg in known for flag in arg.flags]
     if name not in VERBS:
-        return {row.split()[len(plain)]: verb.text for row, verb in VERBS.items()
-                if row.split()[:len(plain)] == plain}
+        rows = [verb.split() for verb in VERBS]
+        return {row[len(plain)] for row in rows if row[:len(plain)] == plain}
     first = next((arg.name for arg in known if arg.word), "")
     own = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}
     return values_of(own.get(name, first), directory)
 
 
-def values_of(name: str, directory: str) -> dict[str, str]:
+def values_of(name: str, directory: str) -> Iterable[str]:
     """The values that the argument ``name`` can have in the project of ``directory``."""
-    names: Iterable[str] = ()
     if name == "shell":
-        names = COMPLETIONS
-    elif name in ("host", "target"):
-        names = config_hosts()
-    elif name in ("workspace", "name", "names"):
-        names = Project(directory)._entries()
-    elif name == "secrets":
-        names = [secret for secret, _, _ in Project(directory).registry.stored()]
-    elif name == "job":
-        names = Project(directory).registry.read().get("jobs", {})
-    return dict.fromkeys(sorted(names), "")
+        return COMPLETIONS
+    if name in ("host", "target"):
+        return config_hosts()
+    if name in ("workspace", "name", "names"):
+        return Project(directory)._entries()
+    if name == "secrets":
+        return {secret for secret, _, _ in Project(directory).registry.stored()}
+    return Project(directory).registry.read().get("jobs", ()) if name == "job" else ()
 
 
 def config_hosts() -> list[str]:
     """The hosts in the user's ssh config, without patterns."""
-    try:
-        with open(os.path.expanduser("~/.ssh/config"), errors="replace") as stream:
-            rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
-    except OSError:
-        return []
+    rows: list[str] = []
+    path = os.path.expanduser("~/.ssh/config")
+    with contextlib.suppress(OSError), open(path, errors="replace") as stream:
+        rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
     return [name for name in re.split(r"[\s=]+", " ".join(rows))
             if name.isprintable() and not re.search(r"[*?!\"']|^$", name)]
 
@@ -10091,7 +10083,7 @@ COMPLETIONS = {"bash": r"""_cmux_ssh() {
   COMPREPLY=()
   [[ ${COMP_WORDS[0]##*/} != python* ]] || at=2
   [[ ${COMP_WORDS[at-1]##*/} == cmux_ssh.py && $COMP_CWORD -ge $at ]] || return 0
-  COMPREPLY=($(%s __complete bash "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
+  COMPREPLY=($(%s __complete "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
 }
 complete -o default -F _cmux_ssh cmux_ssh.py python3
 """, "fish": r"""function __cmux_ssh
@@ -10099,7 +10091,7 @@ complete -o default -F _cmux_ssh cmux_ssh.py python3
   set -l word (commandline -ct)
   string match -qr '(^|/)python[^/]*$' -- $words[1]; and set -e words[1]
   string match -qr '(^|/)cmux_ssh\.py$' -- $words[1]; or return 1
-  set -g __cmux_ssh_words (%s __complete fish $words[2..-1] "$word" 2>/dev/null)
+  set -g __cmux_ssh_words (%s __complete $words[2..-1] "$word" 2>/dev/null)
   test -n "$__cmux_ssh_words"
 end
 complete -c cmux_ssh.py -n __cmux_ssh -f -a '$__cmux_ssh_words'
@@ -10278,37 +10270,41 @@ def stored_secrets(options: Options) -> Any:
 
 def command_secrets_set(options: Options) -> Shown:
     name, equals, _ = options.name.partition("=")
-    pipe = f"| {as_typed('secrets set ' + show(name)[1:-1])}"
     if equals:
         raise UsageError("A secret's value is not taken from the command line, which others see.",
-                         f"Pipe it: ... {pipe}")
+                         f"Pipe it: ... | {as_typed('secrets set ' + show(name)[1:-1])}")
     check_variable(name, secret=True)
-    entry, typed = {"command": options.command}, os.isatty(0)
+    entry = {"command": options.command}
     if options.command is None:
-        value = typed_value(name, pipe) if typed else read_all(0, SECRET_MAX + 2)
-        if not value and (typed or stdin_is_null()):
-            raise UsageError(f"No value was given for {name} on stdin.",
-                             f"For an empty one: printf '' {pipe}")
-        entry = {"value": as_text(value.removesuffix(b"\n"))}
+        entry = {"value": as_text(secret_value(name).removesuffix(b"\n"))}
     with stored_secrets(options) as stored:
         stored[name] = entry
     return [name], ""
 
 
-def typed_value(name: str, pipe: str) -> bytes:
-    """What a person types as the value of a secret."""
+def secret_value(name: str) -> bytes:
+    """The value of a secret, from stdin or a person who types it."""
+    typed, pipe = os.isatty(0), "| " + as_typed("secrets set " + name)
+    value = typed_value(name) if typed else read_all(0, SECRET_MAX + 2)
+    if value is None:
+        raise UsageError("A terminal passes on text, and less than 4095 bytes of a line.",
+                         f"Pipe it: ... {pipe}")
+    if not value and (typed or stdin_is_null()):
+        raise UsageError(f"No value was given for {name} on stdin.",
+                         f"For an empty one: printf '' {pipe}")
+    return value
+
+
+def typed_value(name: str) -> bytes | None:
+    """What a person types; None for what a terminal does not pass on."""
     import getpass
     try:
         value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
-    except UnicodeDecodeError:
-        raise UsageError("What was typed is not text in this terminal's encoding.",
-                         f"Pipe it: ... {pipe}")
     except EOFError:
         return b""
-    if len(value) >= 4095:
-        raise UsageError("A terminal passes on no more than 4095 bytes of a line.",
-                         f"Pipe it: ... {pipe}")
-    return value
+    except UnicodeDecodeError:
+        return None
+    return value if len(value) < 4095 else None
 
 
 def read_all(fd: int, limit: int) -> bytes:
@@ -10563,15 +10559,11 @@ def on_terminal(open_workspace: Callable[[], Workspace], options: Options, call:
     """What Workspace.shell() does with ``call``, on this terminal."""
     if not (os.isatty(0) and os.isatty(1)):
         raise UsageError("This needs a terminal.", "Without one use exec.", "exec -- CMD")
-    workspace, status = open_workspace(), None
+    workspace = open_workspace()
     options.terminal.warn(
         "The host now writes to this terminal as it likes, escape sequences included.")
     options.terminal.close()
-    try:
-        status = workspace.shell(**call)
-    finally:
-        if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
-            draw(1, TIDY)
+    status = workspace.shell(**call)
     if status in (None, 255):
         options.terminal.warn(f"The connection to {workspace.host.name} was cut, or the command "
                               "ended with 255.")
@@ -10596,10 +10588,6 @@ def command_forward(options: Options) -> Shown:
 
 def command_shell(options: Options) -> Shown:
     return on_terminal(lambda: the_workspace(options), options, {})
-
-
-# Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
-TIDY = "\x1b[?1047;1000;1002;1003;1006;2004;1l\x1b>\x1b[?25h\x1b[m\r\n"
 
 
 def command_demo(options: Options) -> Shown:
@@ -10747,20 +10735,21 @@ def report_error(error: CmuxError) -> int:
 
 def fail(words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
-    of_exec, code = words[:1] == ["exec"], report_error(error)
+    code, verb = report_error(error), words[0] if words else ""
     if "--json" in itertools.takewhile(lambda word: word != "--", words):
+        fields: Fields = {"error": error_fields(error)}
+        if verb == "exec":
+            fields = exec_failure(None, None, error, time.monotonic())
         with contextlib.suppress(CmuxError):  # stdout is closed
-            print_json(exec_failure(None, None, error, time.monotonic())
-                       if of_exec else {"error": error_fields(error)})
-    return exec_code(error) if of_exec else code
+            print_json([fields] if verb == "new" else fields)
+    return exec_code(error) if verb == "exec" else code
 
 
 def version_text() -> str:
     """Name, version, and the SHA-256 of this file, which shows a changed copy."""
-    try:
-        digest = sha256_of(globals()["__loader__"].get_data(__file__))  # of a zip, too
-    except (OSError, NameError, AttributeError):
-        digest = "unknown"
+    digest = "unknown"
+    with contextlib.suppress(OSError), open(__file__, "rb") as stream:  # of a zip it is none
+        digest = sha256_of(stream.read())
     return f"{PROGRAM} {__version__} (sha256 {digest})"
 
 
@@ -10786,8 +10775,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if of_many:
             print_text(usage(of_many[1]))
             return 0 if words else 2
-        if name == "__complete" and words[2:]:
-            return complete(words[1], words[2:])
+        if name == "__complete" and rest:
+            return complete(rest)
         options = parse(name, rest)
         raise_descriptor_limit()
         stop_signals()
