@@ -8414,7 +8414,7 @@ class Batch:
     """JSON lines of tool calls in, JSON lines of results out as they finish."""
 
     def __init__(self, project: Project, workspace: str, host: Sequence[str],
-                 write: Callable[[bytes], None]) -> None:
+                 write: Callable[[bytes], object]) -> None:
         import threading
         self.project, self.workspace, self.host, self.write = project, workspace, host, write
         self.cancel = Cancel()
@@ -9156,10 +9156,8 @@ def throwaway_server() -> Iterator[str]:
                                  "/opt/homebrew/sbin"))
     keygen = find_program("ssh-keygen")
     near = None if re.match(r"[\w/.+-]+\Z", temporary_folder()) else "/tmp"  # ssh expands %
-    path = tempfile.mkdtemp(prefix="cmux-demo-", dir=near)
-    saved = dict(os.environ)
-    os.environ.update(CMUX_SSH_HOME=path + "/state",
-                      CMUX_SSH_COMMAND=f"ssh -F {quote(path)}/ssh_config")
+    path, saved = tempfile.mkdtemp(prefix="cmux-demo-", dir=near), dict(os.environ)
+    os.environ.update(CMUX_SSH_HOME=path + "/state", CMUX_SSH_COMMAND=f"ssh -F {path}/ssh_config")
     try:
         os.mkdir(path + "/home", 0o700)
         run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", path + "/key"])
@@ -9167,10 +9165,9 @@ def throwaway_server() -> Iterator[str]:
         for name, text in {
                 "known_hosts": f"demo {key}",
                 "sshd_config": f"HostKey {path}/key\nAuthorizedKeysFile {path}/key.pub\nUsePAM no\n"
-                "StrictModes no\nPidFile none\nPermitRootLogin yes\nLogLevel QUIET\n"
-                f"SetEnv HOME={path}/home\n",
-                "ssh_config": f"Host demo\nHostName demo\nIdentityFile {path}/key\n"
-                f"IdentitiesOnly yes\nUserKnownHostsFile {path}/known_hosts\n"
+                f"StrictModes no\nPermitRootLogin yes\nSetEnv HOME={path}/home\n",
+                "ssh_config": f"Host demo\nIdentityFile {path}/key\nIdentitiesOnly yes\n"
+                f"UserKnownHostsFile {path}/known_hosts\n"
                 f"ProxyCommand {sshd} -i -f {path}/sshd_config -E {path}/sshd.log\n"}.items():
             with open(f"{path}/{name}", "w") as stream:
                 stream.write(text)
@@ -9200,16 +9197,14 @@ def demo(tell: Callable[[str], None]) -> None:
         tell("A git repository with a Makefile, and a secret: API_TOKEN.")
         workspace = project.create("try-it", "demo")
         tell(f"Workspace try-it made of commit {workspace.base[:10]} at {workspace.path}")
-        result = workspace.exec("make test && sleep 0.3", timeout=60,
+        result = workspace.exec("make test && sleep 0.3 && echo more >>hello.txt", timeout=60,
                                 tee=lambda data: seen.append(in_process_table(secret)))
         for line in neutralise(result.stdout + result.stderr).splitlines():
             tell("  demo> " + line.replace(secret, "[the secret]"))
-        tell(f"It ended with exit code {result.exit_code}.")
+        tell(f"It ended with exit code {result.exit_code}, and changed hello.txt on the host.")
         tell(f"The process table meanwhile: the secret was {'SEEN' if any(seen) else 'not'} in it.")
         if result.exit_code or any(seen) or secret.encode() not in result.stdout:
             raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
-        workspace.exec("echo more >> hello.txt")
-        tell("A command changed hello.txt on the host.")
         try:
             project.remove("try-it")
             raise RemoteFailed("A workspace with changes was removed.")
@@ -9502,12 +9497,12 @@ class Terminal(Report):
         if self.verbosity >= 0:
             self.sinks.setdefault(what, self.sink_of(what, 2))(data)
 
-    def sink_of(self, name: str, fd: int, patience: Patience | None = None) -> Outlet:
+    def sink_of(self, name: str, fd: int, cancel: Cancel | None = None) -> Outlet:
         """A sink for a command's output, labelled if there are several."""
         if self.many:
-            return Labelled(fd, f"{name.ljust(self.width)} | ", self, patience)
+            return Labelled(fd, f"{name.ljust(self.width)} | ", self, cancel)
         self.pause()
-        return Outlet(fd, patience)
+        return Outlet(fd, cancel)
 
     def pause(self) -> None:
         """Draw nothing until the next step."""
@@ -9558,41 +9553,25 @@ class Terminal(Report):
         return [line[:columns] for line in lines + count]
 
 
-class Patience:
-    """How long to wait for the reader of our output: until the deadline, or an event of one of
-    ``ends``, and then for ``grace`` seconds. What it has not taken by then is dropped."""
-
-    def __init__(self, grace: float, *ends: tuple[Any, int]) -> None:
-        self.grace, self.ends, self.deadline = grace, ends, NEVER
-        self.lost: set[int] = set()  # descriptors that nobody reads
-
-    def takes(self, fd: int) -> bool:
-        """Wait until ``fd`` takes bytes (a pipe: PIPE_BUF); False if it does not."""
-        room = (fd, select.POLLOUT)
-        if fd not in self.lost and fd not in poll_once(self.deadline.left(), room, *self.ends):
-            if not poll_once(self.grace, room):
-                self.lost.add(fd)
-        return fd not in self.lost
-
-    def full(self, fd: int) -> None:
-        """Wait: ``fd`` took nothing after all, as a terminal with room for half a line end."""
-        time.sleep(0.05)
-        if self.deadline.over() or poll_once(0, *self.ends):
-            self.lost.add(fd)
-
-
-def write_out(fd: int, data: bytes, patience: Patience | None = None) -> None:
-    """Write to our stdout or stderr, as it is: a terminal obeys it."""
-    view, patience = memoryview(data), patience or Patience(0)
-    while view and patience.takes(fd):
+def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[Any] = (),
+              grace: float = 0) -> bool:
+    """Write to our stdout or stderr, as it is: a terminal obeys it. False if the reader stopped:
+    from the deadline, or an event of ``ends``, on it has ``grace`` seconds for each piece."""
+    view, room = memoryview(data), (fd, select.POLLOUT)
+    while view:
+        if fd not in poll_once(deadline.left(), room, *ends) and not poll_once(grace, room):
+            return False
         try:
-            view = view[os.write(fd, view[:select.PIPE_BUF]):]
+            view = view[os.write(fd, view[:select.PIPE_BUF]):]  # a pipe takes as much at once
         except BrokenPipeError:
             raise PipeClosed("The output was closed.")
-        except BlockingIOError:
-            patience.full(fd)
+        except BlockingIOError:  # a terminal had room for half a line end
+            time.sleep(0.05)
+            if deadline.over() or poll_once(0, *ends):
+                return False
         except OSError as error:
             raise OutputFailed(f"The output cannot be written: {error.strerror}.")
+    return True
 
 
 def draw(fd: int, text: str) -> None:
@@ -9608,9 +9587,7 @@ def err_out(text: str) -> None:
 def answer_out(data: bytes, ending: Cancel) -> None:
     """Write to an MCP client; PipeClosed if it has closed stdin, or ``ending`` is set, and it
     reads nothing more."""
-    patience = Patience(MCP_GRACE, (0, 0), (ending, select.POLLIN))  # of stdin only its end
-    write_out(1, data, patience)
-    if patience.lost:
+    if not write_out(1, data, NEVER, [(0, 0), ending], MCP_GRACE):  # (0, 0): the end of stdin
         raise PipeClosed("Nobody reads the answers.")
 
 
@@ -9717,9 +9694,9 @@ def exec_row(options: Options, name: str) -> Fields:
     """What `exec --json` prints of one workspace. If it is the only one, and without --json, an
     error is raised."""
     began, host = time.monotonic(), None
-    patience = Patience(0.5, (options.cancel, select.POLLIN))
     out, err = [Capture(TOOL_CAPTURE if options.many else CAPTURE_MAX) if options.json else
-                options.terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
+                options.terminal.sink_of(name, fd, options.cancel)
+                for fd in (1, 2)]  # type: Any, Any
     try:
         workspace = exec_workspace(options, name)
         host = workspace.host.name
@@ -9731,7 +9708,7 @@ def exec_row(options: Options, name: str) -> Fields:
         else:
             options.terminal.pause()
         source = None if options.no_stdin or options.many else open_stdin()
-        patience.deadline = Deadline(options.timeout)
+        out.deadline = err.deadline = Deadline(options.timeout)
         outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=options.cancel,
                                 timeout=options.timeout, **options.call)
         result = exec_result(workspace, outcome, out, err, began)
@@ -9805,20 +9782,25 @@ def data_waits() -> bool:
 
 
 class Outlet:
-    """A sink to our stdout or stderr, in the place of a Capture."""
+    """A sink to our stdout or stderr, in the place of a Capture. What the reader has not taken
+    half a second after the deadline, or ``cancel``, is dropped."""
 
-    truncated = False
+    truncated = lost = False
+    deadline = NEVER
 
-    def __init__(self, fd: int, patience: Patience | None = None) -> None:
+    def __init__(self, fd: int, cancel: Cancel | None = None) -> None:
         self.text = TerminalText() if os.isatty(fd) else None
-        self.fd, self.patience = fd, patience
-        if self.text and patience:  # opened again: ``fd`` itself has to block, for others
+        self.fd, self.cancel = fd, cancel
+        if self.text and cancel:  # opened again: ``fd`` itself has to block, for others
             with contextlib.suppress(OSError):
                 self.fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __call__(self, data: bytes, last: bool = False) -> None:
-        shown = self.text(data, last).encode() if self.text else data
-        write_out(self.fd, shown, self.patience)
+        self.write(self.text(data, last).encode() if self.text else data)
+
+    def write(self, data: bytes) -> None:
+        self.lost = self.lost or not write_out(
+            self.fd, data, self.deadline, [self.cancel], 0.5)
 
     def end(self) -> None:
         self(b"", True)
@@ -9830,8 +9812,8 @@ class Outlet:
 class Labelled(Outlet):
     """A sink that writes whole lines, each after a label."""
 
-    def __init__(self, fd: int, label: str, live: Terminal, patience: Patience | None) -> None:
-        super().__init__(fd, patience)
+    def __init__(self, fd: int, label: str, live: Terminal, cancel: Cancel | None) -> None:
+        super().__init__(fd, cancel)
         self.label, self.live, self.held = label.encode(), live, b""
 
     def __call__(self, data: bytes, last: bool = False) -> None:
@@ -9843,7 +9825,7 @@ class Labelled(Outlet):
                      for line in lines]
         if lines:
             text = b"".join(self.label + line + b"\n" for line in lines)
-            self.live.put(lambda: write_out(self.fd, text, self.patience))
+            self.live.put(lambda: self.write(text))
 
 
 def stdin_is_null() -> bool:
@@ -9873,7 +9855,7 @@ def state_to_send(options: Options, repository: Repository) -> Any:
     if options.dirty and options.ref != "HEAD":
         raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
     if options.allow and not options.dirty:
-        raise UsageError("--allow goes with --dirty.", "A commit is always sent whole.")
+        raise UsageError("--allow goes with --dirty.")
     return repository.snapshot(options.allow or []) if options.dirty else options.ref
 
 
@@ -10391,11 +10373,15 @@ def job_of(options: Options, workspace: Workspace) -> Any:
     return jobs[-1]
 
 
+def options_given(options: Options, *names: str) -> Fields:
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
 def command_tool(options: Options) -> Shown:
     name, workspace = options.verb, existing_workspace(options)
-    given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
-    arguments = {key: value for key, value in given.items() if value is not None}
-    if "job" in given:
+    params = [arg.name for arg in TOOLS[name].params]
+    arguments = options_given(options, *params)
+    if "job" in params:
         arguments["job"] = job_of(options, workspace)
     result = call_tool(workspace, name, arguments)
     return (result["jobs"] if name == "jobs" else result, *tool_text(name, result))
@@ -10425,24 +10411,19 @@ def command_cp(options: Options) -> Shown:
 
 
 def command_edit(options: Options) -> Shown:
-    arguments: Fields = {}
-    if (options.old, options.new) != (None, None):
-        if None in (options.old, options.new):
-            raise UsageError("edit needs both --old and --new.")
-        arguments["edits"] = [
-            {"old": options.old, "new": options.new, "count": options.count or 1}]
-    elif options.count is not None:
-        raise UsageError("--count goes with --old and --new.", "In JSON each edit has its own.")
+    arguments = options_given(options, "sha256")
+    edit = options_given(options, "old", "new", "count")
+    if edit:
+        arguments["edits"] = [edit]
     else:
         import json
         try:
-            arguments.update(json.loads(read_all(0, BATCH_LINE_MAX)))
+            arguments = {**json.loads(read_all(0, BATCH_LINE_MAX)), **arguments}
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
-    if options.sha256 is not None:
-        arguments["sha256"] = options.sha256
     arguments["path"] = options.path
+    check_call("edit", arguments)
     result = call_tool(the_workspace(options), "edit", arguments)
     return result, [result["diff"].rstrip("\n")]
 
@@ -10524,9 +10505,8 @@ def command_logs(options: Options) -> Shown:
 
 def command_batch(options: Options) -> Shown:
     project = Project(options.directory)
-    batch = Batch(project, named(options, project), options.host, lambda data: write_out(1, data))
-    lines = read_lines(0, batch.cancel)
-    return batch.run(lines, options.parallel or 16)
+    batch = Batch(project, named(options, project), options.host, functools.partial(write_out, 1))
+    return batch.run(read_lines(0, batch.cancel), options.parallel or 16)
 
 
 def command_mcp(options: Options) -> Shown:
@@ -10547,7 +10527,7 @@ def command_doctor(options: Options) -> Shown:
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
-    for row in doctor(check_host(name) if name else "", root):
+    for row in doctor(name, root):
         rows.append(row)
         state, what, text, fix = row.values()
         if not options.json and (options.verbosity >= 0 or state in ("bad", "dead")):

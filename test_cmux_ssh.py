@@ -8716,7 +8716,7 @@ REFUSALS = [(made, code, line, words) for made, code, lines in (
                   "exec -H '' -- true": "--host is empty", "exec -w '' -- true": "--workspace is empty",
                   "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
     (True, 2, {"rm -H other main": "is on box, not on other", "history -H box": "arguments: -H", "shell --json main": "arguments: --json", "list -w main": "arguments: -w", "diff -H ash -w main": "is on box, not on ash",
-               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --count 2": "--count goes with", "edit README --old x": "", "edit README --new x": "",
+               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --count 2": "needs the argument old", "edit README --old x": "", "edit README --new x": "",
                "edit README --old x --new y --count 0": "", "edit README --old x --new y --count two": "", "secrets set -w main --global TOKEN": "for all projects, or for one",
                "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
