@@ -9182,13 +9182,11 @@ def throwaway_server() -> Iterator[str]:
 
 
 def in_process_table(value: str) -> bool:
-    """Whether a process of this machine has ``value`` in its command line."""
     _, out, _ = run(["/bin/sh", "-c", SEEN], dict(os.environ, CMUX_PROBE=value))
     return out.startswith(b"seen")
 
 
 def demo(tell: Callable[[str], None]) -> None:
-    """The whole flow against a throwaway sshd."""
     with throwaway_server() as path, \
             Project(make_repository(path + "/hello", DEMO_FILES)) as project:
         tell("A throwaway sshd on this machine, reached by a ProxyCommand of ssh: host `demo`.")
@@ -9224,18 +9222,7 @@ def demo(tell: Callable[[str], None]) -> None:
 # one sentence, every bad one with its fix; nothing is left on the host; the words of ssh and of the
 # host are neutralised and bounded.
 
-Finding = dict[str, str]
-
-
-def finding(state: str, what: str, text: str, *fix: str) -> Finding:
-    """A row of doctor. ``state``: ok; note (good to know); fix (it works, and could be better); bad
-    (the host cannot be used); dead (it cannot be reached)."""
-    closer = [f"{plain_ssh()} -v {word[7:]} true" if word.startswith("doctor ") else word
-              for word in fix]
-    advice = neutralise(as_called(*closer))[:1000] if fix and state != "ok" else ""
-    return {"state": state, "what": what, "text": neutralise(text)[:1000], "fix": advice}
-
-
+Finding = tuple[str, ...]  # state, what was examined, what was found, and a hint with its commands
 # Options of ssh, and the values with which they let something out, or in.
 LEAKS = {
     "ForwardAgent": r"(?!no\Z)", "ForwardX11": "yes", "SendEnv": "", "SetEnv": "",
@@ -9245,25 +9232,23 @@ LEAKS = {
 
 
 def examine_machine() -> Iterator[Finding]:
-    """This machine's ssh, Python and state."""
     printed = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", printed)
     state = "fix" if not version else "ok" if tuple(map(int, version.groups())) >= (7, 8) else "bad"
-    yield finding(state, "ssh here", printed[:100], NEWER_SSH)
-    yield finding("ok", "python", "%d.%d.%d" % sys.version_info[:3])
+    yield state, "ssh here", printed[:100], NEWER_SSH
+    yield "ok", "python", "%d.%d.%d" % sys.version_info[:3]
     try:
-        yield finding("ok", "state", f"{private_directory(state_home())} is private")
+        yield "ok", "state", f"{private_directory(state_home())} is private"
     except CmuxError as error:
-        yield finding("bad", "state", str(error), error.hint, *error.commands)
+        yield "bad", "state", str(error), error.hint, *error.commands
 
 
 def examine_config(config: SSHConfig) -> Finding:
     """What the user's ssh config would let out, and is overridden."""
     leaks = [option for option, value in LEAKS.items()
              if any(re.match(value, given) for given in config.values.get(option.lower(), []))]
-    return finding("ok", "config", "these settings of your ssh config are overridden: "
-                   + ", ".join(leaks) if leaks else
-                   "your ssh config sends nothing from this machine")
+    return "ok", "config", ("these settings of your ssh config are overridden: " + ", ".join(leaks)
+                            if leaks else "your ssh config sends nothing from this machine")
 
 
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
@@ -9289,53 +9274,48 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     elif proxy_of(config) == "ProxyCommand" and type(error) is ConnectionDropped:
         text = text if said.strip() else "The ProxyCommand ended without a connection or a word."
         fix = [f"Run it by hand: {config.first('proxycommand')[:300]}"]
-    return finding("dead", "connect", text, *fix)
+    return "dead", "connect", text, *fix
 
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
-    """What the host has, and whether its disk takes files."""
     import tarfile
     entry = tarfile.TarInfo("probe")
     entry.size = 3
     archive = entry.tobuf(tarfile.USTAR_FORMAT) + b"ok\n".ljust(512, b"\0") + bytes(1024)
     with spool(archive) as stream:
         reply = host._call(PROBE, root, os.urandom(8).hex(), source=Source(stream.fileno()))
-    facts: dict[str, str] = {}
-    for word, _, rest in (line.partition(" ") for line in reply.lines()[:50]):
-        facts.setdefault(word, rest[:200])
-    yield finding("ok", "system", f"{facts.get('system', 'unknown')}, "
-                  f"login shell {facts.get('shell', 'unknown')}")
+    facts = dict.fromkeys(("system", "shell"), "unknown")
+    facts.update((word, rest[:200]) for word, _, rest in (
+        line.partition(" ") for line in reversed(reply.lines()[:50])))
+    yield "ok", "system", f"{facts['system']}, login shell {facts['shell']}"
     if "readonly" in facts or reply.status:
-        yield finding("bad", "directory",
-                      f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
-                      "Make it writable, or choose another with new --root DIR.")
+        yield ("bad", "directory",
+               f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
+               "Make it writable, or choose another with new --root DIR.")
         return
-    yield finding("ok" if "tar" in facts else "bad", "tar",
-                  facts.get("tar", "the host has none that extracts") or "found",
-                  "Install tar on the host.")
-    yield finding("ok" if "git" in facts else "fix", "git there",
-                  facts.get("git", "the host has none: workspaces have no commits"),
-                  "Install git on the host.")
+    for program, what, state, lack in (
+            ("tar", "tar", "bad", "the host has none that extracts"),
+            ("git", "git there", "fix", "the host has none: workspaces have no commits")):
+        yield ("ok" if program in facts else state, what, facts.get(program, lack) or "found",
+               f"Install {program} on the host.")
     free, inodes = (number(facts.get(key, "")) for key in ("free", "inodes"))
     size = human_size(free * 1024) if free >= 0 else "unknown"
-    yield finding(
-        "fix" if 0 <= free < 512 * 1024 or 0 <= inodes < 10000 else "ok", "disk",
-        f"{size} free{f', {inodes} inodes' if inodes >= 0 else ''} in {facts.get('root', '')}",
-        "Choose another place with new --root DIR, or free some.", "gc")
+    yield ("fix" if 0 <= free < 512 * 1024 or 0 <= inodes < 10000 else "ok", "disk",
+           f"{size} free{f', {inodes} inodes' if inodes >= 0 else ''} in {facts.get('root', '')}",
+           "Choose another place with new --root DIR, or free some.", "gc")
 
 
 def examine_speed(host: Host) -> Iterator[Finding]:
     count = 1 if host.masters.single() else host.masters.count_sessions(BOOT, 12)
-    yield finding("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions",
-                  f"{count} on one connection; {min(count, SESSIONS_PER_MASTER)} of them used",
-                  "MaxSessions 10 in its sshd_config is the usual.")
-
-    def seconds() -> float:
+    yield ("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions",
+           f"{count} on one connection; {min(count, SESSIONS_PER_MASTER)} of them used",
+           "MaxSessions 10 in its sshd_config is the usual.")
+    times = []
+    for _ in range(5):
         began = time.monotonic()
         host._call("operation() { :; }")
-        return time.monotonic() - began
-    median = sorted(seconds() for _ in range(5))[2]
-    yield finding("ok", "latency", f"{median * 1000:.0f} ms for one operation (median of 5)")
+        times.append(time.monotonic() - began)
+    yield "ok", "latency", f"{sorted(times)[2] * 1000:.0f} ms for one operation (median of 5)"
 
 
 def examine_secrets(host: Host) -> Finding:
@@ -9351,54 +9331,62 @@ def examine_secrets(host: Host) -> Finding:
     host.run(records, "/", look, len, deadline=Deadline(30))
     answer = out.value()
     if any(seen) or answer.startswith(b"seen"):
-        return finding("bad", "secrets", "a process table "
-                       + ("of this machine" if any(seen) else "on the host") + " showed a secret",
-                       "Do not use this host, and report this.")
+        where = "of this machine" if any(seen) else "on the host"
+        return ("bad", "secrets", f"a process table {where} showed a secret",
+                "Do not use this host, and report this.")
     if not answer.startswith(b"unseen"):
-        return finding("note", "secrets", "the host shows no process table to look into")
-    return finding("ok", "secrets", "no process table shows one, locally or on the host")
+        return "note", "secrets", "the host shows no process table to look into"
+    return "ok", "secrets", "no process table shows one, locally or on the host"
 
 
-def examine_connection(host: Host) -> list[Finding]:
+def examine_connection(host: Host) -> Iterator[Finding]:
     """Whether the host can be reached, how the login went, and whether a shell begins."""
     began = time.monotonic()
     status, words, said = look_closely(host.masters, "exec sh -c :")
     used = re.search(r"(?m)^(?:debug1: Authentication succeeded \(|Authenticated to .* using \")"
                      r"([^\")]{1,60})", words)
     if not used:
-        return [explain(host.masters.config, words, said)]
+        yield explain(host.masters.config, words, said)
+        return
     server = re.search(r"remote software version (\S{1,80})", words)
     key = re.search(r"Server accepts key: (.{1,300}?)(?: explicit)?(?: agent)?\s*\n", words)
-    found = finding("ok", "connect", f"{server[1] if server else 'a server'} in "
-                    f"{time.monotonic() - began:.2f} s, by {used[1]}"
-                    f"{' with ' + key[1] if key else ''}")
-    return [found] if not status else [found, finding(
-        "bad", "shell", f"no POSIX sh began on the host (status {status})",
-        "Look at the login shell's start-up files.",
-        f"{plain_ssh()} {quote(host.name)} exec sh -c :")]
+    yield ("ok", "connect", f"{server[1] if server else 'a server'} in "
+           f"{time.monotonic() - began:.2f} s, by {used[1]}{' with ' + key[1] if key else ''}")
+    if status:
+        yield ("bad", "shell", f"no POSIX sh began on the host (status {status})",
+               "Look at the login shell's start-up files.",
+               f"{plain_ssh()} {quote(host.name)} exec sh -c :")
 
 
-def doctor(name: str, root: str = "") -> Iterator[Finding]:
-    """Examine this machine, and, unless ``name`` is "", that host."""
-    for found in examine_machine():
-        yield found
-        if found["state"] == "bad":
-            return
-    if not name:
-        yield finding("note", "host", "none was named", "Name one, to have it examined.")
+def examine(host: Host | None, root: str) -> Iterator[Finding]:
+    """All of this machine and the host; after what is bad or dead nothing more."""
+    yield from examine_machine()
+    if not host:
+        yield "note", "host", "none was named", "Name one, to have it examined."
         return
-    host = Host(name, warm=0)
     try:
         yield examine_config(host.masters.config)
-        findings = examine_connection(host)
-        yield from findings
-        if findings[-1]["state"] == "ok":
-            yield from examine_programs(host, root)
-            yield from examine_speed(host)
-            yield examine_secrets(host)
+        yield from examine_connection(host)
+        yield from examine_programs(host, root)
+        yield from examine_speed(host)
+        yield examine_secrets(host)
     except CmuxError as error:
         where = ("dead", "connect") if isinstance(error, HostError) else ("bad", "host")
-        yield finding(*where, str(error), error.hint, *error.commands)
+        yield *where, str(error), error.hint, *error.commands
+
+
+def doctor(name: str, root: str = "") -> Iterator[dict[str, str]]:
+    """Examine this machine, and, unless ``name`` is "", that host. The states are ok; note (good
+    to know); fix (it works, and could be better); bad (the host cannot be used); dead (it cannot be
+    reached)."""
+    for state, what, text, *fix in examine(Host(name, warm=0) if name else None, root):
+        closer = [f"{plain_ssh()} -v {word[7:]} true" if word.startswith("doctor ") else word
+                  for word in fix]
+        advice = as_called(*closer) if fix and state != "ok" else ""
+        yield {"state": state, "what": what, "text": neutralise(text)[:1000],
+               "fix": neutralise(advice)[:1000]}
+        if state in ("bad", "dead"):
+            return
 
 
 # === 19. Command line ===
@@ -9414,11 +9402,11 @@ class Terminal(Report):
 
     current: Terminal | None = None  # of this process
 
-    def __init__(self, verbosity: int, notes: bool = False) -> None:
+    def __init__(self, verbosity: int, verb: str = "") -> None:
         import threading
         self.verbosity, self.many = verbosity, False
         person = verbosity >= 0 and os.isatty(2)
-        self.notes = person or notes or verbosity > 0  # exec is silent in a pipe
+        self.notes = person or verb in ("new", "push") or verbosity > 0
         self.redraws = person and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
         self.lanes: dict[str, tuple[str, float]] = {}  # the step, and when it began (0: no work)
@@ -9426,7 +9414,8 @@ class Terminal(Report):
         self.drawer = threading.Thread(target=self._keep_drawn, daemon=True)
         self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
-        Masters.tell, Masters.alert, Lock.tell = self.note, self.warn, self.note
+        Masters.tell, Masters.alert = self.note, self.warn
+        Lock.tell = self.note if verb == "exec" else self.warn  # exec is silent in a pipe
 
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
@@ -9538,19 +9527,16 @@ class Terminal(Report):
         self.drawn = len(lines)
 
     def _lines(self, columns: int, room: int) -> list[str]:
-        """A line for each workspace; if there are too many, for those at work, and a count."""
-        rows, lines, count = [(name, *lane) for name, lane in list(self.lanes.items())], [], []
+        """A line for each workspace; if there are too many, for those at work."""
+        rows, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
         if len(rows) > room:
-            busy = [row for row in rows if row[2]]
-            ended = [doing for _, doing, since in rows if not since and doing != "waiting"]
-            count = [f"{len(ended)} of {len(rows)} ended, {len(ended) - ended.count('done')} "
-                     f"failed, {len(busy)} at work"]
-            rows = busy[:room - 1]
+            rows = [row for row in rows if row[2]][:room]
         for name, doing, since in rows:
             if since and "/s" not in doing:
                 doing += " " + human_age(time.monotonic() - since)
-            lines.append(f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}")
-        return [line[:columns] for line in lines + count]
+            line = f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}"
+            lines.append(line[:columns])
+        return lines
 
 
 def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[Any] = (),
@@ -9637,15 +9623,12 @@ def may_ask() -> bool:
 
 
 def open_project(options: Options) -> Project:
-    if options.verb != "exec":
-        Lock.tell = options.terminal.warn
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
 # -- the commands: command_VERB(options), or command_tool(options) --
 
 def command_exec(options: Options) -> Shown:
-    """A command in one workspace, or in several at once, with a row for each."""
     project, began, words = open_project(options), time.monotonic(), options.command
     names = list(dict.fromkeys(options.workspace)) or [project.default_workspace()]
     if options.all:
@@ -9739,7 +9722,6 @@ def exec_workspace(options: Options, name: str) -> Workspace:
 
 
 def summary(rows: list[Fields], seconds: float) -> str:
-    """How commands in several workspaces ended."""
     bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
     for row in rows:
         if row["exit_code"]:
@@ -9919,7 +9901,6 @@ class View:
         self.asked: set[str] = set()
 
     def look(self) -> list[tuple[Workspace, Fields]]:
-        """The workspaces, and what is known of each."""
         return [(workspace, self.seen.get(workspace.op, {}))
                 for project in self.projects for workspace in project.workspaces()
                 if not self.hosts or workspace.host.name in self.hosts]
@@ -9956,8 +9937,6 @@ class View:
 def top_rows(view: View, project: Project) -> list[Fields]:
     """A row for each operation and job that runs, and for each workspace without any."""
     rows, now, running = [], project._running_now(), []  # type: list[Fields], Any, list[Any]
-    last = {row.get("op"): row.get("exit_code") for row in project.history.rows()
-            if row["operation"] == "exec"}
     for workspace, seen in view.look():
         running = [(f"{row['operation']} {row.get('detail', '')}", row["time"])
                    for row in now if row.get("workspace") == workspace.name]
@@ -9965,15 +9944,14 @@ def top_rows(view: View, project: Project) -> list[Fields]:
                     for job in seen.get("running", ())]
         rows += [{"workspace": workspace.name, "host": workspace.host.name,
                   "changed": seen.get("changed"), "error": seen.get("error"),
-                  "last_exit_code": last.get(workspace.op), "running": what,
-                  "for": since and round(time.time() - since, 1)}
+                  "running": what, "for": since and round(time.time() - since, 1)}
                  for what, since in running or [(None, None)]]
     return rows
 
 
 def top_table(rows: Sequence[Fields]) -> str:
-    return table("WORKSPACE HOST CHANGED LAST FOR RUNNING", (
-        {**row, "last": row["last_exit_code"], "running": row["running"] or row["error"] or "",
+    return table("WORKSPACE HOST CHANGED FOR RUNNING", (
+        {**row, "running": row["running"] or row["error"] or "",
          "for": "" if row["for"] is None else human_age(row["for"])} for row in rows))
 
 
@@ -10111,7 +10089,6 @@ def command_list(options: Options) -> Shown:
 
 
 def listing(options: Options, heads: str, rows: Sequence[Fields]) -> str:
-    """A table; with -q only the names."""
     if options.verbosity >= 0:
         return table(heads, rows)
     return "\n".join(row["name"] for row in rows)
@@ -10578,7 +10555,6 @@ def command_demo(options: Options) -> Shown:
 # -- the parser: argparse, made from the table for the one command that is called --
 
 def line_args(verb: Verb) -> list[Arg]:
-    """What the command line of ``verb`` takes."""
     lacks = verb.settings.get("lacks", "")
     known = [arg for arg in COMMON if arg.flags[0].strip("-")[0] not in lacks]
     return [arg for arg in verb.args if arg.face != "json"] + known
@@ -10656,7 +10632,7 @@ def parse(name: str, words: list[str]) -> Options:
     at = words.index("--") if name == "exec" and "--" in words else len(words)
     options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
     options.verb, options.verbosity = name, options.verbose - options.quiet
-    options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
+    options.terminal = Terminal(options.verbosity, name)
     if NAME in VERBS[name].args and options.name:
         options.workspace.append(options.name)
     flags = {arg.name: arg.flags[0] for arg in line_args(VERBS[name]) if arg.flags}
@@ -10707,7 +10683,6 @@ def typed_program() -> str:
 
 
 def report_error(error: CmuxError) -> int:
-    """Print the error; its exit code."""
     quiet_terminal()
     err_out(advised(error))
     return error.exit_code
@@ -10726,7 +10701,6 @@ def fail(words: Sequence[str], error: CmuxError) -> int:
 
 
 def version_text() -> str:
-    """Name, version, and the SHA-256 of this file, which shows a changed copy."""
     digest = "unknown"
     with contextlib.suppress(OSError), open(__file__, "rb") as stream:  # of a zip it is none
         digest = sha256_of(stream.read())

@@ -5308,15 +5308,15 @@ def test_a_renamed_workspace_keeps_its_history(repo):
     repo.ok("rename", "-w", "a", "b")
     repo.ok("rename", "-w", "b", "c")
     rows = [row["operation"] for row in repo.history("-w", "c")]
-    assert rows == ["new", "exec", "rename", "rename"] and repo.cli("top", "--json").json[0]["last_exit_code"] == 3
+    assert rows == ["new", "exec", "rename", "rename"] and repo.history("-w", "c")[1]["exit_code"] == 3
     assert "Nothing is on record" in repo.cli("history", "-w", "x").said
     child = repo.start("exec", "-w", "c", "--", "echo on; sleep 3; exit 7")
     until(lambda: any(row["running"] for row in repo.cli("top", "--json").json), "it runs")
     repo.ok("rename", "-w", "c", "d")
     repo.new("c")
     assert child.end().code == 7
-    found = {row["workspace"]: row["last_exit_code"] for row in repo.cli("top", "--json").json}
-    assert found == {"c": None, "d": 7}, found
+    found = {name: [row.get("exit_code") for row in repo.history("-w", name) if row["operation"] == "exec"] for name in "cd"}
+    assert found == {"c": [], "d": [3, 7]}, found
     repo.ok("rm", "--force", "d")
     repo.new("d")
     rows = [row["operation"] for row in repo.history("-w", "d")]
@@ -6542,13 +6542,13 @@ def test_live_lines_are_taken_back(repo, sig, nap, line):
     assert not shown and "0 of 2" in " ".join(seen.lines()), seen.lines()
 
 
-def test_more_workspaces_than_rows_are_counted(repo):
+def test_of_more_workspaces_than_rows_those_at_work_are_shown(repo):
     names = [f"w{n:02}" for n in range(14)]
     repo.new(*names)
     for env in ({}, {"TERM": "dumb"}):
         seen = repo.terminal("exec", "--all", "-j", "7", "--", "sleep 1; echo x", env=env, rows=12)
         if not env:
-            seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K\r?\n){6}\d+ of 14 ended, 0 failed, 7 at work")
+            seen.expect(rb"w07  running \d+s\x1b\[K\r?\n(w\d\d  (running|connecting) \d+s\x1b\[K(\r?\n)?){6}\x1b\[J")
         assert seen.wait() == 0
         shown = list(filter(None, seen.lines()))
         assert len(shown) == 15 and all(" | x" in text for text in shown[:14]) and "14 of 14" in shown[14], shown
