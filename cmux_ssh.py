@@ -9223,12 +9223,8 @@ def demo(tell: Callable[[str], None]) -> None:
 # host are neutralised and bounded.
 
 Finding = tuple[str, ...]  # state, what was examined, what was found, and a hint with its commands
-# Options of ssh, and the values with which they let something out, or in.
-LEAKS = {
-    "ForwardAgent": r"(?!no\Z)", "ForwardX11": "yes", "SendEnv": "", "SetEnv": "",
-    "LocalForward": "", "RemoteForward": "", "DynamicForward": "", "Tunnel": r"(?!false\Z|no\Z)",
-    "GSSAPIDelegateCredentials": "yes", "PermitLocalCommand": "yes", "RemoteCommand": r"(?!none\Z)",
-    "StrictHostKeyChecking": "no|off|false"}
+LEAKS = """ForwardAgent ForwardX11 SendEnv SetEnv LocalForward RemoteForward DynamicForward Tunnel
+    GSSAPIDelegateCredentials PermitLocalCommand RemoteCommand""".split()  # let things out, or in
 
 
 def examine_machine() -> Iterator[Finding]:
@@ -9245,8 +9241,8 @@ def examine_machine() -> Iterator[Finding]:
 
 def examine_config(config: SSHConfig) -> Finding:
     """What the user's ssh config would let out, and is overridden."""
-    leaks = [option for option, value in LEAKS.items()
-             if any(re.match(value, given) for given in config.values.get(option.lower(), []))]
+    leaks = [option for option in LEAKS
+             if set(config.values.get(option.lower(), ())) - {"no", "none", "false"}]
     return "ok", "config", ("these settings of your ssh config are overridden: " + ", ".join(leaks)
                             if leaks else "your ssh config sends nothing from this machine")
 
@@ -9410,8 +9406,7 @@ class Terminal(Report):
         self.redraws = person and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
         self.lanes: dict[str, tuple[str, float]] = {}  # the step, and when it began (0: no work)
-        self.width, self.drawn = 0, 0
-        self.drawer = threading.Thread(target=self._keep_drawn, daemon=True)
+        self.width, self.drawn, self.drawing = 0, 0, False
         self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
         Masters.tell, Masters.alert = self.note, self.warn
@@ -9464,10 +9459,11 @@ class Terminal(Report):
             self.line(advised(text) if isinstance(text, CmuxError) else text)
 
     def step(self, what: str, doing: str) -> None:
+        import threading
         self.lanes[what] = doing, time.monotonic()
-        if self.redraws:
-            with contextlib.suppress(RuntimeError):  # it runs already
-                self.drawer.start()
+        if self.redraws and not self.drawing:
+            self.drawing = True
+            threading.Thread(target=self._keep_drawn, daemon=True).start()
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
@@ -9489,7 +9485,7 @@ class Terminal(Report):
     def sink_of(self, name: str, fd: int, cancel: Cancel | None = None) -> Outlet:
         """A sink for a command's output, labelled if there are several."""
         if self.many:
-            return Labelled(fd, f"{name.ljust(self.width)} | ", self, cancel)
+            return Outlet(fd, cancel, f"{name.ljust(self.width)} | ", self)
         self.pause()
         return Outlet(fd, cancel)
 
@@ -9764,41 +9760,25 @@ def data_waits() -> bool:
 
 
 class Outlet:
-    """A sink to our stdout or stderr, in the place of a Capture. What the reader has not taken
-    half a second after the deadline, or ``cancel``, is dropped."""
+    """A sink to our stdout or stderr, in the place of a Capture; above the lanes of ``live`` it
+    writes whole lines, each after the label. What the reader has not taken half a second after the
+    deadline, or ``cancel``, is dropped."""
 
     truncated = lost = False
-    deadline = NEVER
+    deadline, held = NEVER, b""
 
-    def __init__(self, fd: int, cancel: Cancel | None = None) -> None:
+    def __init__(self, fd: int, cancel: Cancel | None = None, label: str = "",
+                 live: Terminal | None = None) -> None:
         self.text = TerminalText() if os.isatty(fd) else None
-        self.fd, self.cancel = fd, cancel
+        self.fd, self.cancel, self.label, self.live = fd, cancel, label.encode(), live
         if self.text and cancel:  # opened again: ``fd`` itself has to block, for others
             with contextlib.suppress(OSError):
                 self.fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __call__(self, data: bytes, last: bool = False) -> None:
-        self.write(self.text(data, last).encode() if self.text else data)
-
-    def write(self, data: bytes) -> None:
-        self.lost = self.lost or not write_out(
-            self.fd, data, self.deadline, [self.cancel], 0.5)
-
-    def end(self) -> None:
-        self(b"", True)
-
-    def value(self) -> bytes:
-        return b""
-
-
-class Labelled(Outlet):
-    """A sink that writes whole lines, each after a label."""
-
-    def __init__(self, fd: int, label: str, live: Terminal, cancel: Cancel | None) -> None:
-        super().__init__(fd, cancel)
-        self.label, self.live, self.held = label.encode(), live, b""
-
-    def __call__(self, data: bytes, last: bool = False) -> None:
+        if not self.live:
+            self._write(self.text(data, last).encode() if self.text else data)
+            return
         *lines, self.held = (self.held + data).split(b"\n")
         if self.held and last or len(self.held) > CHUNK:
             lines, self.held = lines + [self.held], b""
@@ -9807,7 +9787,17 @@ class Labelled(Outlet):
                      for line in lines]
         if lines:
             text = b"".join(self.label + line + b"\n" for line in lines)
-            self.live.put(lambda: self.write(text))
+            self.live.put(lambda: self._write(text))
+
+    def _write(self, data: bytes) -> None:
+        self.lost = self.lost or not write_out(
+            self.fd, data, self.deadline, [self.cancel], 0.5)
+
+    def end(self) -> None:
+        self(b"", True)
+
+    def value(self) -> bytes:
+        return b""
 
 
 def stdin_is_null() -> bool:
@@ -9934,8 +9924,9 @@ class View:
             self.asked.discard(op)
 
 
-def top_rows(view: View, project: Project) -> list[Fields]:
-    """A row for each operation and job that runs, and for each workspace without any."""
+def top_rows(view: View, project: Project) -> tuple[list[Fields], str]:
+    """A row for each operation and job that runs, and for each workspace without any; their
+    table."""
     rows, now, running = [], project._running_now(), []  # type: list[Fields], Any, list[Any]
     for workspace, seen in view.look():
         running = [(f"{row['operation']} {row.get('detail', '')}", row["time"])
@@ -9944,15 +9935,11 @@ def top_rows(view: View, project: Project) -> list[Fields]:
                     for job in seen.get("running", ())]
         rows += [{"workspace": workspace.name, "host": workspace.host.name,
                   "changed": seen.get("changed"), "error": seen.get("error"),
-                  "running": what, "for": since and round(time.time() - since, 1)}
+                  "running": what, "started": since}
                  for what, since in running or [(None, None)]]
-    return rows
-
-
-def top_table(rows: Sequence[Fields]) -> str:
-    return table("WORKSPACE HOST CHANGED FOR RUNNING", (
-        {**row, "running": row["running"] or row["error"] or "",
-         "for": "" if row["for"] is None else human_age(row["for"])} for row in rows))
+    return rows, table("WORKSPACE HOST CHANGED AGE RUNNING", (
+        {**row, "running": row["running"] or row["error"], "age": age(row["started"])}
+        for row in rows))
 
 
 def command_top(options: Options) -> Shown:
@@ -9960,14 +9947,13 @@ def command_top(options: Options) -> Shown:
     view = View(options.host, project)
     if options.json or not os.isatty(1):
         view.ask(TOP_PATIENCE)
-        rows = top_rows(view, project)
-        return rows, top_table(rows)
+        return top_rows(view, project)
     draw(1, "\x1b[?1049h\x1b[?25l")  # the other screen, no cursor
     try:
         while True:
             view.ask(TOP_EVERY)
             lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "",
-                     *top_table(top_rows(view, project)).split("\n")]
+                     *top_rows(view, project)[1].split("\n")]
             shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:os.get_terminal_size(1)[1] - 1])
             draw(1, f"\x1b[H{shown}\x1b[J")
             time.sleep(TOP_EVERY)
@@ -9978,7 +9964,7 @@ def command_top(options: Options) -> Shown:
 
 
 def command_completion(options: Options) -> Shown:
-    own = f"{quote(sys.executable or 'python3')} {quote(os.path.abspath(__file__))}"
+    own = f"{quote(sys.executable)} {quote(os.path.abspath(__file__))}"
     return None, COMPLETIONS[options.shell] % own
 
 
@@ -10081,8 +10067,7 @@ def command_list(options: Options) -> Shown:
             for workspace, seen in view.look()]
     text = listing(options, "NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
         {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
-         "age": human_age(time.time() - row["created"]), "base": row["base"][:10]}
-        for row in rows])
+         "age": age(row["created"]), "base": row["base"][:10]} for row in rows])
     where = f" on {' or '.join(options.host)}" if options.host else " yet"
     return rows, text, "" if text else as_called(
         f"No workspaces{where}. Make one", "new NAME -H HOST")
@@ -10099,6 +10084,10 @@ def human_age(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds // size:.0f}{unit}"
     return f"{int(max(0, seconds))}s"
+
+
+def age(since: float | None) -> str | None:
+    return human_age(time.time() - since) if since else None
 
 
 def one_workspace(options: Options) -> str:
@@ -10140,15 +10129,14 @@ def command_rm(options: Options) -> Shown:
 
 def existing_workspace(options: Options) -> Workspace:
     """The workspace that is named; else that of the job, that of the branch, or the only one."""
-    project = open_project(options)
-    entries, name = project._entries(), one_workspace(options)
+    project, name = open_project(options), one_workspace(options)
     if not name:
-        job = getattr(options, "job", None) or [""]
+        entries, own = project._entries(), project.default_workspace()
+        job = getattr(options, "job", None) or ""
         known = project.registry.read().get("jobs", {})
         of_job = known.get(job if isinstance(job, str) else job[0], {}).get("workspace")
-        own = project.default_workspace()
-        near = (of_job, own, *(entries if len(entries) == 1 else ()))
-        name = next((choice for choice in near if choice in entries), own)
+        only = list(entries) if len(entries) == 1 else []
+        name = next((choice for choice in (of_job, own, *only) if choice in entries), own)
     return project.existing(name, options.host)
 
 
@@ -10212,10 +10200,12 @@ def command_diff(options: Options) -> Shown:
             quiet_terminal()
             if pager and fd == 1:
                 fd = held.enter_context(paged(pager))
-            text = neutralise(line)
-            colour = colours.get(text[:1])
-            shown = (f"\x1b[{colour}m{text}\x1b[m" if colour else text).encode("utf-8", "replace")
-            write_out(fd, (line if exact else shown) + b"\n")
+            if not exact:
+                text = neutralise(line)
+                colour = colours.get(text[:1])
+                shown = f"\x1b[{colour}m{text}\x1b[m" if colour else text
+                line = shown.encode("utf-8", "replace")
+            write_out(fd, line + b"\n")
     return 0
 
 
@@ -10382,9 +10372,7 @@ def command_cp(options: Options) -> Shown:
     workspace, more = existing_workspace(options), (options.force, options.terminal)
     done = (workspace.upload(options.source, path, *more) if away
             else workspace.download(path, options.to, *more))
-    for note in done["notes"]:
-        options.terminal.warn(note)
-    return done, [done["path"]]
+    return done, [done["path"]], "\n".join(done["notes"])
 
 
 def command_edit(options: Options) -> Shown:
@@ -10428,11 +10416,8 @@ def tool_text(name: str, result: Fields) -> tuple[str | bytes, str, int]:
 def jobs_text(jobs: Sequence[Fields], heads: str = "") -> tuple[str, str]:
     """A table of jobs, with columns before its own; a warning if there are none."""
     text = table(heads + "JOB STATE AGE COMMAND", (
-        {**job, "state": job_state(job),
-         "age": human_age(time.time() - job["started"]) if job["started"] else "?"}
-        for job in jobs))
-    return text, "" if text else as_called(
-        "No jobs. Start one", "exec --detach -- CMD")
+        {**job, "state": job_state(job), "age": age(job["started"])} for job in jobs))
+    return text, "" if text else as_called("No jobs. Start one", "exec --detach -- CMD")
 
 
 def command_jobs(options: Options) -> Shown:
@@ -10548,7 +10533,7 @@ def command_shell(options: Options) -> Shown:
 
 
 def command_demo(options: Options) -> Shown:
-    demo(lambda text: print_text(neutralise(text)))
+    demo(print_text)
     return 0
 
 
