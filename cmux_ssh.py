@@ -9644,7 +9644,12 @@ def command_exec(options: Options) -> Shown:
             raise WorkspaceMissing("This project has no workspaces.",
                                    "Make some.", "new NAME -H HOST")
     many = options.many = options.terminal.many = options.all or len(names) > 1
-    check_use(options, names[0])
+    if many and (options.tty or options.detach):
+        raise UsageError("-t and --detach take one workspace.", "Run it once for each.")
+    if (many or options.detach) and not options.no_stdin and data_waits():
+        raise UsageError("exec passes stdin on to no job, and to none of several workspaces.",
+                         "Add -n, or write it into a file for the command.",
+                         f"write -w {quote(names[0])} FILE")
     options.project, options.cancel = project, Cancel()
     options.call = {"command": words if words[1:] else words[0], "cwd": options.cwd or "",
                     "env": parse_environment(options.env), "login": options.login,
@@ -9668,16 +9673,6 @@ def command_exec(options: Options) -> Shown:
         warning = f"The command on {first['host']} was {after}; {STOPPED[first['stopped']]}."
     code = max(int(row.get("exit_code", 0)) for row in rows)
     return rows if many else first, text, warning, code
-
-
-def check_use(options: Options, name: str) -> None:
-    """Refuse what exec cannot do in several workspaces, or in a job."""
-    if options.many and (options.tty or options.detach):
-        raise UsageError("-t and --detach take one workspace.", "Run it once for each.")
-    if (options.many or options.detach) and not options.no_stdin and data_waits():
-        raise UsageError("exec passes stdin on to no job, and to none of several workspaces.",
-                         "Add -n, or write it into a file for the command.",
-                         f"write -w {quote(name)} FILE")
 
 
 def exec_row(options: Options, name: str) -> Fields:
