@@ -3912,7 +3912,7 @@ class Forward:
     connection has a session, and a thread that waits for its end."""
 
     def __init__(self, masters: Masters, port: int, local: int,
-                 tell: Callable[[str], None]) -> None:
+                 tell: Callable[[Any], None]) -> None:
         import socket
         import threading
         if not (0 < port < 65536 and 0 <= local < 65536):
@@ -3969,7 +3969,7 @@ class Forward:
         """Once for each kind."""
         if type(error).__name__ not in self._reported and not self._ending.is_set:
             self._reported.add(type(error).__name__)
-            self._tell(f"{error} {error.hint} {', '.join(error.commands)}".strip())
+            self._tell(error)
 
     def _accept(self) -> None:
         import threading
@@ -6175,8 +6175,8 @@ class Report:
     def note(self, text: str) -> None:
         """Something good to know that is no fault."""
 
-    def warn(self, text: str) -> None:
-        """Something the user should know."""
+    def warn(self, text: str | CmuxError) -> None:
+        """Something the user should know; an error has a hint, too."""
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
@@ -8005,7 +8005,9 @@ class Arg:
         elif self.kinds == ["seconds"]:
             match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z", word)
             units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-            value = float(match[1]) * units[match[2]] if match else word
+            if not match:
+                raise UsageError(f"{label} takes a number of seconds, or a time like 5m or 1h.")
+            value = float(match[1]) * units[match[2]]
         if not word and self.flags and not self.blank:
             raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
         if self.kinds[-1] != "texts":  # of several words each is one text
@@ -8388,7 +8390,7 @@ class Batch:
     """JSON lines of tool calls in, JSON lines of results out as they finish."""
 
     def __init__(self, project: Project, workspace: str, host: Sequence[str],
-                 write: Callable[[bytes], None]) -> None:
+                 write: Callable[[bytes], object]) -> None:
         import threading
         self.project, self.workspace, self.host, self.write = project, workspace, host, write
         self.cancel, self.failed = Cancel(), False
@@ -9063,10 +9065,8 @@ def throwaway_server() -> Iterator[str]:
                                  "/opt/homebrew/sbin"))
     keygen = find_program("ssh-keygen")
     near = None if re.match(r"[\w/.+-]+\Z", temporary_folder()) else "/tmp"  # ssh expands %
-    path = tempfile.mkdtemp(prefix="cmux-demo-", dir=near)
-    saved = dict(os.environ)
-    os.environ.update(CMUX_SSH_HOME=path + "/state",
-                      CMUX_SSH_COMMAND=f"ssh -F {quote(path)}/ssh_config")
+    path, saved = tempfile.mkdtemp(prefix="cmux-demo-", dir=near), dict(os.environ)
+    os.environ.update(CMUX_SSH_HOME=path + "/state", CMUX_SSH_COMMAND=f"ssh -F {path}/ssh_config")
     try:
         os.mkdir(path + "/home", 0o700)
         run([keygen, "-q", "-t", "ed25519", "-N", "", "-C", "demo", "-f", path + "/key"])
@@ -9074,10 +9074,9 @@ def throwaway_server() -> Iterator[str]:
         for name, text in {
                 "known_hosts": f"demo {key}",
                 "sshd_config": f"HostKey {path}/key\nAuthorizedKeysFile {path}/key.pub\nUsePAM no\n"
-                "StrictModes no\nPidFile none\nPermitRootLogin yes\nLogLevel QUIET\n"
-                f"SetEnv HOME={path}/home\n",
-                "ssh_config": f"Host demo\nHostName demo\nIdentityFile {path}/key\n"
-                f"IdentitiesOnly yes\nUserKnownHostsFile {path}/known_hosts\n"
+                f"StrictModes no\nPermitRootLogin yes\nSetEnv HOME={path}/home\n",
+                "ssh_config": f"Host demo\nIdentityFile {path}/key\nIdentitiesOnly yes\n"
+                f"UserKnownHostsFile {path}/known_hosts\n"
                 f"ProxyCommand {sshd} -i -f {path}/sshd_config -E {path}/sshd.log\n"}.items():
             with open(f"{path}/{name}", "w") as stream:
                 stream.write(text)
@@ -9092,13 +9091,11 @@ def throwaway_server() -> Iterator[str]:
 
 
 def in_process_table(value: str) -> bool:
-    """Whether a process of this machine has ``value`` in its command line."""
     _, out, _ = run(["/bin/sh", "-c", SEEN], dict(os.environ, CMUX_PROBE=value))
     return out.startswith(b"seen")
 
 
 def demo(tell: Callable[[str], None]) -> None:
-    """The whole flow against a throwaway sshd."""
     with throwaway_server() as path, \
             Project(make_repository(path + "/hello", DEMO_FILES)) as project:
         tell("A throwaway sshd on this machine, reached by a ProxyCommand of ssh: host `demo`.")
@@ -9107,16 +9104,14 @@ def demo(tell: Callable[[str], None]) -> None:
         tell("A git repository with a Makefile, and a secret: API_TOKEN.")
         workspace = project.create("try-it", "demo")
         tell(f"Workspace try-it made of commit {workspace.base[:10]} at {workspace.path}")
-        result = workspace.exec("make test && sleep 0.3", timeout=60,
+        result = workspace.exec("make test && sleep 0.3 && echo more >>hello.txt", timeout=60,
                                 tee=lambda data: seen.append(in_process_table(secret)))
         for line in neutralise(result.stdout + result.stderr).splitlines():
             tell("  demo> " + line.replace(secret, "[the secret]"))
-        tell(f"It ended with exit code {result.exit_code}.")
+        tell(f"It ended with exit code {result.exit_code}, and changed hello.txt on the host.")
         tell(f"The process table meanwhile: the secret was {'SEEN' if any(seen) else 'not'} in it.")
         if result.exit_code or any(seen) or secret.encode() not in result.stdout:
             raise RemoteFailed("The demo did not go as it should.", "Report it, with this output.")
-        workspace.exec("echo more >> hello.txt")
-        tell("A command changed hello.txt on the host.")
         try:
             project.remove("try-it")
             raise RemoteFailed("A workspace with changes was removed.")
@@ -9136,44 +9131,29 @@ def demo(tell: Callable[[str], None]) -> None:
 # one sentence, every bad one with its fix; nothing is left on the host; the words of ssh and of the
 # host are neutralised and bounded.
 
-Finding = dict[str, str]
-
-
-def finding(state: str, what: str, text: str, *fix: str) -> Finding:
-    """A row of doctor. ``state``: ok; note (good to know); fix (it works, and could be better); bad
-    (the host cannot be used); dead (it cannot be reached)."""
-    advice = neutralise(as_called(*fix))[:1000] if fix and state != "ok" else ""
-    return {"state": state, "what": what, "text": neutralise(text)[:1000], "fix": advice}
-
-
-# Options of ssh, and the values with which they let something out, or in.
-LEAKS = {
-    "ForwardAgent": r"(?!no\Z)", "ForwardX11": "yes", "SendEnv": "", "SetEnv": "",
-    "LocalForward": "", "RemoteForward": "", "DynamicForward": "", "Tunnel": r"(?!false\Z|no\Z)",
-    "GSSAPIDelegateCredentials": "yes", "PermitLocalCommand": "yes", "RemoteCommand": r"(?!none\Z)",
-    "StrictHostKeyChecking": "no|off|false"}
+Finding = tuple[str, ...]  # state, what was examined, what was found, and a hint with its commands
+LEAKS = """ForwardAgent ForwardX11 SendEnv SetEnv LocalForward RemoteForward DynamicForward Tunnel
+    GSSAPIDelegateCredentials PermitLocalCommand RemoteCommand""".split()  # let things out, or in
 
 
 def examine_machine() -> Iterator[Finding]:
-    """This machine's ssh, Python and state."""
     printed = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", printed)
     state = "fix" if not version else "ok" if tuple(map(int, version.groups())) >= (7, 8) else "bad"
-    yield finding(state, "ssh here", printed[:100], NEWER_SSH)
-    yield finding("ok", "python", "%d.%d.%d" % sys.version_info[:3])
+    yield state, "ssh here", printed[:100], NEWER_SSH
+    yield "ok", "python", "%d.%d.%d" % sys.version_info[:3]
     try:
-        yield finding("ok", "state", f"{private_directory(state_home())} is private")
+        yield "ok", "state", f"{private_directory(state_home())} is private"
     except CmuxError as error:
-        yield finding("bad", "state", str(error), error.hint, *error.commands)
+        yield "bad", "state", str(error), error.hint, *error.commands
 
 
 def examine_config(config: SSHConfig) -> Finding:
     """What the user's ssh config would let out, and is overridden."""
-    leaks = [option for option, value in LEAKS.items()
-             if any(re.match(value, given) for given in config.values.get(option.lower(), []))]
-    return finding("ok", "config", "these settings of your ssh config are overridden: "
-                   + ", ".join(leaks) if leaks else
-                   "your ssh config sends nothing from this machine")
+    leaks = [option for option in LEAKS
+             if set(config.values.get(option.lower(), ())) - {"no", "none", "false"}]
+    return "ok", "config", ("these settings of your ssh config are overridden: " + ", ".join(leaks)
+                            if leaks else "your ssh config sends nothing from this machine")
 
 
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
@@ -9199,60 +9179,48 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     elif proxy_of(config) == "ProxyCommand" and type(error) is ConnectionDropped:
         text = text if said.strip() else "The ProxyCommand ended without a connection or a word."
         fix = [f"Run it by hand: {config.first('proxycommand')[:300]}"]
-    return unreachable(config.host, text, *fix)
-
-
-def unreachable(host: str, text: str, *fix: str) -> Finding:
-    closer = f"{plain_ssh()} -v {quote(host)} true"
-    return finding("dead", "connect", text, *(
-        closer if command == look_into(host) else command for command in fix))
+    return "dead", "connect", text, *fix
 
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
-    """What the host has, and whether its disk takes files."""
     import tarfile
     entry = tarfile.TarInfo("probe")
     entry.size = 3
     archive = entry.tobuf(tarfile.USTAR_FORMAT) + b"ok\n".ljust(512, b"\0") + bytes(1024)
     with spool(archive) as stream:
         reply = host._call(PROBE, root, os.urandom(8).hex(), source=Source(stream.fileno()))
-    facts: dict[str, str] = {}
-    for word, _, rest in (line.partition(" ") for line in reply.lines()[:50]):
-        facts.setdefault(word, rest[:200])
-    yield finding("ok", "system", f"{facts.get('system', 'unknown')}, "
-                  f"login shell {facts.get('shell', 'unknown')}")
+    facts = dict.fromkeys(("system", "shell"), "unknown")
+    facts.update((word, rest[:200]) for word, _, rest in (
+        line.partition(" ") for line in reversed(reply.lines()[:50])))
+    yield "ok", "system", f"{facts['system']}, login shell {facts['shell']}"
     if "readonly" in facts or reply.status:
-        yield finding("bad", "directory",
-                      f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
-                      "Make it writable, or choose another with new --root DIR.")
+        yield ("bad", "directory",
+               f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
+               "Make it writable, or choose another with new --root DIR.")
         return
-    for what, state, lack in (
-            ("tar", "bad", "the host has none that extracts"),
-            ("git there", "fix", "the host has none: workspaces have no commits")):
-        program = what.split()[0]
-        has = program in facts
-        yield finding("ok" if has else state, what, facts[program] or "found" if has else lack,
-                      f"Install {program} on the host.")
+    for program, what, state, lack in (
+            ("tar", "tar", "bad", "the host has none that extracts"),
+            ("git", "git there", "fix", "the host has none: workspaces have no commits")):
+        yield ("ok" if program in facts else state, what, facts.get(program, lack) or "found",
+               f"Install {program} on the host.")
     free, inodes = (number(facts.get(key, "")) for key in ("free", "inodes"))
     size = human_size(free * 1024) if free >= 0 else "unknown"
-    yield finding(
-        "fix" if 0 <= free < 512 * 1024 or 0 <= inodes < 10000 else "ok", "disk",
-        f"{size} free{f', {inodes} inodes' if inodes >= 0 else ''} in {facts.get('root', '')}",
-        "Choose another place with new --root DIR, or free some.", "gc")
+    yield ("fix" if 0 <= free < 512 * 1024 or 0 <= inodes < 10000 else "ok", "disk",
+           f"{size} free{f', {inodes} inodes' if inodes >= 0 else ''} in {facts.get('root', '')}",
+           "Choose another place with new --root DIR, or free some.", "gc")
 
 
 def examine_speed(host: Host) -> Iterator[Finding]:
     count = 1 if host.masters.single() else host.masters.count_sessions(BOOT, 12)
-    yield finding("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions",
-                  f"{count} on one connection; {min(count, SESSIONS_PER_MASTER)} of them used",
-                  "MaxSessions 10 in its sshd_config is the usual.")
+    yield ("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions",
+           f"{count} on one connection; {min(count, SESSIONS_PER_MASTER)} of them used",
+           "MaxSessions 10 in its sshd_config is the usual.")
     times = []
     for _ in range(5):
         began = time.monotonic()
         host._call("operation() { :; }")
         times.append(time.monotonic() - began)
-    yield finding("ok", "latency",
-                  f"{sorted(times)[2] * 1000:.0f} ms for one operation (median of 5)")
+    yield "ok", "latency", f"{sorted(times)[2] * 1000:.0f} ms for one operation (median of 5)"
 
 
 def examine_secrets(host: Host) -> Finding:
@@ -9268,55 +9236,62 @@ def examine_secrets(host: Host) -> Finding:
     host.run(records, "/", look, len, deadline=Deadline(30))
     answer = out.value()
     if any(seen) or answer.startswith(b"seen"):
-        return finding("bad", "secrets", "a process table "
-                       + ("of this machine" if any(seen) else "on the host") + " showed a secret",
-                       "Do not use this host, and report this.")
+        where = "of this machine" if any(seen) else "on the host"
+        return ("bad", "secrets", f"a process table {where} showed a secret",
+                "Do not use this host, and report this.")
     if not answer.startswith(b"unseen"):
-        return finding("note", "secrets", "the host shows no process table to look into")
-    return finding("ok", "secrets", "no process table shows one, locally or on the host")
+        return "note", "secrets", "the host shows no process table to look into"
+    return "ok", "secrets", "no process table shows one, locally or on the host"
 
 
-def examine_connection(host: Host) -> list[Finding]:
+def examine_connection(host: Host) -> Iterator[Finding]:
     """Whether the host can be reached, how the login went, and whether a shell begins."""
     began = time.monotonic()
     status, words, said = look_closely(host.masters, "exec sh -c :")
     used = re.search(r"(?m)^(?:debug1: Authentication succeeded \(|Authenticated to .* using \")"
                      r"([^\")]{1,60})", words)
     if not used:
-        return [explain(host.masters.config, words, said)]
+        yield explain(host.masters.config, words, said)
+        return
     server = re.search(r"remote software version (\S{1,80})", words)
     key = re.search(r"Server accepts key: (.{1,300}?)(?: explicit)?(?: agent)?\s*\n", words)
-    found = finding("ok", "connect", f"{server[1] if server else 'a server'} in "
-                    f"{time.monotonic() - began:.2f} s, by {used[1]}"
-                    f"{' with ' + key[1] if key else ''}")
-    return [found] if not status else [found, finding(
-        "bad", "shell", f"no POSIX sh began on the host (status {status})",
-        "Look at the login shell's start-up files.",
-        f"{plain_ssh()} {quote(host.name)} exec sh -c :")]
+    yield ("ok", "connect", f"{server[1] if server else 'a server'} in "
+           f"{time.monotonic() - began:.2f} s, by {used[1]}{' with ' + key[1] if key else ''}")
+    if status:
+        yield ("bad", "shell", f"no POSIX sh began on the host (status {status})",
+               "Look at the login shell's start-up files.",
+               f"{plain_ssh()} {quote(host.name)} exec sh -c :")
 
 
-def doctor(name: str, root: str = "") -> Iterator[Finding]:
-    """Examine this machine, and, unless ``name`` is "", that host."""
-    for found in examine_machine():
-        yield found
-        if found["state"] == "bad":
-            return
-    if not name:
-        yield finding("note", "host", "none was named", "Name one.", "doctor HOST")
+def examine(host: Host | None, root: str) -> Iterator[Finding]:
+    """All of this machine and the host; after what is bad or dead nothing more."""
+    yield from examine_machine()
+    if not host:
+        yield "note", "host", "none was named", "Name one, to have it examined."
         return
-    host = Host(name, warm=0)
     try:
         yield examine_config(host.masters.config)
-        findings = examine_connection(host)
-        yield from findings
-        if findings[-1]["state"] == "ok":
-            yield from examine_programs(host, root)
-            yield from examine_speed(host)
-            yield examine_secrets(host)
-    except HostError as error:
-        yield unreachable(name, str(error), error.hint, *error.commands)
+        yield from examine_connection(host)
+        yield from examine_programs(host, root)
+        yield from examine_speed(host)
+        yield examine_secrets(host)
     except CmuxError as error:
-        yield finding("bad", "host", str(error), error.hint, *error.commands)
+        where = ("dead", "connect") if isinstance(error, HostError) else ("bad", "host")
+        yield *where, str(error), error.hint, *error.commands
+
+
+def doctor(name: str, root: str = "") -> Iterator[dict[str, str]]:
+    """Examine this machine, and, unless ``name`` is "", that host. The states are ok; note (good
+    to know); fix (it works, and could be better); bad (the host cannot be used); dead (it cannot be
+    reached)."""
+    for state, what, text, *fix in examine(Host(name, warm=0) if name else None, root):
+        closer = [f"{plain_ssh()} -v {word[7:]} true" if word.startswith("doctor ") else word
+                  for word in fix]
+        advice = as_called(*closer) if fix and state != "ok" else ""
+        yield {"state": state, "what": what, "text": neutralise(text)[:1000],
+               "fix": neutralise(advice)[:1000]}
+        if state in ("bad", "dead"):
+            return
 
 
 # === 19. Command line ===
@@ -9324,6 +9299,7 @@ def doctor(name: str, root: str = "") -> Iterator[Finding]:
 
 if TYPE_CHECKING:
     Options = argparse.Namespace
+    Shown = Any  # what a command returns: its exit code, or a tuple for render()
 
 class Terminal(Report):
     """What a person sees on stderr during work: a lane for each workspace, redrawn in place on a
@@ -9331,18 +9307,19 @@ class Terminal(Report):
 
     current: Terminal | None = None  # of this process
 
-    def __init__(self, verbosity: int, notes: bool = False) -> None:
+    def __init__(self, verbosity: int, verb: str = "") -> None:
         import threading
         self.verbosity, self.many = verbosity, False
-        self.bars = verbosity >= 0 and os.isatty(2)
-        self.notes = self.bars or notes or verbosity > 0  # exec is silent in a pipe
-        self.redraws = self.bars and os.environ.get("TERM", "dumb") != "dumb"
+        person = verbosity >= 0 and os.isatty(2)
+        self.notes = person or verb in ("new", "push") or verbosity > 0
+        self.redraws = person and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
         self.lanes: dict[str, tuple[str, float]] = {}  # the step, and when it began (0: no work)
-        self.width, self.drawn, self.paused, self.began = 0, 0, False, 0.0
+        self.width, self.drawn, self.drawing = 0, 0, False
         self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
-        Masters.tell, Masters.alert, Lock.tell = self.note, self.warn, self.note
+        Masters.tell, Masters.alert = self.note, self.warn
+        Lock.tell = self.note if verb == "exec" else self.warn  # exec is silent in a pipe
 
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
@@ -9360,8 +9337,7 @@ class Terminal(Report):
                 if name in self.sinks:
                     self.sinks[name].end()
                 if self.many:
-                    how = f"failed ({code})" if code else "done"
-                    self.lanes[name], self.paused = (how, 0.0), False
+                    self.lanes[name] = f"failed ({code})" if code else "done", 0.0
         try:
             return in_parallel([functools.partial(lane, name) for name in names], at_once, cancel)
         finally:
@@ -9387,15 +9363,15 @@ class Terminal(Report):
         if self.notes:
             self.warn(text)
 
-    def warn(self, text: str) -> None:
+    def warn(self, text: str | CmuxError) -> None:
         if self.verbosity >= 0:
-            self.line(text)
+            self.line(advised(text) if isinstance(text, CmuxError) else text)
 
     def step(self, what: str, doing: str) -> None:
         import threading
-        self.lanes[what], self.paused = (doing, time.monotonic()), False
-        if self.redraws and not self.began:
-            self.began = time.monotonic()
+        self.lanes[what] = doing, time.monotonic()
+        if self.redraws and not self.drawing:
+            self.drawing = True
             threading.Thread(target=self._keep_drawn, daemon=True).start()
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
@@ -9415,18 +9391,18 @@ class Terminal(Report):
         if self.verbosity >= 0:
             self.sinks.setdefault(what, self.sink_of(what, 2))(data)
 
-    def sink_of(self, name: str, fd: int, patience: Patience | None = None) -> Outlet:
+    def sink_of(self, name: str, fd: int, cancel: Cancel | None = None) -> Outlet:
         """A sink for a command's output, labelled if there are several."""
         if self.many:
-            return Labelled(fd, f"{name.ljust(self.width)} | ", self, patience)
+            return Outlet(fd, cancel, f"{name.ljust(self.width)} | ", self)
         self.pause()
-        return Outlet(fd, patience)
+        return Outlet(fd, cancel)
 
     def pause(self) -> None:
         """Draw nothing until the next step."""
         with self.mutex:
             self.clear()
-            self.paused = True
+            self.lanes.clear()
 
     def close(self) -> None:
         self.closed.set()  # threads may go on reporting
@@ -9438,13 +9414,14 @@ class Terminal(Report):
             self.drawn = 0
 
     def _keep_drawn(self) -> None:
-        while not self.closed.wait(0.2):
-            if time.monotonic() - self.began >= 1:
-                with self.mutex:
-                    self._draw()
+        pause = 1.0  # what takes less needs no lane
+        while not self.closed.wait(pause):
+            pause = 0.2
+            with self.mutex:
+                self._draw()
 
     def _draw(self) -> None:
-        if self.paused or self.closed.is_set():
+        if self.closed.is_set() or not self.lanes:
             return
         columns, rows = 80, 24
         with contextlib.suppress(OSError):
@@ -9455,64 +9432,42 @@ class Terminal(Report):
         self.drawn = len(lines)
 
     def _lines(self, columns: int, room: int) -> list[str]:
-        """A line for each workspace; if there are too many, for those at work, and a count."""
-        rows, lines, count = [(name, *lane) for name, lane in list(self.lanes.items())], [], []
+        """A line for each workspace; if there are too many, for those at work."""
+        rows, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
         if len(rows) > room:
-            busy = [row for row in rows if row[2]]
-            ended = [doing for _, doing, since in rows if not since and doing != "waiting"]
-            count = [f"{len(ended)} of {len(rows)} ended, {len(ended) - ended.count('done')} "
-                     f"failed, {len(busy)} at work"]
-            rows = busy[:room - 1]
+            rows = [row for row in rows if row[2]][:room]
         for name, doing, since in rows:
             if since and "/s" not in doing:
                 doing += " " + human_age(time.monotonic() - since)
-            lines.append(f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}")
-        return [line[:columns] for line in lines + count]
+            line = f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}"
+            lines.append(line[:columns])
+        return lines
 
 
-class Patience:
-    """How long to wait for the reader of our output: until the deadline, or an event of one of
-    ``ends``, and then for ``grace`` seconds. What it has not taken by then is dropped."""
-
-    def __init__(self, grace: float, *ends: tuple[Any, int]) -> None:
-        self.grace, self.ends, self.deadline = grace, ends, NEVER
-        self.lost: set[int] = set()  # descriptors that nobody reads
-
-    def takes(self, fd: int) -> bool:
-        """Wait until ``fd`` takes bytes (a pipe: PIPE_BUF); False if it does not."""
-        room = (fd, select.POLLOUT)
-        if fd not in self.lost and fd not in poll_once(self.deadline.left(), room, *self.ends):
-            if not poll_once(self.grace, room):
-                self.lost.add(fd)
-        return fd not in self.lost
-
-    def full(self, fd: int) -> None:
-        """Wait: ``fd`` took nothing after all, as a terminal with room for half a line end."""
-        time.sleep(0.05)
-        if self.deadline.over() or poll_once(0, *self.ends):
-            self.lost.add(fd)
-
-
-def write_out(fd: int, data: bytes, harmless: bool = False,
-              patience: Patience | None = None) -> None:
-    """Write to our stdout or stderr: raw bytes into a pipe or file, harmless text to a terminal."""
-    if not harmless and os.isatty(fd):
-        data = neutralise(data).encode("utf-8", "replace")
-    view, patience = memoryview(data), patience or Patience(0)
-    while view and patience.takes(fd):
+def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[Any] = (),
+              grace: float = 0) -> bool:
+    """Write to our stdout or stderr, as it is: a terminal obeys it. False if the reader stopped:
+    from the deadline, or an event of ``ends``, on it has ``grace`` seconds for each piece."""
+    view, room = memoryview(data), (fd, select.POLLOUT)
+    while view:
+        if fd not in poll_once(deadline.left(), room, *ends) and not poll_once(grace, room):
+            return False
         try:
-            view = view[os.write(fd, view[:select.PIPE_BUF]):]
+            view = view[os.write(fd, view[:select.PIPE_BUF]):]  # a pipe takes as much at once
         except BrokenPipeError:
             raise PipeClosed("The output was closed.")
-        except BlockingIOError:
-            patience.full(fd)
+        except BlockingIOError:  # a terminal had room for half a line end
+            time.sleep(0.05)
+            if deadline.over() or poll_once(0, *ends):
+                return False
         except OSError as error:
             raise OutputFailed(f"The output cannot be written: {error.strerror}.")
+    return True
 
 
 def draw(fd: int, text: str) -> None:
     """Write harmless text, perhaps with our own escape sequences."""
-    write_out(fd, text.encode("utf-8", "replace"), harmless=True)
+    write_out(fd, text.encode("utf-8", "replace"))
 
 
 def err_out(text: str) -> None:
@@ -9520,17 +9475,10 @@ def err_out(text: str) -> None:
         draw(2, f"{PROGRAM}: {neutralise(text)}\n")
 
 
-def terminal_width() -> int:
-    import shutil
-    return shutil.get_terminal_size().columns if os.isatty(1) else 1 << 16
-
-
 def answer_out(data: bytes, ending: Cancel) -> None:
     """Write to an MCP client; PipeClosed if it has closed stdin, or ``ending`` is set, and it
     reads nothing more."""
-    patience = Patience(MCP_GRACE, (0, 0), (ending, select.POLLIN))  # of stdin only its end
-    write_out(1, data, patience=patience)
-    if patience.lost:
+    if not write_out(1, data, NEVER, [(0, 0), ending], MCP_GRACE):  # (0, 0): the end of stdin
         raise PipeClosed("Nobody reads the answers.")
 
 
@@ -9540,9 +9488,13 @@ def quiet_terminal() -> None:
 
 
 def print_text(text: str | bytes) -> None:
-    """Print a text and a newline, or bytes as they are."""
+    """Print a text and a newline, or bytes as they are; neutralised for a terminal."""
     quiet_terminal()
-    write_out(1, text if isinstance(text, bytes) else encoded(text + "\n"))
+    data = text if isinstance(text, bytes) else encoded(text + "\n")
+    if os.isatty(1):
+        draw(1, neutralise(data))
+    else:
+        write_out(1, data)
 
 
 def print_json(value: object) -> None:
@@ -9550,22 +9502,20 @@ def print_json(value: object) -> None:
     print_text(json.dumps(value))
 
 
-def render(options: Options, value: object, text: str | bytes, warning: str = "",
-           code: int = 0) -> int:
-    """Print a result: the value with --json, else the text and the warning; the exit code."""
+def render(options: Options, value: object, text: str | bytes | list[str] = "",
+           warning: str = "", code: int = 0) -> int:
+    """Print the value with --json, else the text (of a list nothing with -q) and the warning.
+    Returns the exit code."""
     if options.json:
         print_json(value)
         return code
+    if isinstance(text, list):
+        text = "\n".join(text) if options.verbosity >= 0 else ""
     if text:
         print_text(text)
     if warning:
         options.terminal.warn(warning)
     return code
-
-
-def answer(options: Options, value: object, *lines: str) -> int:
-    """The same, without the lines if -q was given."""
-    return render(options, value, "\n".join(lines) if options.verbosity >= 0 else "")
 
 
 def may_ask() -> bool:
@@ -9578,150 +9528,110 @@ def may_ask() -> bool:
 
 
 def open_project(options: Options) -> Project:
-    if options.verb != "exec":
-        Lock.tell = options.terminal.warn
     return Project(options.directory, None if options.json else may_ask, warm=0)
 
 
-# -- the commands: command_VERB(options), or command_tool(options), returns the exit code --
+# -- the commands: command_VERB(options), or command_tool(options) --
 
-def command_exec(options: Options) -> int:
-    return Execution(options).run()
+def command_exec(options: Options) -> Shown:
+    project, began, words = open_project(options), time.monotonic(), options.command
+    names = list(dict.fromkeys(options.workspace)) or [project.default_workspace()]
+    if options.all:
+        names = sorted(project._entries())
+        if not names:
+            raise WorkspaceMissing("This project has no workspaces.",
+                                   "Make some.", "new NAME -H HOST")
+    many = options.many = options.terminal.many = options.all or len(names) > 1
+    if many and (options.tty or options.detach):
+        raise UsageError("-t and --detach take one workspace.", "Run it once for each.")
+    if (many or options.detach) and not options.no_stdin and data_waits():
+        raise UsageError("exec passes stdin on to no job, and to none of several workspaces.",
+                         "Add -n, or write it into a file for the command.",
+                         f"write -w {quote(names[0])} FILE")
+    options.project, options.cancel = project, Cancel()
+    options.call = {"command": words if words[1:] else words[0], "cwd": options.cwd or "",
+                    "env": parse_environment(options.env), "login": options.login,
+                    "secrets": [] if options.no_secrets else options.secrets}
+    if options.tty:
+        return on_terminal(lambda: exec_workspace(options, names[0]), options, options.call)
+    rows = options.terminal.in_lanes(
+        names, functools.partial(exec_row, options), options.parallel or 0, options.cancel)
+    for at, row in enumerate(rows):
+        if isinstance(row, CmuxError):
+            if isinstance(row, PipeClosed) or not (many or options.json):
+                raise row
+            rows[at] = exec_failure(names[at], None, row, began)  # it has not begun
+    first, text, warning = rows[0], "", ""
+    if many:
+        warning = summary(rows, time.monotonic() - began)
+    elif options.detach:
+        text = first.get("job", "")
+    elif first["stopped"]:
+        after = f"stopped after {options.timeout:g} s" if first["timed_out"] else "interrupted"
+        warning = f"The command on {first['host']} was {after}; {STOPPED[first['stopped']]}."
+    code = max(int(row.get("exit_code", 0)) for row in rows)
+    return rows if many else first, text, warning, code
 
 
-class Execution:
-    """A command in one workspace, or in several at once, with a row for each."""
-
-    def __init__(self, options: Options) -> None:
-        self.options, self.cancel = options, Cancel()
-        self.terminal: Terminal = options.terminal
-        self.project = open_project(options)
-        self.names = list(dict.fromkeys(options.workspace)) or [self.project.default_workspace()]
-        if options.all:
-            self.names = sorted(self.project._entries())
-            if not self.names:
-                raise WorkspaceMissing("This project has no workspaces.",
-                                       "Make some.", "new NAME -H HOST")
-        self.many = self.terminal.many = options.all or len(self.names) > 1
-        self.plain = not (self.many or options.json)
-        self._check()
-        words = options.command
-        self.call: Fields = {
-            "command": words if words[1:] else words[0], "cwd": options.cwd or "",
-            "env": parse_environment(options.env), "login": options.login,
-            "secrets": [] if options.no_secrets else options.secrets}
-
-    def _check(self) -> None:
-        options, many = self.options, self.many
-        unread = (options.detach or many) and not options.no_stdin and data_waits()
-        name = quote(self.names[0])
-        for bad, *error in (
-                (options.tty and (options.json or options.detach or options.timeout
-                                  or options.no_stdin or many),
-                 "-t takes no --json, --detach, --timeout, -n, nor several workspaces."),
-                (options.all and options.workspace, "--all takes no -w."),
-                (options.no_secrets and options.secrets,
-                 "--no-secrets and --secret exclude each other."),
-                (options.detach and options.timeout, "--detach takes no --timeout.",
-                 "End the job with stop.", "stop ID"),
-                (options.detach and many, "--detach takes one workspace.",
-                 "Run it once for each."),
-                (unread and many, "With several workspaces exec passes stdin on to none of them.",
-                 "Add -n, or run it once for each."),
-                (unread, "A job takes no stdin.",
-                 "Add -n, or write it into a file for the command.",
-                 f"write -w {name} FILE",
-                 f"exec -w {name} --detach -- 'CMD <FILE'")):
-            if bad:
-                raise UsageError(*error)
-
-    def run(self) -> int:
-        """The worst exit code."""
-        if self.options.tty:
-            return on_terminal(lambda: self._workspace(self.names[0]), self.terminal, self.call)
-        began, at_once = time.monotonic(), self.options.parallel or 0
-        rows = self.terminal.in_lanes(self.names, self._row, at_once, self.cancel)
-        for at, row in enumerate(rows):
-            if isinstance(row, CmuxError):
-                if self.plain or isinstance(row, PipeClosed):
-                    raise row
-                rows[at] = exec_failure(self.names[at], None, row, began)  # it has not begun
-        if self.options.json:
-            print_json(rows if self.many else rows[0])
-        elif self.many:
-            self._sum_up(rows, time.monotonic() - began)
-        elif self.options.detach:
-            print_text(rows[0]["job"])
-        elif rows[0]["stopped"]:
-            timed_out, how = rows[0]["timed_out"], STOPPED[rows[0]["stopped"]]
-            after = f"stopped after {self.options.timeout:g} s" if timed_out else "interrupted"
-            self.terminal.warn(f"The command on {rows[0]['host']} was {after}; {how}.")
-        return max(int(row.get("exit_code", 0)) for row in rows)
-
-    def _row(self, name: str) -> Fields:
-        options, terminal, began = self.options, self.terminal, time.monotonic()
-        patience, host = Patience(0.5, (self.cancel, select.POLLIN)), None
-        out, err = [Capture(TOOL_CAPTURE if self.many else CAPTURE_MAX) if options.json else
-                    terminal.sink_of(name, fd, patience) for fd in (1, 2)]  # type: Any, Any
-        try:
-            host = self.project._entries().get(name, {}).get("host")
-            workspace = self._workspace(name)
-            if options.detach:
-                job = workspace.start(cancel=self.cancel, **self.call)
-                if not options.no_stdin and data_waits():  # of a slow writer
-                    terminal.warn("The job does not read what came on stdin.")
-                return {"job": job, "workspace": name}
-            if self.many:
-                terminal.step(name, "running")
-            else:
-                terminal.pause()
-            source = None if options.no_stdin or self.many else open_stdin()
-            patience.deadline = Deadline(options.timeout)
-            outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=self.cancel,
-                                    timeout=options.timeout, **self.call)
-            result = exec_result(workspace, outcome, out, err, began)
-            return json_fields(dict(result.as_dict(), error=None))
-        except PipeClosed:
-            self.cancel.set()
+def exec_row(options: Options, name: str) -> Fields:
+    """What `exec --json` prints of one workspace. If it is the only one, and without --json, an
+    error is raised."""
+    began, host = time.monotonic(), None
+    out, err = [Capture(TOOL_CAPTURE if options.many else CAPTURE_MAX) if options.json else
+                options.terminal.sink_of(name, fd, options.cancel)
+                for fd in (1, 2)]  # type: Any, Any
+    try:
+        workspace = exec_workspace(options, name)
+        host = workspace.host.name
+        if options.detach:
+            return {"job": workspace.start(cancel=options.cancel, **options.call),
+                    "workspace": name}
+        if options.many:
+            options.terminal.step(name, "running")
+        else:
+            options.terminal.pause()
+        source = None if options.no_stdin or options.many else open_stdin()
+        out.deadline = err.deadline = Deadline(options.timeout)
+        outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=options.cancel,
+                                timeout=options.timeout, **options.call)
+        result = exec_result(workspace, outcome, out, err, began)
+        return json_fields(dict(result.as_dict(), error=None))
+    except PipeClosed:
+        options.cancel.set()
+        raise
+    except CmuxError as error:
+        if not (options.many or options.json):
             raise
-        except CmuxError as error:
-            if self.plain:
-                raise
-            return exec_failure(name, host, error, began, out.value(), err.value())
-        finally:
-            if not options.json:
-                out.end()
-                err.end()
+        return exec_failure(name, host, error, began, out.value(), err.value())
+    finally:
+        if not options.json:
+            out.end()
+            err.end()
 
-    def _workspace(self, name: str) -> Workspace:
-        host, report, cancel = self.options.host, self.terminal, self.cancel
-        report.step(name, "connecting")
-        workspace = self.project.ensure(name, host, report, cancel, self.call["secrets"])
-        if self.options.push and self.project.push(name, report=report, cancel=cancel):
-            workspace = self.project.workspace(name)
-        if self.many:
-            workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
-        elif report.bars:
-            with contextlib.suppress(GitFailed):
-                commit, _ = self.project.repository.resolve("HEAD")
-                parent = self.project.repository.value_of(workspace.base + "^")  # of a --dirty one
-                if commit not in (workspace.base, parent):
-                    report.warn(f"{name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. "
-                                + as_called("To bring it there", f"push -w {name}"))
-        return workspace
 
-    def _sum_up(self, rows: list[Fields], seconds: float) -> None:
-        bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
-        for row in rows:
-            if row["exit_code"]:
-                how = [str(row["exit_code"])]
-                how += [row["error"]["message"]] if row["error"] else []
-                how += ["stopped, " + STOPPED[row["stopped"]]] if row["stopped"] else []
-                bad.setdefault(": ".join(how), []).append(row["workspace"])
-        failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
-        good = len(rows) - sum(map(len, bad.values()))
-        self.terminal.warn(f"{good} of {len(rows)} succeeded in {seconds:.1f} s"
-                           + (f"; failed: {failed}" if bad else "."))
+def exec_workspace(options: Options, name: str) -> Workspace:
+    project, report, cancel = options.project, options.terminal, options.cancel
+    report.step(name, "connecting")
+    workspace: Workspace = project.ensure(
+        name, options.host, report, cancel, options.call["secrets"])
+    if options.push and project.push(name, report=report, cancel=cancel):
+        workspace = project.workspace(name)
+    if options.many:
+        workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
+    return workspace
+
+
+def summary(rows: list[Fields], seconds: float) -> str:
+    bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
+    for row in rows:
+        if row["exit_code"]:
+            how = [str(row["exit_code"])]
+            how += [row["error"]["message"]] if row["error"] else []
+            how += ["stopped, " + STOPPED[row["stopped"]]] if row["stopped"] else []
+            bad.setdefault(": ".join(how), []).append(row["workspace"])
+    failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
+    good = len(rows) - sum(map(len, bad.values()))
+    return f"{good} of {len(rows)} succeeded in {seconds:.1f} s" + f"; failed: {failed}" * bool(bad)
 
 
 STOPPED = {"confirmed": "its processes have ended",
@@ -9754,36 +9664,25 @@ def data_waits() -> bool:
 
 
 class Outlet:
-    """A sink to our stdout or stderr, in the place of a Capture."""
+    """A sink to our stdout or stderr, in the place of a Capture; above the lanes of ``live`` it
+    writes whole lines, each after the label. What the reader has not taken half a second after the
+    deadline, or ``cancel``, is dropped."""
 
-    truncated = False
+    truncated = lost = False
+    deadline, held = NEVER, b""
 
-    def __init__(self, fd: int, patience: Patience | None = None) -> None:
+    def __init__(self, fd: int, cancel: Cancel | None = None, label: str = "",
+                 live: Terminal | None = None) -> None:
         self.text = TerminalText() if os.isatty(fd) else None
-        self.fd, self.patience = fd, patience
-        if self.text and patience:  # opened again: ``fd`` itself has to block, for others
+        self.fd, self.cancel, self.label, self.live = fd, cancel, label.encode(), live
+        if self.text and cancel:  # opened again: ``fd`` itself has to block, for others
             with contextlib.suppress(OSError):
                 self.fd = os.open(os.ttyname(fd), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
 
     def __call__(self, data: bytes, last: bool = False) -> None:
-        shown = self.text(data, last).encode() if self.text else data
-        write_out(self.fd, shown, True, self.patience)
-
-    def end(self) -> None:
-        self(b"", True)
-
-    def value(self) -> bytes:
-        return b""
-
-
-class Labelled(Outlet):
-    """A sink that writes whole lines, each after a label."""
-
-    def __init__(self, fd: int, label: str, live: Terminal, patience: Patience | None) -> None:
-        super().__init__(fd, patience)
-        self.label, self.live, self.held = label.encode(), live, b""
-
-    def __call__(self, data: bytes, last: bool = False) -> None:
+        if not self.live:
+            self._write(self.text(data, last).encode() if self.text else data)
+            return
         *lines, self.held = (self.held + data).split(b"\n")
         if self.held and last or len(self.held) > CHUNK:
             lines, self.held = lines + [self.held], b""
@@ -9792,7 +9691,17 @@ class Labelled(Outlet):
                      for line in lines]
         if lines:
             text = b"".join(self.label + line + b"\n" for line in lines)
-            self.live.put(lambda: write_out(self.fd, text, True, self.patience))
+            self.live.put(lambda: self._write(text))
+
+    def _write(self, data: bytes) -> None:
+        self.lost = self.lost or not write_out(
+            self.fd, data, self.deadline, [self.cancel], 0.5)
+
+    def end(self) -> None:
+        self(b"", True)
+
+    def value(self) -> bytes:
+        return b""
 
 
 def stdin_is_null() -> bool:
@@ -9822,11 +9731,11 @@ def state_to_send(options: Options, repository: Repository) -> Any:
     if options.dirty and options.ref != "HEAD":
         raise UsageError("--dirty sends the work tree, --ref a commit.", "Give one of the two.")
     if options.allow and not options.dirty:
-        raise UsageError("--allow goes with --dirty.", "A commit is always sent whole.")
+        raise UsageError("--allow goes with --dirty.")
     return repository.snapshot(options.allow or []) if options.dirty else options.ref
 
 
-def command_new(options: Options) -> int:
+def command_new(options: Options) -> Shown:
     project, source, cancel = open_project(options), options.source or "", Cancel()
     names = [*map(check_workspace, dict.fromkeys([*options.names, *options.workspace]))]
     names = names or [project.default_workspace()]
@@ -9835,40 +9744,34 @@ def command_new(options: Options) -> int:
     done = options.terminal.in_lanes(names, lambda name: project.create(
         name, host, ref, options.root or "", not options.no_init, options.terminal, cancel,
         source), 0, cancel)
-    rows, lines = [], []
+    rows, lines, code = [], [], 0
     for name, made in zip(names, done):
         if isinstance(made, CmuxError):
             rows.append({"name": name, "error": error_fields(made)})
+            code = max(code, report_error(made))
             continue
         rows.append(made.describe())
         lines.append(f"{name}  {made.host.name}:{made.path}")
         if options.verbosity < 0 and made.state == "init failed":  # not reported above
             report_error(RemoteFailed(f"The init hook of {name} failed."))
-    answer(options, rows, *lines)
-    return max([report_error(made) for made in done if isinstance(made, CmuxError)], default=0)
+    return rows, lines, "", code
 
 
-def table(heads: str, rows: Iterable[Fields], width: int = 0) -> str:
-    """A line for each row, of its members named like ``heads``; None is a dash. Where they do not
-    fit, the last column is cut, to 8 characters at least, or left out; then the widest yield."""
-    width, names = width or terminal_width(), heads.split()
-    cells = [["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
-              for value in (row.get(name.lower(), "") for name in names)] for row in rows]
-    if not cells:
-        return ""
-    cells.insert(0, names)
-    *widths, last = [max(map(len, column)) for column in zip(*cells)]
-    rest = width - sum(widths) - 2 * len(widths)
-    if rest >= min(8, last):
-        widths.append(min(rest, last))
-    while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > 8:
-        widths[max(range(len(widths)), key=lambda i: (widths[i], i))] -= 1  # of equals, the later
-    return "\n".join("  ".join(
-        (text if len(text) <= size else text[:size - 3] + "...").ljust(size)
-        for text, size in zip(row, widths)).rstrip() for row in cells)
+def table(heads: str, rows: Iterable[Fields]) -> str:
+    """A line for each row, of its members named like ``heads``; None is a dash. What does not fit
+    the terminal is cut off."""
+    import shutil
+    names = heads.split()
+    width = shutil.get_terminal_size().columns if os.isatty(1) else 1 << 16
+    cells = [names, *(["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
+                       for value in (row.get(name.lower(), "") for name in names)]
+                      for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells] if cells[1:] else []
+    return "\n".join(line if len(line) <= width else line[:width - 3] + "..." for line in lines)
 
 
-def command_history(options: Options) -> int:
+def command_history(options: Options) -> Shown:
     rows = open_project(options)._past(one_workspace(options))[-options.limit:]
     if options.json:
         for row in rows:
@@ -9879,12 +9782,12 @@ def command_history(options: Options) -> int:
          "what": row["operation"], "took": f"{row.get('duration') or 0:.2f} s",
          "code": row.get("exit_code", ""),
          "bytes": human_size(row["bytes"]) if row.get("bytes") else ""} for row in rows))
-    return render(options, None, text, "" if text else "Nothing is on record yet.")
+    return None, text, "" if text else "Nothing is on record yet."
 
 
 class View:
-    """The state of the workspaces of projects, on all hosts or on some. Each workspace is asked
-    in a thread of its own, so that no host delays the others."""
+    """What hosts report of the workspaces of projects, on all hosts or on some. Each workspace is
+    asked in a thread of its own, so that no host delays the others."""
 
     def __init__(self, hosts: Container[str], *projects: Project) -> None:
         self.hosts, self.projects = hosts, projects
@@ -9892,12 +9795,11 @@ class View:
         self.asked: set[str] = set()
 
     def look(self) -> list[tuple[Workspace, Fields]]:
-        """The workspaces, and what is known of each."""
         return [(workspace, self.seen.get(workspace.op, {}))
                 for project in self.projects for workspace in project.workspaces()
                 if not self.hosts or workspace.host.name in self.hosts]
 
-    def ask(self, seconds: float = 0) -> None:
+    def ask(self, seconds: float) -> None:
         """Ask all but those still to answer; wait up to ``seconds`` for the answers."""
         import threading
         for workspace, _ in self.look():
@@ -9907,7 +9809,7 @@ class View:
         patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
         while self.asked and not patience.over():
             time.sleep(0.02)
-        for op in list(self.asked) if seconds else ():
+        for op in list(self.asked):
             self.seen.setdefault(op, {"error": late})
 
     def _ask(self, workspace: Workspace) -> None:
@@ -9924,134 +9826,101 @@ class View:
         finally:
             self.asked.discard(op)
 
-    def rows(self) -> list[Fields]:
-        now, (project,) = time.time(), self.projects
-        operations = project._running_now()
-        last = {row.get("op"): row.get("exit_code") for row in project.history.rows()
-                if row["operation"] == "exec"}
-        rows = []
-        for workspace, seen in self.look():
-            running = [(row["operation"], str(row.get("detail", "")), row["time"])
-                       for row in operations if row.get("workspace") == workspace.name]
-            running += [(job["job"], job["command"], job["started"])
-                        for job in seen.get("running", ())]
-            rows.append({
-                "workspace": workspace.name, "host": workspace.host.name,
-                "changed": seen.get("changed"), "error": seen.get("error"),
-                "last_exit_code": last.get(workspace.op), "running": [
-                    {"what": what, "detail": text, "for": round(now - since, 1) if since else None}
-                    for what, text, since in running]})
-        return rows
 
-    def table(self, width: int) -> str:
-        shown = []
-        for row in self.rows():
-            facts = dict(row, last=row["last_exit_code"], running=row["error"] or "")
-            for item in row["running"] or [{}]:
-                if item:
-                    own = "" if item["what"] == "exec" else item["what"] + " "
-                    since = "" if item["for"] is None else human_age(item["for"])
-                    facts.update({"for": since, "running": own + item["detail"]})
-                shown.append(facts)
-                facts = {}
-        return table("WORKSPACE HOST CHANGED LAST FOR RUNNING", shown, width)
+def top_rows(view: View, project: Project) -> tuple[list[Fields], str]:
+    """A row for each operation and job that runs, and for each workspace without any; their
+    table."""
+    rows, now, running = [], project._running_now(), []  # type: list[Fields], Any, list[Any]
+    for workspace, seen in view.look():
+        running = [(f"{row['operation']} {row.get('detail', '')}", row["time"])
+                   for row in now if row.get("workspace") == workspace.name]
+        running += [(f"{job['job']} {job['command']}", job["started"])
+                    for job in seen.get("running", ())]
+        rows += [{"workspace": workspace.name, "host": workspace.host.name,
+                  "changed": seen.get("changed"), "error": seen.get("error"),
+                  "running": what, "started": since}
+                 for what, since in running or [(None, None)]]
+    return rows, table("WORKSPACE HOST CHANGED AGE RUNNING", (
+        {**row, "running": row["running"] or row["error"], "age": age(row["started"])}
+        for row in rows))
 
 
-def command_top(options: Options) -> int:
+def command_top(options: Options) -> Shown:
     project = open_project(options)
-    top = View(options.host, project)
-    if options.json or not (os.isatty(0) and os.isatty(1)):
-        top.ask(TOP_PATIENCE)
-        return render(options, top.rows(), top.table(1 << 16))
-    import shutil
-    import termios
-    import tty
-    saved = termios.tcgetattr(0)
+    view = View(options.host, project)
+    if options.json or not os.isatty(1):
+        view.ask(TOP_PATIENCE)
+        return top_rows(view, project)
     draw(1, "\x1b[?1049h\x1b[?25l")  # the other screen, no cursor
     try:
-        tty.setcbreak(0)
         while True:
-            top.ask()
-            size = shutil.get_terminal_size()
-            title = f"{project.name}: {time.strftime('%H:%M:%S')}  (q quits)"
-            lines = [title, "", *top.table(size.columns).split("\n")][:size.lines - 1]
-            draw(1, "\x1b[H%s\x1b[J" % "".join(f"\x1b[K{line}\r\n" for line in lines))
-            if poll_once(TOP_EVERY, 0) and os.read(0, 1) in b"qQ":  # b"": the terminal is gone
-                return 0
+            view.ask(TOP_EVERY)
+            lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "",
+                     *top_rows(view, project)[1].split("\n")]
+            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:os.get_terminal_size(1)[1] - 1])
+            draw(1, f"\x1b[H{shown}\x1b[J")
+            time.sleep(TOP_EVERY)
     except KeyboardInterrupt:
         return 0
     finally:
-        termios.tcsetattr(0, termios.TCSADRAIN, saved)
         draw(1, "\x1b[?25h\x1b[?1049l")
 
 
-def command_completion(options: Options) -> int:
-    own = f"{quote(sys.executable or 'python3')} {quote(os.path.abspath(__file__))}"
-    print_text(COMPLETIONS[options.shell] % own)
-    return 0
+def command_completion(options: Options) -> Shown:
+    own = f"{quote(sys.executable)} {quote(os.path.abspath(__file__))}"
+    return None, COMPLETIONS[options.shell] % own
 
 
-def complete(shell: str, words: Sequence[str]) -> int:
-    """`__complete SHELL WORD...`, for the scripts below: print the completions of the last word."""
-    for word, text in candidates(words[:-1], words[-1]).items():
+def complete(words: Sequence[str]) -> int:
+    """`__complete WORD...`, for the scripts below: print what the last word can become."""
+    for word in sorted(candidates(words[:-1], words[-1])):
         if word.startswith(words[-1]):
-            print_text(f"{word}\t{text}" if shell == "fish" else word)
+            print_text(word)
     return 0
 
 
-def candidates(before: Sequence[str], last: str) -> dict[str, str]:
-    """What may follow the words ``before``, each with its help."""
-    plain, pending, directory, name = [], "", ".", ""  # type: list[str], str, str, str
-    known: Sequence[Arg] = COMMON
-    for word in before:
-        if pending:
-            directory = os.path.expanduser(word) if pending == "directory" else directory
-            pending = ""
-        elif word.startswith("-"):
-            pending = next((arg.name for arg in known if word in arg.flags and arg.valued), "")
-        else:
-            plain.append(word)
-            name = " ".join(plain[:1 + (plain[0] == "secrets")])
-            known = line_args(VERBS[name]) if name in VERBS else COMMON
+def candidates(before: Sequence[str], last: str) -> Iterable[str]:
+    """What may follow the words ``before``."""
+    valued = {flag: arg.name for verb in VERBS.values() for arg in line_args(verb)
+              for flag in arg.flags if arg.valued}
+    pairs = list(zip(["", *before], before))
+    plain = [word for flag, word in pairs if word[:1] != "-" and flag not in valued]
+    directory = os.path.expanduser("".join(word for flag, word in pairs if flag == "-C") or ".")
+    name = " ".join(plain[:1 + (plain[:1] == ["secrets"])])
     if "--" in before or name == "exec" and plain[1:]:  # words of the remote command
-        return {}
-    if pending:
-        return values_of(pending, directory)
+        return []
+    if before and before[-1] in valued:
+        return values_of(valued[before[-1]], directory)
+    known = line_args(VERBS[name]) if name in VERBS else COMMON
     if last.startswith("-"):
-        return {flag: arg.text for arg in known for flag in arg.flags}
+        return [flag for arg in known for flag in arg.flags]
     if name not in VERBS:
-        at = len(plain)
-        return {row.split()[at]: verb.text for row, verb in VERBS.items()
-                if row.split()[:at] == plain}
+        rows = [verb.split() for verb in VERBS]
+        return {row[len(plain)] for row in rows if row[:len(plain)] == plain}
     first = next((arg.name for arg in known if arg.word), "")
     own = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}
     return values_of(own.get(name, first), directory)
 
 
-def values_of(name: str, directory: str) -> dict[str, str]:
+def values_of(name: str, directory: str) -> Iterable[str]:
     """The values that the argument ``name`` can have in the project of ``directory``."""
-    names: Iterable[str] = ()
     if name == "shell":
-        names = COMPLETIONS
-    elif name in ("host", "target"):
-        names = config_hosts()
-    elif name in ("workspace", "name", "names"):
-        names = Project(directory)._entries()
-    elif name == "secrets":
-        names = [secret for secret, _, _ in Project(directory).registry.stored()]
-    elif name == "job":
-        jobs = Project(directory).registry.read().get("jobs", {})
-        return {job: str(row["command"]) for job, row in jobs.items()}
-    return dict.fromkeys(sorted(names), "")
+        return COMPLETIONS
+    if name in ("host", "target"):
+        return config_hosts()
+    if name in ("workspace", "name", "names"):
+        return Project(directory)._entries()
+    if name == "secrets":
+        return {secret for secret, _, _ in Project(directory).registry.stored()}
+    return Project(directory).registry.read().get("jobs", ()) if name == "job" else ()
 
 
 def config_hosts() -> list[str]:
     """The hosts in the user's ssh config, without patterns."""
-    try:
-        with open(os.path.expanduser("~/.ssh/config"), errors="replace") as stream:
-            rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
-    except OSError:
-        return []
+    rows: list[str] = []
+    path = os.path.expanduser("~/.ssh/config")
+    with contextlib.suppress(OSError), open(path, errors="replace") as stream:
+        rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
     return [name for name in re.split(r"[\s=]+", " ".join(rows))
             if name.isprintable() and not re.search(r"[*?!\"']|^$", name)]
 
@@ -10063,7 +9932,7 @@ COMPLETIONS = {"bash": r"""_cmux_ssh() {
   COMPREPLY=()
   [[ ${COMP_WORDS[0]##*/} != python* ]] || at=2
   [[ ${COMP_WORDS[at-1]##*/} == cmux_ssh.py && $COMP_CWORD -ge $at ]] || return 0
-  COMPREPLY=($(%s __complete bash "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
+  COMPREPLY=($(%s __complete "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
 }
 complete -o default -F _cmux_ssh cmux_ssh.py python3
 """, "fish": r"""function __cmux_ssh
@@ -10071,7 +9940,7 @@ complete -o default -F _cmux_ssh cmux_ssh.py python3
   set -l word (commandline -ct)
   string match -qr '(^|/)python[^/]*$' -- $words[1]; and set -e words[1]
   string match -qr '(^|/)cmux_ssh\.py$' -- $words[1]; or return 1
-  set -g __cmux_ssh_words (%s __complete fish $words[2..-1] "$word" 2>/dev/null)
+  set -g __cmux_ssh_words (%s __complete $words[2..-1] "$word" 2>/dev/null)
   test -n "$__cmux_ssh_words"
 end
 complete -c cmux_ssh.py -n __cmux_ssh -f -a '$__cmux_ssh_words'
@@ -10080,14 +9949,17 @@ complete -c python3 -n __cmux_ssh -f -a '$__cmux_ssh_words'
 COMPLETIONS["zsh"] = "autoload -U +X bashcompinit && bashcompinit\n" + COMPLETIONS["bash"]
 
 
-def command_list(options: Options) -> int:
-    projects = []  # none is interactive: ssh asks no question for a list
-    if not options.all_projects:
-        projects.append(Project(options.directory, warm=0))
-    for record in all_projects(report_error) if options.all_projects else ():
-        try:
-            projects.append(Project(re.sub(r"/\.git\Z", "", record.get("repository", "/")), warm=0))
+def command_list(options: Options) -> Shown:
+    directories, projects = [options.directory], []
+    if options.all_projects:
+        directories = [re.sub(r"/\.git\Z", "", record.get("repository", "/"))
+                       for record in all_projects(report_error)]
+    for directory in directories:
+        try:  # none is interactive: ssh asks no question for a list
+            projects.append(Project(directory, warm=0))
         except CmuxError as error:  # the repository is gone
+            if not options.all_projects:
+                raise
             report_error(error)
     view = View(options.host, *projects)
     if options.verbosity >= 0:
@@ -10096,15 +9968,18 @@ def command_list(options: Options) -> int:
                  behind=workspace.project.repository.behind(workspace.base),
                  jobs=len(seen["running"]) if "running" in seen else None)
             for workspace, seen in view.look()]
-    text = "\n".join(row["name"] for row in rows)
-    if options.verbosity >= 0:
-        text = table("NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", (
-            {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
-             "age": human_age(time.time() - row["created"]), "base": row["base"][:10]}
-            for row in rows))
+    text = listing(options, "NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
+        {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
+         "age": age(row["created"]), "base": row["base"][:10]} for row in rows])
     where = f" on {' or '.join(options.host)}" if options.host else " yet"
-    return render(options, rows, text, "" if text else as_called(
-        f"No workspaces{where}. Make one", "new NAME -H HOST"))
+    return rows, text, "" if text else as_called(
+        f"No workspaces{where}. Make one", "new NAME -H HOST")
+
+
+def listing(options: Options, heads: str, rows: Sequence[Fields]) -> str:
+    if options.verbosity >= 0:
+        return table(heads, rows)
+    return "\n".join(row["name"] for row in rows)
 
 
 def human_age(seconds: float) -> str:
@@ -10112,6 +9987,10 @@ def human_age(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds // size:.0f}{unit}"
     return f"{int(max(0, seconds))}s"
+
+
+def age(since: float | None) -> str | None:
+    return human_age(time.time() - since) if since else None
 
 
 def one_workspace(options: Options) -> str:
@@ -10126,7 +10005,7 @@ def named(options: Options, project: Project) -> str:
     return check_workspace(one_workspace(options) or project.default_workspace())
 
 
-def command_rm(options: Options) -> int:
+def command_rm(options: Options) -> Shown:
     project, names = open_project(options), [*options.names, *options.workspace]
     if not names:
         raise UsageError("Name the workspaces to remove.", "List them.", "list")
@@ -10148,25 +10027,23 @@ def command_rm(options: Options) -> int:
                 error.commands += f"rm --forget {name}",
             errors.append(dict(error_fields(error), name=name))
             code = max(code, report_error(error))
-    answer(options, {"removed": removed, "errors": errors})
-    return code
+    return {"removed": removed, "errors": errors}, "", "", code
 
 
 def existing_workspace(options: Options) -> Workspace:
     """The workspace that is named; else that of the job, that of the branch, or the only one."""
-    project = open_project(options)
-    entries, name = project._entries(), one_workspace(options)
+    project, name = open_project(options), one_workspace(options)
     if not name:
-        job = getattr(options, "job", None) or [""]
+        entries, own = project._entries(), project.default_workspace()
+        job = getattr(options, "job", None) or ""
         known = project.registry.read().get("jobs", {})
         of_job = known.get(job if isinstance(job, str) else job[0], {}).get("workspace")
-        own = project.default_workspace()
-        near = (of_job, own, *(entries if len(entries) == 1 else ()))
-        name = next((choice for choice in near if choice in entries), own)
+        only = list(entries) if len(entries) == 1 else []
+        name = next((choice for choice in (of_job, own, *only) if choice in entries), own)
     return project.existing(name, options.host)
 
 
-def command_pull(options: Options) -> int:
+def command_pull(options: Options) -> Shown:
     terminal = options.terminal
     result = pull(existing_workspace(options), options.branch or "", options.allow, terminal)
     for note in result.notes:
@@ -10174,52 +10051,49 @@ def command_pull(options: Options) -> int:
     for path, names in result.secrets.items():
         terminal.line(f"warning: {path} holds the secret {', '.join(names)}.")
     if not result.new:
-        return answer(options, result.as_dict(), f"Nothing new in {result.workspace}.")
+        return result.as_dict(), [f"Nothing new in {result.workspace}."]
     commits = f"{result.commits} commit" + "s" * (result.commits != 1)
     lines = [f"{result.branch}: {commits} on {result.since[:10]}, now at {result.commit[:10]}",
              result.stat]
     if result.executes:
         lines += ["After a merge these can run on this machine, or configure its tools:",
                   *(f"  {path}" for path in result.executes[:200])]
-    answer(options, result.as_dict(), *lines)
     branch = quote(result.branch)
-    terminal.note(as_called("Look at it, or take it", f"git diff ...{branch}",
-                            f"git merge {branch}"))
-    return 0
+    next_step = as_called("Look at it, or take it", f"git diff ...{branch}", f"git merge {branch}")
+    return result.as_dict(), lines, next_step * terminal.notes
 
 
-def command_push(options: Options) -> int:
+def command_push(options: Options) -> Shown:
     workspace = existing_workspace(options)
     project = workspace.project
     ref = state_to_send(options, project.repository)
     moved = project.push(workspace.name, ref, options.force, options.terminal)
     now = project.workspace(workspace.name)
-    return answer(options, dict(now.describe(), pushed=moved),
-                  f"{now.name} is at {now.base[:10]}" + " already" * (not moved))
+    return dict(now.describe(), pushed=moved), [
+        f"{now.name} is at {now.base[:10]}" + " already" * (not moved)]
 
 
-def command_fork(options: Options) -> int:
+def command_fork(options: Options) -> Shown:
     source = existing_workspace(options)
     made = VERBS[options.verb].manage(source.project, None, source.name, options.name)
-    return answer(options, made, "%(name)s  %(host)s:%(path)s" % made)
+    return made, ["%(name)s  %(host)s:%(path)s" % made]
 
 
 command_rename = command_fork
 
 
-def command_gc(options: Options) -> int:
+def command_gc(options: Options) -> Shown:
     freed, failed = open_project(options).gc(options.host)
     lost = {getattr(error, "host", None) or "?": {"error": error_fields(error)} for error in failed}
     lines = [f"{host}: freed {human_size(count)}" for host, count in freed.items()]
-    answer(options, dict(freed, **lost), *lines)
-    return max(map(report_error, failed), default=0)
+    return dict(freed, **lost), lines, "", max(map(report_error, failed), default=0)
 
 
-def command_diff(options: Options) -> int:
+def command_diff(options: Options) -> Shown:
     workspace, exact = existing_workspace(options), options.json or not os.isatty(1)
     lines = diff_lines(workspace, options.stat, options.terminal, binary=exact)
     if options.json:
-        return answer(options, bytes_field("diff", b"".join(line + b"\n" for line in lines)))
+        return bytes_field("diff", b"".join(line + b"\n" for line in lines)), ""
     pager, coloured = ("", False) if exact else workspace.project.repository.diff_settings()
     plain = options.stat or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured and not plain else {}
@@ -10229,10 +10103,12 @@ def command_diff(options: Options) -> int:
             quiet_terminal()
             if pager and fd == 1:
                 fd = held.enter_context(paged(pager))
-            text = neutralise(line)
-            colour = colours.get(text[:1])
-            shown = (f"\x1b[{colour}m{text}\x1b[m" if colour else text).encode("utf-8", "replace")
-            write_out(fd, (line if exact else shown) + b"\n", harmless=True)
+            if not exact:
+                text = neutralise(line)
+                colour = colours.get(text[:1])
+                shown = f"\x1b[{colour}m{text}\x1b[m" if colour else text
+                line = shown.encode("utf-8", "replace")
+            write_out(fd, line + b"\n")
     return 0
 
 
@@ -10244,39 +10120,43 @@ def stored_secrets(options: Options) -> Any:
     return Project(options.directory)._editing_secrets(name, options.everywhere)
 
 
-def command_secrets_set(options: Options) -> int:
+def command_secrets_set(options: Options) -> Shown:
     name, equals, _ = options.name.partition("=")
-    pipe = f"| {as_typed('secrets set ' + show(name)[1:-1])}"
     if equals:
         raise UsageError("A secret's value is not taken from the command line, which others see.",
-                         f"Pipe it: ... {pipe}")
+                         f"Pipe it: ... | {as_typed('secrets set ' + show(name)[1:-1])}")
     check_variable(name, secret=True)
-    entry, typed = {"command": options.command}, os.isatty(0)
+    entry = {"command": options.command}
     if options.command is None:
-        value = typed_value(name, pipe) if typed else read_all(0, SECRET_MAX + 2)
-        if not value and (typed or stdin_is_null()):
-            raise UsageError(f"No value was given for {name} on stdin.",
-                             f"For an empty one: printf '' {pipe}")
-        entry = {"value": as_text(value.removesuffix(b"\n"))}
+        entry = {"value": as_text(secret_value(name).removesuffix(b"\n"))}
     with stored_secrets(options) as stored:
         stored[name] = entry
-    return answer(options, [name])
+    return [name], ""
 
 
-def typed_value(name: str, pipe: str) -> bytes:
-    """What a person types as the value of a secret."""
+def secret_value(name: str) -> bytes:
+    """The value of a secret, from stdin or a person who types it."""
+    typed, pipe = os.isatty(0), "| " + as_typed("secrets set " + name)
+    value = typed_value(name) if typed else read_all(0, SECRET_MAX + 2)
+    if value is None:
+        raise UsageError("A terminal passes on text, and less than 4095 bytes of a line.",
+                         f"Pipe it: ... {pipe}")
+    if not value and (typed or stdin_is_null()):
+        raise UsageError(f"No value was given for {name} on stdin.",
+                         f"For an empty one: printf '' {pipe}")
+    return value
+
+
+def typed_value(name: str) -> bytes | None:
+    """What a person types; None for what a terminal does not pass on."""
     import getpass
     try:
         value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
-    except UnicodeDecodeError:
-        raise UsageError("What was typed is not text in this terminal's encoding.",
-                         f"Pipe it: ... {pipe}")
     except EOFError:
         return b""
-    if len(value) >= 4095:
-        raise UsageError("A terminal passes on no more than 4095 bytes of a line.",
-                         f"Pipe it: ... {pipe}")
-    return value
+    except UnicodeDecodeError:
+        return None
+    return value if len(value) < 4095 else None
 
 
 def read_all(fd: int, limit: int) -> bytes:
@@ -10289,7 +10169,7 @@ def read_all(fd: int, limit: int) -> bytes:
     return bytes(data)
 
 
-def command_secrets_import(options: Options) -> int:
+def command_secrets_import(options: Options) -> Shown:
     try:
         with open(os.dup(0) if options.file == "-" else options.file, "rb") as stream:
             values = parse_dotenv(as_text(read_all(stream.fileno(), SECRETS_MAX)))
@@ -10298,7 +10178,7 @@ def command_secrets_import(options: Options) -> int:
     with stored_secrets(options) as stored:
         stored.update({name: {"value": value} for name, value in values.items()})
     names = sorted(values)
-    return answer(options, names, f"{len(names)} secrets: {', '.join(names)}")
+    return names, [f"{len(names)} secrets: {', '.join(names)}"]
 
 
 def parse_dotenv(text: str) -> dict[str, str]:
@@ -10326,29 +10206,25 @@ def parse_dotenv(text: str) -> dict[str, str]:
     return values
 
 
-def command_secrets_list(options: Options) -> int:
+def command_secrets_list(options: Options) -> Shown:
     project, name = Project(options.directory), one_workspace(options)
     stored = project.registry.stored(project._entry(name)["op"] if name else None)
-    rows, lines = [], []
+    rows = []
     for name, entry, where in sorted(stored, key=lambda row: row[0]):
         scope, _, workspace = where.partition(" ")
-        kind = "command" if "command" in entry else "value"
-        rows.append(dict({"workspace": workspace} if workspace else {}, name=name, kind=kind,
-                         scope=scope))
-        facts = [where] * (scope != "project") + ["from a command"] * (kind == "command")
-        shown = f"  ({', '.join(facts)})" if facts and options.verbosity >= 0 else ""
-        lines.append(name + shown)
-    return render(options, rows, "\n".join(lines))
+        rows.append({"name": name, "scope": scope, "workspace": workspace or None,
+                     "kind": "command" if "command" in entry else "value"})
+    return rows, listing(options, "NAME SCOPE WORKSPACE KIND", rows)
 
 
-def command_secrets_rm(options: Options) -> int:
+def command_secrets_rm(options: Options) -> Shown:
     with stored_secrets(options) as stored:
         for name in options.names:
             if name not in stored:
                 raise UsageError(f"There is no secret {show(name)} in that scope.",
                                  "List them.", "secrets list")
             del stored[name]
-    return answer(options, options.names)
+    return options.names, ""
 
 
 # -- the tools as commands --
@@ -10367,23 +10243,27 @@ def job_of(options: Options, workspace: Workspace) -> Any:
     return jobs[-1]
 
 
-def command_tool(options: Options) -> int:
+def options_given(options: Options, *names: str) -> Fields:
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def command_tool(options: Options) -> Shown:
     name, workspace = options.verb, existing_workspace(options)
-    given = {arg.name: getattr(options, arg.name) for arg in TOOLS[name].params}
-    arguments = {key: value for key, value in given.items() if value is not None}
-    if "job" in given:
+    params = [arg.name for arg in TOOLS[name].params]
+    arguments = options_given(options, *params)
+    if "job" in params:
         arguments["job"] = job_of(options, workspace)
     result = call_tool(workspace, name, arguments)
-    return render(options, result["jobs"] if name == "jobs" else result, *tool_text(name, result))
+    return (result["jobs"] if name == "jobs" else result, *tool_text(name, result))
 
 
-def command_write(options: Options) -> int:
+def command_write(options: Options) -> Shown:
     workspace = the_workspace(options)
     absolute(workspace, options.path)  # before 100 MB are read for a path that cannot be
-    return answer(options, workspace.write(options.path, read_all(0, READ_MAX * 10)))
+    return workspace.write(options.path, read_all(0, READ_MAX * 10)), ""
 
 
-def command_cp(options: Options) -> int:
+def command_cp(options: Options) -> Shown:
     back, away = (re.match(r"([\w.-]*):(.*)\Z", side, re.S)
                   for side in (options.source, options.to))
     remote = away or back
@@ -10395,32 +10275,25 @@ def command_cp(options: Options) -> int:
     workspace, more = existing_workspace(options), (options.force, options.terminal)
     done = (workspace.upload(options.source, path, *more) if away
             else workspace.download(path, options.to, *more))
-    for note in done["notes"]:
-        options.terminal.warn(note)
-    return answer(options, done, done["path"])
+    return done, [done["path"]], "\n".join(done["notes"])
 
 
-def command_edit(options: Options) -> int:
-    arguments: Fields = {}
-    if (options.old, options.new) != (None, None):
-        if None in (options.old, options.new):
-            raise UsageError("edit needs both --old and --new.")
-        arguments["edits"] = [
-            {"old": options.old, "new": options.new, "count": options.count or 1}]
-    elif options.count is not None:
-        raise UsageError("--count goes with --old and --new.", "In JSON each edit has its own.")
+def command_edit(options: Options) -> Shown:
+    arguments = options_given(options, "sha256")
+    edit = options_given(options, "old", "new", "count")
+    if edit:
+        arguments["edits"] = [edit]
     else:
         import json
         try:
-            arguments.update(json.loads(read_all(0, BATCH_LINE_MAX)))
+            arguments = {**json.loads(read_all(0, BATCH_LINE_MAX)), **arguments}
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
-    if options.sha256 is not None:
-        arguments["sha256"] = options.sha256
     arguments["path"] = options.path
+    check_call("edit", arguments)
     result = call_tool(the_workspace(options), "edit", arguments)
-    return answer(options, result, *filter(None, [result["diff"].rstrip("\n")]))
+    return result, [result["diff"].rstrip("\n")]
 
 
 def tool_text(name: str, result: Fields) -> tuple[str | bytes, str, int]:
@@ -10433,33 +10306,26 @@ def tool_text(name: str, result: Fields) -> tuple[str | bytes, str, int]:
         line = f"{result['job']}  {job_state(result)}: {STOPPED[result['stopped']]}"
         return (line, "", 0) if result["stopped"] == "confirmed" else ("", line, 1)
     if name == "wait":
-        how = ("" if result["exit_code"] is not None else
-               "still running" if result["state"] == "running" else
-               "lost: it ended without a record (was the host restarted?)")
-        return "", f"The job {result['job']} is {how}." if how else "", wait_code(result)
-    if name not in ("glob", "grep"):
-        return "", "", 0
-    rows = result["paths"] if name == "glob" else [
-        "%(path)s:%(line)d:%(text)s" % match for match in result["matches"]]
-    more = "There are more; narrow the pattern, or raise --limit." * result["truncated"]
+        how = {"running": "still running",
+               "lost": "lost: it ended without a record (was the host restarted?)"}
+        text = f"The job {result['job']} is {how.get(result['state'])}."
+        return "", text * (result["state"] in how), wait_code(result)
+    rows = result.get("paths") or [
+        "%(path)s:%(line)d:%(text)s" % match for match in result.get("matches", ())]
+    more = "There are more; narrow the pattern, or raise --limit." * result.get("truncated", False)
     return "\n".join(rows), more, int(name == "grep" and not rows)
 
 
 def jobs_text(jobs: Sequence[Fields], heads: str = "") -> tuple[str, str]:
     """A table of jobs, with columns before its own; a warning if there are none."""
     text = table(heads + "JOB STATE AGE COMMAND", (
-        {**job, "state": job_state(job),
-         "age": human_age(time.time() - job["started"]) if job["started"] else "?"}
-        for job in jobs))
-    return text, "" if text else as_called(
-        "No jobs. Start one", "exec --detach -- CMD")
+        {**job, "state": job_state(job), "age": age(job["started"])} for job in jobs))
+    return text, "" if text else as_called("No jobs. Start one", "exec --detach -- CMD")
 
 
-def command_jobs(options: Options) -> int:
+def command_jobs(options: Options) -> Shown:
     if not options.all:
         return command_tool(options)
-    if options.workspace:
-        raise UsageError("--all takes no -w.")
     view, rows, code = View(options.host, open_project(options)), [], 0
     view.ask(TOP_PATIENCE)
     for workspace, seen in view.look():
@@ -10467,7 +10333,7 @@ def command_jobs(options: Options) -> int:
         if "error" in seen:
             code = 255
             options.terminal.line(f"{workspace.name}: {seen['error']}")
-    return render(options, rows, *jobs_text(rows, "WORKSPACE "), code)
+    return (rows, *jobs_text(rows, "WORKSPACE "), code)
 
 
 def job_state(row: Mapping[str, Any]) -> str:
@@ -10475,7 +10341,7 @@ def job_state(row: Mapping[str, Any]) -> str:
     return f"{row['state']} {row['exit_code']}".replace(" None", "")
 
 
-def command_logs(options: Options) -> int:
+def command_logs(options: Options) -> Shown:
     if options.json and not options.follow:
         return command_tool(options)
     offset, workspace, out = options.offset or 0, existing_workspace(options), Outlet(1)
@@ -10502,21 +10368,20 @@ def command_logs(options: Options) -> int:
     return 0
 
 
-def command_batch(options: Options) -> int:
+def command_batch(options: Options) -> Shown:
     project = Project(options.directory)
-    batch = Batch(project, named(options, project), options.host, lambda data: write_out(1, data))
-    lines = read_lines(0, batch.cancel)
-    return batch.run(lines, options.parallel or 16)
+    batch = Batch(project, named(options, project), options.host, functools.partial(write_out, 1))
+    return batch.run(read_lines(0, batch.cancel), options.parallel or 16)
 
 
-def command_mcp(options: Options) -> int:
+def command_mcp(options: Options) -> Shown:
     project = Project(options.directory)
     server = McpServer(project, named(options, project), pool_of(options.host), answer_out,
                        options.manage, options.soft_timeout)
     return server.run(read_lines(0))
 
 
-def command_doctor(options: Options) -> int:
+def command_doctor(options: Options) -> Shown:
     if len(options.host) + bool(options.target) > 1:
         raise UsageError("doctor looks at one host.", "Name one.", "doctor HOST")
     name, root, rows = options.target or "".join(options.host), "", []
@@ -10527,41 +10392,30 @@ def command_doctor(options: Options) -> int:
         root = entry.get("root", "") if entry.get("host") == name else ""
     except CmuxError:  # no repository, or no host: this machine alone is examined
         name = name or os.environ.get("CMUX_SSH_HOST", "").strip().split(" ")[0]
-    for row in doctor(check_host(name) if name else "", root):
+    for row in doctor(name, root):
         rows.append(row)
         state, what, text, fix = row.values()
         if not options.json and (options.verbosity >= 0 or state in ("bad", "dead")):
-            import textwrap
-            print_text(textwrap.fill(
-                text.rstrip(".") + (". " + fix if fix else ""), max(58, terminal_width()),
-                initial_indent=f"{state:<5} {what:<10}  ", subsequent_indent=" " * 18,
-                break_on_hyphens=False))
-    if options.json:
-        print_json(rows)
-    return max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
+            print_text(f"{state:<5} {what:<10}  {text.rstrip('.')}{'. ' * bool(fix)}{fix}")
+    return rows, "", "", max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
 
 
-def on_terminal(open_workspace: Callable[[], Workspace], terminal: Terminal, call: Fields) -> int:
-    """What Workspace.shell() does with ``call``, on this terminal; its exit code."""
+def on_terminal(open_workspace: Callable[[], Workspace], options: Options, call: Fields) -> Shown:
+    """What Workspace.shell() does with ``call``, on this terminal."""
     if not (os.isatty(0) and os.isatty(1)):
-        raise UsageError("This needs a terminal.",
-                         "Without one use exec.", "exec -- CMD")
+        raise UsageError("This needs a terminal.", "Without one use exec.", "exec -- CMD")
     workspace = open_workspace()
-    terminal.warn("The host now writes to this terminal as it likes, escape sequences included.")
-    terminal.close()
-    status = None
-    try:
-        status = workspace.shell(**call)
-    finally:
-        if status in (None, 255) and os.isatty(1):  # a full-screen program had no time to tidy up
-            write_out(1, TIDY, harmless=True)
+    options.terminal.warn(
+        "The host now writes to this terminal as it likes, escape sequences included.")
+    options.terminal.close()
+    status = workspace.shell(**call)
     if status in (None, 255):
-        terminal.warn(f"The connection to {workspace.host.name} was cut, or the command ended "
-                      "with 255.")
+        options.terminal.warn(f"The connection to {workspace.host.name} was cut, or the command "
+                              "ended with 255.")
     return 255 if status is None else status
 
 
-def command_forward(options: Options) -> int:
+def command_forward(options: Options) -> Shown:
     workspace = existing_workspace(options)
     with contextlib.suppress(KeyboardInterrupt), contextlib.ExitStack() as held:
         for word in options.ports:
@@ -10571,22 +10425,18 @@ def command_forward(options: Options) -> int:
             forward = held.enter_context(workspace.forward(
                 int(ports[2]), int(ports[1] or 0), options.terminal))
             fields = {name: getattr(forward, name) for name in ("url", "local", "port")}
-            answer(options, fields, f"{forward.url} is port {ports[2]} of {workspace.host.name}")
+            render(options, fields, [f"{forward.url} is port {ports[2]} of {workspace.host.name}"])
         while True:  # a signal just before a sleep does not end it
             time.sleep(2)
     return 0
 
 
-def command_shell(options: Options) -> int:
-    return on_terminal(lambda: the_workspace(options), options.terminal, {})
+def command_shell(options: Options) -> Shown:
+    return on_terminal(lambda: the_workspace(options), options, {})
 
 
-# Out of the alternate screen; mouse, paste and application modes off; cursor and colours as usual.
-TIDY = b"\x1b[?1047;1000;1002;1003;1006;2004;1l\x1b>\x1b[?25h\x1b[m\r\n"
-
-
-def command_demo(options: Options) -> int:
-    demo(lambda text: print_text(neutralise(text)))
+def command_demo(options: Options) -> Shown:
+    demo(print_text)
     return 0
 
 
@@ -10624,8 +10474,6 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            unknown = re.match("unrecognized arguments: (-[^ ]+)", message)
-            message = f"there is no option {unknown[1]}" if unknown else message
             raise UsageError(f"{verb.name}: {neutralise(message)}.",
                              "Read the help.", f"{verb.name} -h")
 
@@ -10655,19 +10503,31 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
     return parser
 
 
+# Options, and those that they exclude.
+EXCLUDED = {"tty": "json detach timeout no_stdin", "all": "workspace", "no_secrets": "secrets",
+            "detach": "timeout"}
+
+
 def parse(name: str, words: list[str]) -> Options:
     """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
     if name not in VERBS:
         import difflib
         near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
-        raise UsageError(f"There is no command {show(name)}.",
+        own = [verb for verb in VERBS if verb.startswith(name.partition(" ")[0] + " ")]
+        raise UsageError(f"There is no command {show(name)}."
+                         + f" There are: {', '.join(own)}." * bool(own),
                          "Read the help.", " ".join([*near, "-h"]))
     at = words.index("--") if name == "exec" and "--" in words else len(words)
     options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
     options.verb, options.verbosity = name, options.verbose - options.quiet
-    options.terminal = Terminal(options.verbosity, notes=name in ("new", "push"))
+    options.terminal = Terminal(options.verbosity, name)
     if NAME in VERBS[name].args and options.name:
         options.workspace.append(options.name)
+    flags = {arg.name: arg.flags[0] for arg in line_args(VERBS[name]) if arg.flags}
+    for one, others in EXCLUDED.items():
+        for other in others.split():
+            if getattr(options, one, None) and getattr(options, other):
+                raise UsageError(f"{flags[one]} takes no {flags[other]}.")
     CALLED["project"] = "" if options.directory == "." else " -C " + quote(options.directory)
     # A call of batch or mcp names its own.
     if name not in ("batch", "mcp") and len(options.workspace) == 1:
@@ -10711,7 +10571,6 @@ def typed_program() -> str:
 
 
 def report_error(error: CmuxError) -> int:
-    """Print the error; its exit code."""
     quiet_terminal()
     err_out(advised(error))
     return error.exit_code
@@ -10719,20 +10578,20 @@ def report_error(error: CmuxError) -> int:
 
 def fail(words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
-    of_exec, code = words[:1] == ["exec"], report_error(error)
+    code, verb = report_error(error), words[0] if words else ""
     if "--json" in itertools.takewhile(lambda word: word != "--", words):
+        fields: Fields = {"error": error_fields(error)}
+        if verb == "exec":
+            fields = exec_failure(None, None, error, time.monotonic())
         with contextlib.suppress(CmuxError):  # stdout is closed
-            print_json(exec_failure(None, None, error, time.monotonic())
-                       if of_exec else {"error": error_fields(error)})
-    return exec_code(error) if of_exec else code
+            print_json([fields] if verb == "new" else fields)
+    return exec_code(error) if verb == "exec" else code
 
 
 def version_text() -> str:
-    """Name, version, and the SHA-256 of this file, which shows a changed copy."""
-    try:
-        digest = sha256_of(globals()["__loader__"].get_data(__file__))  # of a zip, too
-    except (OSError, NameError, AttributeError):
-        digest = "unknown"
+    digest = "unknown"
+    with contextlib.suppress(OSError), open(__file__, "rb") as stream:  # of a zip it is none
+        digest = sha256_of(stream.read())
     return f"{PROGRAM} {__version__} (sha256 {digest})"
 
 
@@ -10758,14 +10617,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if of_many:
             print_text(usage(of_many[1]))
             return 0 if words else 2
-        if name == "__complete" and words[2:]:
-            return complete(words[1], words[2:])
+        if name == "__complete" and rest:
+            return complete(rest)
         options = parse(name, rest)
         raise_descriptor_limit()
         stop_signals()
         try:
             name = "command_" + options.verb.replace(" ", "_")
-            return int(globals().get(name, command_tool)(options))
+            shown = globals().get(name, command_tool)(options)
+            return shown if isinstance(shown, int) else render(options, *shown)
         finally:
             options.terminal.close()
     except KeyboardInterrupt:
