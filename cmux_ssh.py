@@ -326,12 +326,9 @@ class Value(types.SimpleNamespace):
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"{type(self).__name__} is immutable")
 
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(repr(self.as_dict()))
-
     def as_dict(self) -> Fields:
         """The fields, by name."""
-        return {name: getattr(self, name) for name in self.__annotations__}
+        return dict(vars(self))
 
 
 class ExecResult(Value):
@@ -500,7 +497,6 @@ class Waiters:
 
     _watched = False  # one of them looks from time to time
     _pause = LOOK_FIRST
-    told = False  # a person knows what they wait for
 
     def __init__(self) -> None:
         import threading
@@ -513,7 +509,7 @@ class Waiters:
                 self._changed.notify(count)
 
     def leave(self) -> None:
-        self._pause, self.told = LOOK_FIRST, False
+        self._pause = LOOK_FIRST
         self.wake()
 
     def sleep(self, deadline: Deadline, cancel: Cancel | None, most: float = 3600) -> bool:
@@ -624,23 +620,15 @@ def safe_workspace(branch: str) -> str:
 
 
 def is_slip(name: str, other: str) -> bool:
-    """Whether ``name`` may be ``other``, mistyped by two letters at most, one in a word of four.
-    Names that differ in a number, a single letter or a short word (try-1 and try-2, a and b, fix-ui
-    and fix-db) are a series."""
-    words, others = (set(re.findall(r"\d+|[^\W\d_]+", text.lower())) for text in (name, other))
-    apart = words ^ others
-    series = any(word.isdigit() or len(word) == 1 for word in apart)
-    longest = max(map(len, apart), default=4)
-    return name != other and not series and within(name, other, min(2, longest - 3))
-
-
-def within(one: str, other: str, letters: int) -> bool:
-    """Whether at most ``letters`` are missing, added, replaced, or exchanged with the next one."""
-    at = len(os.path.commonprefix([one, other]))
-    one, other = one[at:], other[at:]
-    ways = [(1, 0), (0, 1), (1, 1)] + [(2, 2)] * (one[:2] == other[1::-1])
-    return one == other or letters > 0 and any(
-        within(one[left:], other[right:], letters - 1) for left, right in ways)
+    """Whether ``name`` may be ``other``, mistyped: three quarters of the letters in the words that
+    they do not share are the same. Names that differ in a number (try-1, try-2) are a series."""
+    import difflib
+    words, others = (re.findall(r"\d+|[^\W\d_]+", text.lower()) for text in (name, other))
+    one = "".join(word for word in words if word not in others)
+    two = "".join(word for word in others if word not in words)
+    series = re.search(r"\d", one + two)
+    return name != other and not series and difflib.SequenceMatcher(
+        None, one, two).ratio() >= 0.75
 
 
 # A secret is project input: it may have any name but those by which the shells that carry it would
@@ -739,24 +727,22 @@ def as_text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
 
 
-def bytes_field(name: str, data: bytes) -> dict[str, str]:
-    try:
-        return {name: data.decode("utf-8")}
-    except UnicodeDecodeError:
-        import base64
-        return {name + "_base64": base64.b64encode(data).decode("ascii")}
-
-
 def json_fields(fields: Mapping[str, Any]) -> Fields:
-    """``fields``, with bytes as bytes_field() has them."""
+    """``fields``; bytes as text or, where they are not UTF-8, as NAME_base64."""
     made: Fields = {}
     for name, value in fields.items():
-        made.update(bytes_field(name, value) if isinstance(value, bytes) else {name: value})
+        if isinstance(value, bytes):
+            try:
+                value = value.decode("utf-8")
+            except UnicodeDecodeError:
+                import base64
+                name, value = name + "_base64", base64.b64encode(value).decode("ascii")
+        made[name] = value
     return made
 
 
 def field_bytes(name: str, fields: Mapping[str, str]) -> bytes:
-    """The opposite of bytes_field()."""
+    """The bytes from which json_fields() made a field."""
     if name in fields:
         return fields[name].encode("utf-8")
     import base64
@@ -776,16 +762,10 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
     """How many bytes at one end of ``data`` are the other end of ``value``, but not all of it."""
     if first:
         data, value = data[:len(value)][::-1], value[::-1]
-    at = data.find(value[:1], max(0, len(data) - len(value) + 1))
-    tail = data[at:] if at >= 0 else b""
-    # By Knuth, Morris and Pratt, in linear time: the host may repeat the beginning of a secret.
-    size, borders, text = 0, [0], [*value[:len(tail)], -1, *tail]
-    for byte in text[1:]:
-        while size and text[size] != byte:
-            size = borders[size - 1]
-        size += text[size] == byte
-        borders.append(size)
-    return size
+    # The ends are compared first: a host may send the beginning of a long secret many times.
+    sizes = range(min(len(data), len(value) - 1), 0, -1)
+    return next((size for size in sizes if data[-size] == value[0] and data[-1] == value[size - 1]
+                 and data.endswith(value[:size])), 0)
 
 
 # === 6. Remote scripts ===
@@ -2260,20 +2240,17 @@ def at_interrupt(act: Callable[[], None]) -> Callable[[], Any]:
 # old file or the new one; a damaged file is reported, never overwritten.
 
 def state_home() -> str:
-    """$CMUX_SSH_HOME, else cmux-ssh in $XDG_STATE_HOME or ~/.local/state; absolute."""
-    home = os.environ.get("CMUX_SSH_HOME")
-    if home and not os.path.isabs(home):  # another per directory, and secrets in the repository
-        raise UsageError(f"CMUX_SSH_HOME is not an absolute path: {show(home)}.",
-                         "Write the whole path, from /.")
-    if not home:
-        base = os.environ.get("XDG_STATE_HOME", "")
-        if not os.path.isabs(base):
-            base = os.path.expanduser("~/.local/state")
-        home = os.path.join(base, "cmux-ssh")
-    if not os.path.isabs(home):
-        raise UsageError("This user has no home directory.",
+    """$CMUX_SSH_HOME, else cmux-ssh in $XDG_STATE_HOME or ~/.local/state; absolute: another one in
+    each directory would put secrets into repositories."""
+    home, base = (os.environ.get(name, "") for name in ("CMUX_SSH_HOME", "XDG_STATE_HOME"))
+    if not os.path.isabs(base):
+        base = os.path.expanduser("~/.local/state")
+    path = home or os.path.join(base, "cmux-ssh")
+    if not os.path.isabs(path):
+        raise UsageError(f"CMUX_SSH_HOME is not an absolute path: {show(home)}." if home else
+                         "This user has no home directory.",
                          "Name a directory for the local state: CMUX_SSH_HOME=/a/directory")
-    return os.path.abspath(home)
+    return os.path.abspath(path)
 
 
 def _trusted(status: os.stat_result) -> bool:
@@ -2331,20 +2308,21 @@ def sha256_of(data: bytes | str) -> str:
 
 
 class Lock:
-    """An advisory lock on a file, ``shared`` or not, which the kernel frees when its process dies.
-    The file of a ``passing`` one is removed with it (of a shared one with the last). ``doing``
-    tells those that wait what its owner does: then the file holds the owner's process id."""
+    """An advisory lock on a file, which goes with it. When its process dies the kernel frees it.
+    ``doing`` tells those that wait what its owner does: then the file holds the owner's process
+    id."""
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
-    _waiting: dict[tuple[int, str], Waiters] = {}  # by this process (it may fork), and path
+    _told: set[str] = set()
+    freed: Callable[[], Any] = staticmethod(lambda: None)
+    stays = False  # the file: that saves 20 microseconds
 
-    def __init__(self, path: str, passing: bool = False, shared: bool = False,
-                 waiters: Waiters | None = None, doing: str = "") -> None:
-        self.path, self.passing, self.shared, self.doing = path, passing, shared, doing
-        self.waiters, self.fd = waiters, -1
+    def __init__(self, path: str, doing: str = "") -> None:
+        self.path, self.doing, self.fd = path, doing, -1
 
     def take(self) -> bool:
         """Take it, if it is free."""
+        import fcntl
         fd, flags = -1, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             try:
@@ -2352,49 +2330,38 @@ class Lock:
             except FileNotFoundError:  # a logout or a cleaner of /tmp has removed its directory
                 private_directory(os.path.dirname(self.path))
                 fd = os.open(self.path, flags, 0o600)
-            if self._flock(fd, self.shared):
-                self.fd, fd = fd, -1
+            with contextlib.suppress(BlockingIOError, FileNotFoundError):  # just removed
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self.stays or os.path.samestat(os.fstat(fd), os.stat(self.path)):
+                    self.fd, fd = fd, -1
         except OSError as error:
             raise StateFailed(f"Cannot lock {show(self.path)}: {error.strerror}.")
         finally:
             drop(fd)
-        if self.fd < 0:
-            return False
-        fork_aware().add(self)
-        if self.doing:
+        if self.fd >= 0:
+            fork_aware().add(self)
             with contextlib.suppress(OSError):  # a full disk
-                os.ftruncate(self.fd, os.pwrite(self.fd, b"%d" % os.getpid(), 0))
-        return True
+                if self.doing:
+                    os.ftruncate(self.fd, os.pwrite(self.fd, b"%d" % os.getpid(), 0))
+        return self.fd >= 0
 
     def _forked(self) -> None:
         drop(self.fd)
         self.fd = -1
 
-    def _flock(self, fd: int, shared: bool) -> bool:
-        import fcntl
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            return not self.passing or os.path.samestat(os.fstat(fd), os.stat(self.path))
-        except (BlockingIOError, PermissionError, FileNotFoundError):
-            return False
-
     def wait(self, deadline: Deadline, cancel: Cancel | None = None) -> bool:
         """take() until the deadline."""
-        if self.take():
-            return True
-        key, silence = (os.getpid(), self.path), Deadline(1)
-        waiters = self._waiting.setdefault(key, Waiters())
-        try:
-            while waiters.sleep(deadline, cancel, silence.left() or 3600):
-                if self.take():
-                    return True
+        pause, silence = LOOK_FIRST, Deadline(1)
+        while not self.take():
+            if not nap(pause, deadline, cancel):
+                return False
+            pause = min(pause * 1.5, LOOK_MOST)
+            if silence.over() and self.doing:
                 owner, holder = self._holder()
-                if silence.over() and self.doing and not waiters.told and owner != os.getpid():
-                    waiters.told = True
+                if owner != os.getpid() and holder not in self._told:
+                    self._told.add(holder)
                     self.tell("Waiting for " + holder)
-            return False
-        finally:
-            waiters.leave()
+        return True
 
     def hold(self, cancel: Cancel | None = None) -> Lock:
         """Take it, waiting if need be. Raises StateFailed after LOCK_PATIENCE, Cancelled."""
@@ -2415,13 +2382,10 @@ class Lock:
 
     def free(self) -> None:
         if self.fd >= 0:
-            if self.passing and (not self.shared or self._flock(self.fd, False)):
+            if not self.stays:
                 remove_file(self.path)
-            os.close(self.fd)
-            self.fd = -1
-            waiters = self.waiters or self._waiting.get((os.getpid(), self.path))
-            if waiters:
-                waiters.wake()
+            self._forked()
+            self.freed()
 
     def __enter__(self) -> Lock:
         return self.hold()
@@ -2502,9 +2466,9 @@ def paths_in(folder: str) -> set[str]:
     return set()
 
 
-def damaged(path: str, what: str, thing: str = "state file") -> StateFailed:
+def damaged(path: str, what: str = "is damaged") -> StateFailed:
     move = f"mv {quote(path)} {quote(f'{path}.damaged-{time.time():.0f}')}"
-    return StateFailed(f"The {thing} {show(path, 300)} {what}.",
+    return StateFailed(f"The state file {show(path, 300)} {what}.",
                        "Repair it, or set it aside.", move)
 
 
@@ -2560,7 +2524,7 @@ def read_json(path: str, shape: Any = dict) -> Fields | None:
     except (ValueError, RecursionError):
         value = {}
     if not fits(value, {"version": int}):
-        raise damaged(path, "is damaged")
+        raise damaged(path)
     if value["version"] != 1:
         raise StateFailed(f"The state file {show(path)} was written by a newer version.",
                           "Use that version of this program.")
@@ -2577,27 +2541,23 @@ def recall(path: str, shape: Any) -> Fields:
         return {}
 
 
-def write_json(path: str, value: Mapping[str, Any], age: float = 3600) -> None:
-    """Replace a private file as a whole: write aside, fsync, rename. What killed writers left is
-    removed when it is ``age`` seconds old; 0 is for a caller that holds the file's lock."""
-    import glob
+def write_json(path: str, value: Mapping[str, Any]) -> None:
+    """Replace a private file as a whole: write aside, fsync, rename. The caller holds a lock of the
+    file, so the next one writes over what a killed one left aside."""
     import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
         raise StateFailed(f"The state file {show(path)} would become larger than "
                           f"{human_size(STATE_MAX)}.", "Nothing was changed.")
-    temporary = f"{path}.{os.getpid()}.{os.urandom(4).hex()}.new"
+    aside, flags = path + ".new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     try:
-        for left in glob.glob(glob.escape(path) + ".*.new"):
-            if not age or age_of(left) > age:
-                remove_file(left)
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as stream:
+        with open(os.open(aside, flags, 0o600), "wb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.rename(temporary, path)
+        os.rename(aside, path)
     except OSError as error:
-        remove_file(temporary)
+        remove_file(aside)
         raise StateFailed(f"Cannot write {show(path)}: {error.strerror}.")
 
 
@@ -2621,14 +2581,11 @@ class Registry:
         return record
 
     def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
-        """What ``read`` returns for a file, or a directory; called again when that has changed. Of
-        two changes of a directory within a tick of the clock its time shows only one."""
+        """What ``read`` returns for a file; it is called again when that has changed."""
         mark: object = None
         with contextlib.suppress(OSError):
             status = os.stat(path)
-            young = stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime < 2
-            again = young and time.monotonic()
-            mark = status.st_ino, status.st_mtime_ns, status.st_size, again
+            mark = status.st_ino, status.st_mtime_ns, status.st_size
         if self._cache.get(path, (0, None))[0] != mark:
             self._cache[path] = mark, read(path)
         return self._cache[path][1]
@@ -2636,7 +2593,7 @@ class Registry:
     @contextlib.contextmanager
     def editing(self) -> Iterator[Fields]:
         """The record, to be changed under the lock; written unless that raises."""
-        with Lock(self.path + ".lock", doing="changes " + show(self.path)):
+        with Lock(self.path + ".lock", "changes " + show(self.path)):
             value = read_json(self.path, RECORD)
             if value is None:
                 name = os.path.basename(re.sub(r"(/*\.git)*/*\Z", "", self.repository))
@@ -2644,17 +2601,16 @@ class Registry:
                          "name": safe_workspace(name)[:40], "id": os.urandom(6).hex(),
                          "workspaces": {}}
             yield value
-            write_json(self.path, value, 0)
+            write_json(self.path, value)
 
-    def creation_lock(self, name: str, shared: bool = False) -> Lock:
-        """Held to make or remove a workspace; ``shared`` to copy it."""
-        doing = "works on the workspace " + name
-        return Lock(f"{self.running}/name.{name}", True, shared, doing=doing)
+    def creation_lock(self, name: str) -> Lock:
+        """Held to make, change or remove a workspace."""
+        return Lock(f"{self.running}/name.{name}", "works on the workspace " + name)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
         """Held to upload a tree to a host."""
         place = f"{self.running}/tree.{sha256_of(f'{tree} {host} {root}')}"
-        return Lock(place, True, doing="sends the same files to " + host)
+        return Lock(place, "sends the same files to " + host)
 
     def own_secrets(self, op: str) -> str:
         """The file for one workspace's own, by its id: a rename keeps them, and the next workspace
@@ -2667,8 +2623,7 @@ class Registry:
         files = [(self.global_path, "global"), (self.secrets_path, "project")]
         files += [(self.own_secrets(entry["op"]), "workspace " + name)
                   for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
-        # Not a look at each file: this is asked for at each command, and most workspaces have none.
-        present = self._cached(os.path.dirname(self.global_path), paths_in)
+        present = paths_in(os.path.dirname(self.global_path))  # most workspaces have none
         return [(name, entry, scope) for path, scope in files if path in present
                 for name, entry in self._cached(path, read_secrets).items()]
 
@@ -2690,12 +2645,12 @@ def secrets_file(key: str = "global") -> str:
 @contextlib.contextmanager
 def editing_secrets(path: str) -> Iterator[Secrets]:
     """The secrets of a file, to be changed under its lock, then checked and written."""
-    with Lock(path + ".lock", doing="changes " + show(path)):
+    with Lock(path + ".lock", "changes " + show(path)):
         stored = read_secrets(path)
         yield stored
         for name, entry in stored.items():
             check_secret(name, encoded(entry.get("value", "")))
-        write_json(path, {"secrets": stored}, 0)
+        write_json(path, {"secrets": stored})
 
 
 def read_secrets(path: str) -> Secrets:
@@ -2704,7 +2659,7 @@ def read_secrets(path: str) -> Secrets:
     for name, entry in stored.items():
         check_variable(name, secret=True)
         if not fits(entry, SECRET):
-            raise damaged(path, "is damaged", f"secret {name} in")
+            raise damaged(path, f"holds a damaged secret {name}")
     return stored
 
 
@@ -2732,9 +2687,8 @@ class History:
                 full = os.fstat(fd).st_size > HISTORY_MAX
             finally:
                 os.close(fd)
-            lock = Lock(self.path + ".lock")
-            if full and lock.take():
-                with lock:
+            if full:
+                with Lock(self.path + ".lock"):
                     if os.stat(self.path).st_size > HISTORY_MAX:  # no other process was faster
                         os.rename(self.path, self.path + ".1")
 
@@ -2751,7 +2705,7 @@ class History:
     def begin(self, row: Mapping[str, Any]) -> Lock | None:
         """A record that lasts until it is freed, or this process dies."""
         import json
-        lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}", passing=True)
+        lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
         try:
             if lock.wait(Deadline(1)):  # now() may take the file for that of a dead process
                 os.write(lock.fd, json.dumps(row).encode("ascii"))
@@ -2765,7 +2719,7 @@ class History:
         import json
         rows: list[Any] = []
         for path in paths_in(self.running):
-            lock = Lock(path, passing=True)
+            lock = Lock(path)
             with contextlib.suppress(OSError, StateFailed, ValueError):
                 row = None if lock.take() else json.loads(read_bytes(lock.path, 64 * 1024) or b"0")
                 lock.free()
@@ -2795,11 +2749,9 @@ def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, b
             try:
                 status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX,
                                      patience=120, cancel=cancel)
-            except Cancelled:
-                raise
             except CmuxError as error:
-                raise CmuxError(f"The command for the secret {name}: {error}", error.hint,
-                                *error.commands)
+                error.args = f"The command for the secret {name}: {error}",
+                raise
             if status != 0:
                 raise CmuxError(f"The command for the secret {name} failed with status {status}.",
                                 "Run it by hand, or set another.", f"secrets set {name}")
@@ -3401,6 +3353,8 @@ def is_master(path: str) -> bool:
 class Slot(Lock):
     """The place of one session on a master, among all processes of this user."""
 
+    stays = True
+
     def __init__(self, master: Master, number: int) -> None:
         super().__init__(f"{master.path}.{number}")
         self.master = master
@@ -3460,8 +3414,9 @@ class Masters:
 
     # -- what was seen of the host --
 
-    def _mark(self, name: str) -> None:
-        write_json(self.path(name), {})
+    def _mark(self, name: str, **fields: Any) -> None:
+        with Lock(self.path(name) + ".lock"):
+            write_json(self.path(name), fields)
 
     def _seen(self, name: str, seconds: float = SEEN_FOR) -> bool:
         return 0 <= age_of(self.path(name)) < seconds  # below 0 where the clock was set back
@@ -3490,7 +3445,7 @@ class Masters:
 
     def _remember_failure(self, error: HostError) -> None:
         why = [type(error).__name__, str(error), error.hint, error.commands]
-        write_json(self.path("down.json"), {"count": self._failed() + 1, "why": why})
+        self._mark("down.json", count=self._failed() + 1, why=why)
 
     def _wait_out(self, deadline: Deadline, cancel: Cancel | None) -> None:
         if not nap(self._rest(), deadline, cancel):
@@ -3512,8 +3467,9 @@ class Masters:
             while True:
                 part = 4 if self._seen("dropped", 5) else 2 if self._seen("dropped", 60) else 1
                 for number in range(HANDSHAKES_AT_ONCE // part):
-                    lock = Lock(self.path(f"handshake.{number}"), waiters=self._shaking)
+                    lock = Lock(self.path(f"handshake.{number}"))
                     if lock.take():
+                        lock.freed = self._shaking.wake
                         return lock
                 if not self._shaking.sleep(deadline, cancel):
                     raise self._too_late("too many connections are being made")
@@ -3819,7 +3775,7 @@ class Masters:
     def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
         """Connect, one process at a time; the others share its result."""
         before = self._failed()
-        lock = Lock(self.path("probe"), doing="connects to " + self.host)
+        lock = Lock(self.path("probe"), "connects to " + self.host)
         if not lock.wait(deadline, cancel):
             raise self._too_late("another process is still connecting")
         with lock:
@@ -4961,7 +4917,7 @@ class Shadow:
         self.repository, self.form = repository, "sha256" if len(example) == 64 else "sha1"
         self.reap(temporary_folder())
         self.path = tempfile.mkdtemp(prefix="cmux-shadow-", dir=temporary_folder())
-        self.lock = Lock(self.path + "/lock", passing=True).hold()  # makes what reap() removed
+        self.lock = Lock(self.path + "/lock").hold()  # makes what reap() removed
         self.git_dir = self.path + "/sh.git"
         self.start = [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
         self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
@@ -5004,7 +4960,7 @@ class Shadow:
         import shutil
         for name in os.listdir(folder):
             path = os.path.join(folder, name)
-            lock = Lock(path + "/lock", passing=True)
+            lock = Lock(path + "/lock")
             with contextlib.suppress(OSError, StateFailed):  # just removed
                 if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid() \
                         and lock.take():
@@ -5717,10 +5673,9 @@ class ProjectBase:
         with self.registry.editing() as record:
             entry = record["workspaces"].pop(name, None)
             if entry:
-                import glob
-                own = glob.escape(self.registry.own_secrets(entry["op"]))
-                for left in glob.glob(own + "*"):  # also its lock, and files of a killed writer
-                    remove_file(left)
+                own = self.registry.own_secrets(entry["op"])
+                remove_file(own)
+                remove_file(own + ".new")  # of a killed writer
 
     def _operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
                 change: Mapping[str, Any] | None = None, **more: Any) -> Reply:
@@ -5783,8 +5738,8 @@ class ProjectBase:
         """Forget the intent of a push or rename; one that has ``pushed`` counts."""
         with self.registry.editing() as record:
             entry = record["workspaces"][name]
-            intent = entry.pop("intent", {})  # {}: another fork has just settled it
-            if pushed and intent:
+            intent = entry.pop("intent", {})
+            if pushed:
                 entry.update(intent, op=entry["op"])
                 entry.get("pulled", {}).pop("left", None)
                 entry["over"] = dict(entry.get("branches", {}))
@@ -5992,16 +5947,17 @@ class ProjectBase:
     @contextlib.contextmanager
     def _moving(self, operation: str, source: str, name: str,
                 cancel: Cancel | None) -> Iterator[Fields]:
-        """Hold the locks of a workspace and of a new name, which is free. Yields the entry for that
-        name."""
+        """Hold the locks of a workspace (not while it is copied) and of a new name, which is free.
+        Yields the entry for that name."""
         if check_workspace(name) == source:
             raise WorkspaceExists(f"The workspace {name} has that name already.")
         with contextlib.ExitStack() as held:
-            for one in sorted((name, source)):  # or two would wait for each other
-                lock = self.registry.creation_lock(one, operation == "fork" and one == source)
-                held.enter_context(lock.hold(cancel))
+            locks = {one: held.enter_context(self.registry.creation_lock(one).hold(cancel))
+                     for one in sorted((name, source))}  # or two would wait for each other
             entry = self._settle(source)
             self._vacate(name)
+            if operation == "fork":
+                locks[source].free()
             held.enter_context(noted(self, operation, source, entry["host"], name, entry["op"]))
             yield dict(entry, path=entry["path"][:-len(source)] + name)
 
@@ -6010,14 +5966,14 @@ class ProjectBase:
         """A new workspace with the content and the own secrets of ``source``, copied on the host.
         Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled."""
         with self._moving("fork", source.name, name, cancel) as entry:
-            own, op = self.registry.own_secrets(entry["op"]), os.urandom(8).hex()
+            secrets = read_secrets(self.registry.own_secrets(entry["op"]))
+            op = os.urandom(8).hex()
             entry.update(state="forking", op=op, branches={}, over={}, created=int(time.time()))
             words = op, source.name
             reply = self._operate(FORK, name, entry, words, entry, cancel=cancel)
             if reply.status in (20, 22):
                 self._forget(name)
             check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
-            secrets = read_secrets(own)
             if secrets:
                 write_json(self.registry.own_secrets(op), {"secrets": secrets})
             self._update(name, state="ready")
@@ -10311,7 +10267,7 @@ def command_diff(options: Options) -> int:
     workspace, exact = existing_workspace(options), options.json or not os.isatty(1)
     lines = diff_lines(workspace, options.stat, options.terminal, binary=exact)
     if options.json:
-        return answer(options, bytes_field("diff", b"".join(line + b"\n" for line in lines)))
+        return answer(options, json_fields({"diff": b"".join(line + b"\n" for line in lines)}))
     pager, coloured = ("", False) if exact else workspace.project.repository.diff_settings()
     plain = options.stat or os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
     colours = {"+": "32", "-": "31", "@": "36", "d": "1"} if coloured and not plain else {}
@@ -10576,7 +10532,7 @@ def command_logs(options: Options) -> int:
 
     def json_line(data: bytes) -> None:
         if data:
-            print_json(bytes_field("output", data))
+            print_json(json_fields({"output": data}))
     more = not options.follow
     while more:
         status = workspace.logs(job, offset, options.wait or 0)
