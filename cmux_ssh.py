@@ -161,7 +161,6 @@ DIFF_WORK_MAX = 20000000  # lines times those that differ: difflib takes 2.9 s f
 EDIT_TRIES = 60  # of read, apply, compare-and-swap, when others edit the same file
 LOGS_MAX = MIB  # bytes of a job's output per call
 HISTORY_MAX = 2 * MIB  # of a history; then it becomes the older of two files
-HISTORY_LINE = 1024  # one write appends a line whole
 JOBS_KEPT = 200  # whose commands this machine remembers, per project
 FAULT_PATIENCE = 300  # logs -f and wait try so long to connect again
 BATCH_LINE_MAX = 16 * MIB
@@ -2417,10 +2416,10 @@ def expected(error: BaseException) -> CmuxError | None:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return StateFailed("This process has too many files open.",
                            "Raise `ulimit -n`, or run fewer at once.")
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f", at {show(str(error.filename))}" if error.filename else ""
-        return StateFailed(f"A disk of this machine is full{where}.",
-                           "Make room, or set TMPDIR or CMUX_SSH_HOME to a place on another.")
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f" {show(str(error.filename))}" if error.filename else ""
+        return StateFailed(f"This machine cannot write{where}: {error.strerror}.",
+                           "Make room, or set TMPDIR or CMUX_SSH_HOME to another disk.")
     return None
 
 
@@ -2437,13 +2436,12 @@ def spool(data: bytes) -> IO[bytes]:
     """A temporary file of ``data``."""
     import tempfile
     try:
-        stream = tempfile.TemporaryFile()
+        stream = tempfile.TemporaryFile(dir=temporary_folder())
         stream.write(data)
         stream.seek(0)
         return stream
     except OSError as error:
-        raise StateFailed(f"Cannot write a temporary file: {error.strerror}.",
-                          "Make room, or set TMPDIR.")
+        raise expected(error) or error
 
 
 def age_of(path: str) -> float:
@@ -2670,23 +2668,17 @@ class History:
     def __init__(self, registry: Registry) -> None:
         self.path = registry.path[:-4] + "history"
         self.running = registry.running
-        self.swept = False
+        with contextlib.suppress(OSError):
+            self.now()  # removes what killed processes left
 
     def append(self, row: Mapping[str, Any]) -> None:
         import json
-        line = json.dumps(row)
-        if len(line) > HISTORY_LINE:  # the detail is bounded, but JSON makes odd names longer
-            line = json.dumps(dict(row, detail=""))
+        line = json.dumps(row).encode() + b"\n"
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         with contextlib.suppress(OSError, StateFailed):
-            if not self.swept:
-                self.swept = True
-                self.now()  # removes what killed processes left
-            fd = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            try:
-                os.write(fd, line.encode("ascii") + b"\n")
-                full = os.fstat(fd).st_size > HISTORY_MAX
-            finally:
-                os.close(fd)
+            with open(os.open(self.path, flags, 0o600), "ab") as stream:
+                stream.write(line)
+                full = stream.tell() > HISTORY_MAX
             if full:
                 with Lock(self.path + ".lock"):
                     if os.stat(self.path).st_size > HISTORY_MAX:  # no other process was faster
