@@ -45,21 +45,25 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 """
 
 # === 1. Header ===
-# Owns: the name, the version, what is public. Touches: nothing. Imports that cost more than a
-# millisecond (json, argparse, hashlib, threading) stand where they are needed.
+# Owns: the name, the version, what is public. Touches: nothing. Imports that cost milliseconds
+# (subprocess, tempfile, argparse, hashlib) stand where they are needed.
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import functools
 import itertools
+import json
 import os
 import re
 import select
 import shlex
+import signal
 import stat
 import sys
+import threading
 import time
 import types
 import warnings
@@ -498,9 +502,8 @@ class Waiters:
     _pause = LOOK_FIRST
 
     def __init__(self) -> None:
-        import threading
         self._changed = threading.Condition()
-        self._asleep: list[tuple[Deadline, Cancel | None]] = []
+        self._asleep: list[Cancel | None] = []
 
     def wake(self, count: int = 1) -> None:
         if self._asleep:
@@ -519,17 +522,16 @@ class Waiters:
         if deadline.over():
             return False
         with self._changed:
-            mine, watch = (deadline, cancel), not self._watched
-            self._asleep.append(mine)
-            self._watched = True
+            watch, self._watched = not self._watched, True
+            self._asleep.append(cancel)
             try:
                 self._changed.wait(deadline.capped(min(most, self._pause if watch else 3600)))
             finally:
-                self._asleep.remove(mine)
+                self._asleep.remove(cancel)
                 self._watched = self._watched and not watch
             if watch:
                 self._pause = min(self._pause * 1.5, LOOK_MOST)
-                if any(end.over() or (stop and stop.is_set) for end, stop in self._asleep):
+                if any(stop and stop.is_set for stop in self._asleep):
                     self._changed.notify_all()
         return True
 
@@ -580,19 +582,18 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 def check_host(text: object) -> str:
     """Return ``text`` if ``ssh HOST`` takes it: a name, user@host, alias, IPv6 address,
     ssh://[user@]host[:port]. Else raise UsageError."""
-    hint = "Give what you type after ssh: a name, user@name, an alias of your config."
-    if not isinstance(text, str) or not text:
-        raise UsageError("No host was given.", hint)
-    user, at, host = text.rpartition("@")
-    uri, port = _URI.match(text), 22
+    name = text if isinstance(text, str) else ""
+    user, at, host = name.rpartition("@")
+    uri, port = _URI.match(name), 22
     if uri:
         import urllib.parse  # ssh decodes the user, too
         at = user = urllib.parse.unquote(uri.group(1) or "")
         host, port = uri.group(2), int(uri.group(3) or 22)
     good = _HOSTNAME.match(host) and (not at or _USER.match(user)) and 0 < port < 65536
-    if not good or not (text + user).isprintable() or len(text) > HOST_MAX:
-        raise UsageError(f"{show(text)} is not a host name.", hint)
-    return text
+    if not good or not (name + user).isprintable() or len(name) > HOST_MAX:
+        raise UsageError(f"{show(str(text))} is not a host name.", "Give what you type after ssh: "
+                         "a name, user@name, an alias of your config.")
+    return name
 
 
 def pool_of(host: str | Sequence[str]) -> list[str]:
@@ -2061,11 +2062,7 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
     """The absolute path of ``name``, found in the absolute directories of $PATH: a repository must
     not bring its own ssh or git."""
     if "/" in name:
-        try:
-            return os.path.abspath(name)
-        except FileNotFoundError:
-            raise UsageError(f"{show(name)} is relative to a directory that is gone.",
-                             "Give the absolute path.")
+        return os.path.abspath(name)
     for entry in (*os.get_exec_path(), *more):
         path = os.path.join(entry, name)
         if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
@@ -2074,18 +2071,14 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
                      "Install it (git openssh-client openssh-server), or set CMUX_SSH_COMMAND.")
 
 
-def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = None,
-          stdout: Any = None, stderr: Any = None, cwd: str | None = None,
-          own_group: bool = True) -> Process:
-    """Start a process. ``None`` for a stream means /dev/null; -1 means a pipe.
-
-    With ``own_group`` it leads a new session: Ctrl-C at the terminal does not reach it, and
-    kill_group() ends it with its children (an ssh with its ProxyCommand)."""
+def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = -3,
+          stdout: Any = -3, stderr: Any = -3, own_group: bool = True) -> Process:
+    """Start a process. A stream -3 means /dev/null, -1 a pipe, as in subprocess. With ``own_group``
+    it leads a new session: Ctrl-C at the terminal does not reach it, and kill_group() ends it with
+    its children (an ssh with its ProxyCommand)."""
     import subprocess
-    stdin, stdout, stderr = (subprocess.DEVNULL if stream is None else stream
-                             for stream in (stdin, stdout, stderr))
     try:
-        return subprocess.Popen(argv, env=env, cwd=cwd, bufsize=0, stdin=stdin, stdout=stdout,
+        return subprocess.Popen(argv, env=env, bufsize=0, stdin=stdin, stdout=stdout,
                                 stderr=stderr, start_new_session=own_group)
     except OSError as error:
         raise UsageError(f"Cannot start {show(argv[0])}: {os.strerror(error.errno or 0)}.")
@@ -2132,7 +2125,6 @@ def paged(pager: str) -> Iterator[int]:
 def kill_group(process: Process) -> None:
     """Kill a process and the group that it leads, unless it has been waited for: its number may be
     another's by now."""
-    import signal
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -2158,7 +2150,7 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
     Raises UsageError when it cannot start, CmuxError when it is too slow or prints too much,
     Cancelled."""
     deadline, out, err = Deadline(patience), bytearray(), bytearray()
-    with spawn(argv, env, None, -1, stderr, own_group=stderr != 2) as process:
+    with spawn(argv, env, stdout=-1, stderr=stderr, own_group=stderr != 2) as process:
         streams = (process.stdout, out), (process.stderr, err)
         sinks = {stream.fileno(): sink for stream, sink in streams if stream}
         try:
@@ -2193,8 +2185,6 @@ def raise_descriptor_limit() -> None:
 def stop_signals() -> None:
     """Have SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that what runs on the
     host is ended, too. For the command line."""
-    import signal
-    import threading
     if threading.current_thread() is not threading.main_thread():  # main() of an importer
         return
     seen: list[int] = []
@@ -2212,7 +2202,6 @@ def stop_signals() -> None:
 
 def die_by_pipe() -> None:
     """End this process by SIGPIPE, as any writer ends whose reader has gone."""
-    import signal
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGPIPE)
 
@@ -2220,8 +2209,6 @@ def die_by_pipe() -> None:
 def at_interrupt(act: Callable[[], None]) -> Callable[[], Any]:
     """Have Ctrl-C call ``act`` first, if this is the main thread and has a handler for it. Returns
     a function that undoes that."""
-    import signal
-    import threading
     before: Any = signal.getsignal(signal.SIGINT)
     if not callable(before) or threading.current_thread() is not threading.main_thread():
         return lambda: None
@@ -2288,12 +2275,12 @@ def private_directory(path: str) -> str:
     if not private or status.st_uid != os.geteuid():
         raise StateFailed(f"The directory {show(path)} is open to others.",
                           mend, f"chmod 700 {quote(path)}")
-    below, parent = "", os.path.dirname(os.path.realpath(path))
-    while parent != below:
+    parent = os.path.realpath(path)
+    while parent.strip("/"):
+        parent = os.path.dirname(parent)
         if not _trusted(os.stat(parent)):
             raise StateFailed(f"Others can write to {show(parent)}, above {show(path)}.",
                               mend, f"chmod go-w {quote(parent)}")
-        below, parent = parent, os.path.dirname(parent)
     return path
 
 
@@ -2321,7 +2308,6 @@ class Lock:
 
     def take(self) -> bool:
         """Take it, if it is free."""
-        import fcntl
         fd, flags = -1, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             try:
@@ -2513,7 +2499,6 @@ def read_json(path: str, shape: Any = dict) -> Fields | None:
 
     Raises StateFailed for any other file, each time. It is not moved away: its next reader would
     go on without secrets, or begin a new project."""
-    import json
     data = read_bytes(path, STATE_MAX)
     if data is None:
         return None
@@ -2542,7 +2527,6 @@ def recall(path: str, shape: Any) -> Fields:
 def write_json(path: str, value: Mapping[str, Any]) -> None:
     """Replace a private file as a whole: write aside, fsync, rename. The caller holds a lock of the
     file, so the next one writes over what a killed one left aside."""
-    import json
     data = json.dumps(dict(value, version=1), indent=1, sort_keys=True).encode() + b"\n"
     if len(data) > STATE_MAX:  # nobody could read it
         raise StateFailed(f"The state file {show(path)} would become larger than "
@@ -2672,7 +2656,6 @@ class History:
             self.now()  # removes what killed processes left
 
     def append(self, row: Mapping[str, Any]) -> None:
-        import json
         line = json.dumps(row).encode() + b"\n"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         with contextlib.suppress(OSError, StateFailed):
@@ -2686,7 +2669,6 @@ class History:
 
     def rows(self) -> Iterator[Fields]:
         """Oldest first, without damaged lines."""
-        import json
         for path in (self.path + ".1", self.path):
             for line in (read_bytes(path, STATE_MAX) or b"").split(b"\n"):
                 with contextlib.suppress(ValueError, RecursionError):
@@ -2696,7 +2678,6 @@ class History:
 
     def begin(self, row: Mapping[str, Any]) -> Lock | None:
         """A record that lasts until it is freed, or this process dies."""
-        import json
         lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
         try:
             if lock.wait(Deadline(1)):  # now() may take the file for that of a dead process
@@ -2708,7 +2689,6 @@ class History:
 
     def now(self) -> list[Fields]:
         """What runs now, oldest first. The files of processes that died are removed."""
-        import json
         rows: list[Any] = []
         for path in paths_in(self.running):
             lock = Lock(path)
@@ -2751,9 +2731,6 @@ def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, b
         else:
             values[name] = encoded(entry["value"])
         check_secret(name, values[name])
-    if sum(map(len, values.values())) > SECRETS_MAX:
-        raise CmuxError(f"The secrets are larger than {human_size(SECRETS_MAX)}.",
-                        "Remove some.", "secrets rm NAME")
     return values
 
 
@@ -6342,8 +6319,9 @@ class WorkspaceBase:
                   **secrets}
         for name, value in (extra or {}).items():
             values[check_variable(name)] = encoded(value)
-        if sum(map(len, values.values())) > SECRETS_MAX + 65536:
-            raise UsageError(f"The environment is larger than {human_size(SECRETS_MAX)}.")
+        if sum(map(len, values.values())) > SECRETS_MAX:
+            raise UsageError(f"The environment is larger than {human_size(SECRETS_MAX)}.",
+                             "Hand over fewer secrets.")
         return values
 
     def run(self, command: str | Sequence[str], stdout: Sink, stderr: Sink,
