@@ -3349,7 +3349,7 @@ class Masters:
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0  # slots waited for; masters being started
         self._spared = False  # a master for sessions ahead was tried
-        # With authentication: ConnectTimeout ends with the banner. 0 is Coder's: it starts a machine.
+        # With authentication: ConnectTimeout ends with the banner. (0: Coder starts a machine.)
         self.patience = 600 if config.first("connecttimeout") == "0" else 60
 
     def path(self, name: str) -> str:
