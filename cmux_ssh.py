@@ -46,14 +46,16 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 
 # === 1. Header ===
 # Owns: the name, the version, what is public. Touches: nothing. Imports that cost milliseconds
-# (subprocess, tempfile, argparse, hashlib) stand where they are needed.
+# and that not every command needs (tempfile, argparse, shutil) stand where they are needed.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -62,6 +64,7 @@ import select
 import shlex
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -74,7 +77,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command line
     import argparse
     import socket
-    import subprocess
     from typing import Any, Callable, Collection, Container, IO, Iterable, Iterator
     from typing import Mapping, Sequence, TypedDict, TypeVar
     AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -406,14 +408,16 @@ class Cancel:
 
     def set(self) -> None:
         """End the operations, now and later. Returns at once."""
-        self.is_set = True
-        with self._guard:
-            if self._write >= 0:
-                with contextlib.suppress(BlockingIOError):
-                    os.write(self._write, b"x")  # stays readable: every poller sees it
-            for other in self._joined:
-                if not other.is_set:
+        if not self.is_set:
+            self.is_set = True
+            with self._guard:
+                self._hang_up()
+                for other in self._joined:
                     other.set()
+
+    def _hang_up(self) -> None:  # every poller sees the end of the pipe
+        drop(self._write)
+        self._write = -1
 
     def join(self, other: Cancel | None) -> Cancel:
         """Return ``other``, which from now on is set with this one; without it, this one."""
@@ -431,9 +435,8 @@ class Cancel:
             if self._read < 0:
                 self._read, self._write = os.pipe()
                 fork_aware().add(self)
-                os.set_blocking(self._write, False)
                 if self.is_set:
-                    os.write(self._write, b"x")
+                    self._hang_up()
             return self._read
 
     def check(self) -> None:
@@ -444,8 +447,9 @@ class Cancel:
     def close(self) -> None:
         """Free its two descriptors; nothing may use it any more."""
         with self._guard:
-            drop(self._read, self._write)
-            self._read = self._write = -1
+            self._hang_up()
+            drop(self._read)
+            self._read = -1
 
     __del__ = close
 
@@ -667,7 +671,6 @@ class TerminalText:
     that it never hides what others print, and begins again with the next."""
 
     def __init__(self) -> None:
-        import codecs
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.held = self.colour = ""
 
@@ -2033,8 +2036,7 @@ code=$?; exit $((code>255?code-128:code))
 # signal. Promises: no shell, argv lists only; no program from the current directory; a child
 # that is not waited for is killed with its group.
 
-if TYPE_CHECKING:
-    Process = subprocess.Popen[bytes]
+Process = subprocess.Popen[bytes]
 
 
 def find_program(name: str, more: Sequence[str] = ()) -> str:
@@ -2055,7 +2057,6 @@ def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any 
     """Start a process. A stream -3 means /dev/null, -1 a pipe, as in subprocess. With ``own_group``
     it leads a new session: Ctrl-C at the terminal does not reach it, and kill_group() ends it with
     its children (an ssh with its ProxyCommand)."""
-    import subprocess
     try:
         return subprocess.Popen(argv, env=env, bufsize=0, stdin=stdin, stdout=stdout,
                                 stderr=stderr, start_new_session=own_group)
@@ -2113,7 +2114,6 @@ def kill_group(process: Process) -> None:
 
 def await_end(process: Process, seconds: float) -> int:
     """The status of a process that is about to end."""
-    import subprocess
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -2268,7 +2268,6 @@ def state_folder(name: str) -> str:
 
 
 def sha256_of(data: bytes | str) -> str:
-    import hashlib
     return hashlib.sha256(os.fsencode(data)).hexdigest()
 
 
@@ -3340,7 +3339,6 @@ class Masters:
         lambda text: warnings.warn(text, RuntimeWarning, stacklevel=2))
 
     def __init__(self, config: SSHConfig, interactive: Callable[[], bool] | None = None) -> None:
-        import threading
         self.config, self.host, self.interactive = config, config.host, interactive
         self.folder = socket_folder(sha256_of(ascii(config))[:16])
         self._shaking = Waiters()  # for a handshake
@@ -3874,7 +3872,6 @@ class Forward:
             self._tell(f"{error} {error.hint} {', '.join(error.commands)}".strip())
 
     def _accept(self) -> None:
-        import threading
         with contextlib.suppress(ValueError):  # closed
             while poll_once(None, self._listener, self._ending) and not self._ending.is_set:
                 try:
@@ -4189,7 +4186,6 @@ class Host:
         fork_aware().add(self)
 
     def _forked(self) -> None:
-        import threading
         self._ready: list[Session] = []
         self._active = 0  # running calls
         self._resting = False  # after close()
@@ -4303,7 +4299,6 @@ class Host:
                 if self._warm and not self._active:
                     self._wake.set()
                     if not self._keeper:
-                        import threading
                         keeper = threading.Thread(target=self._keep, name="cmux-keeper",
                                                   daemon=True)
                         with contextlib.suppress(RuntimeError):  # the interpreter is ending
@@ -5161,7 +5156,6 @@ class Parts:
         self.host_tree = "" if self.files else self.tree
 
     def _look(self, place: Place, tree: str, prefix: bytes) -> None:
-        import hashlib
         links, attributes = [], False
         for mode, oid, path in self.shadow.listing(tree):
             attributes = attributes or path.endswith(b".gitattributes")
@@ -5202,7 +5196,6 @@ class Parts:
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
     """The bytes of a file. Raises GitFailed if they are not what the LFS pointer names."""
-    import hashlib
     digest, left = hashlib.sha256(), pointer[3]
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -5374,8 +5367,7 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
           detail: object = "", op: str = "") -> Iterator[types.SimpleNamespace]:
     """Record an operation in the history, unless it is part of another. The block sets ``size``
     (bytes) and ``code`` (the exit code, unless it raises). ``op``: the workspace's id."""
-    import _thread
-    thread = _thread.get_ident()
+    thread = threading.get_ident()
     row: Fields = {"operation": operation, "workspace": workspace, "host": host, "op": op}
     entry = types.SimpleNamespace(row=row, code=0, size=0)
     if thread in project.logging:
@@ -5462,7 +5454,6 @@ class ProjectBase:
         self._made: set[str] = set()
 
     def _forked(self) -> None:
-        import threading
         self._mutex = threading.Lock()
         self.looking = threading.Lock()  # one thread reports what is not sent
         self._fetching = threading.Lock()
@@ -6382,7 +6373,6 @@ class WorkspaceBase:
         The terminal is the session's stdin, so a second session writes the secrets into a FIFO that
         the shell reads once. They are in no argv and on no disk.
         """
-        import threading
         values = dict(self._values(env, None, secrets), CMUX_RUNTIME=b"ssh")
         text = "".join(f"{name}={quote(as_text(value))}; export {name}\n"
                        for name, value in values.items())
@@ -8278,7 +8268,6 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
                 cancel: Cancel | None = None) -> list[Any]:
     """Run each job in a thread, ``at_once`` (0: all) at a time; the value or CmuxError of each, in
     order. On KeyboardInterrupt it sets ``cancel``, and waits for what runs."""
-    import threading
     results: list[Any] = [Cancelled("Not begun.")] * len(jobs)
     bugs: list[BaseException] = []
     waiting, ended = list(range(len(jobs) - 1, -1, -1)), threading.Event()
@@ -8352,7 +8341,6 @@ class Batch:
         return int(self.failed)
 
     def _answer(self, number: int, line: bytes) -> None:
-        import json
         answer: Fields = {"id": None, "ok": True, "line": number}  # the number if it is no JSON
         try:
             call = strict_json(line)
@@ -8385,7 +8373,6 @@ class Batch:
 
 def strict_json(line: bytes) -> Any:
     """The value of a line of JSON, without Python's NaN and Infinity. Raises UsageError."""
-    import json
     if len(line) > BATCH_LINE_MAX:
         raise UsageError(f"A line is longer than {human_size(BATCH_LINE_MAX)}.")
     try:
@@ -8649,7 +8636,6 @@ class McpServer:
         return 0
 
     def send(self, message: Fields) -> None:
-        import json
         data = json.dumps(message).encode("ascii") + b"\n"  # ASCII: U+2028 is a line end to some
         with self.writing:
             try:
@@ -8755,7 +8741,6 @@ class McpServer:
 
     def _enqueue(self, number: str | int, params: Fields, size: int,
                  reply: Callable[[Fields], None]) -> None:
-        import threading
         name = params.get("name")
         tool = self.tools.get(name) if isinstance(name, str) else None
         if tool is None:
@@ -9546,7 +9531,6 @@ def print_text(text: str | bytes) -> None:
 
 
 def print_json(value: object) -> None:
-    import json
     print_text(json.dumps(value))
 
 
@@ -9746,7 +9730,6 @@ def exec_code(error: CmuxError) -> int:
 
 def data_waits() -> bool:
     """Whether stdin, if it is a file, pipe or socket, has bytes to read."""
-    import fcntl
     import termios
     mode = os.fstat(0).st_mode
     return (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and any(
