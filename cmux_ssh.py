@@ -125,7 +125,7 @@ INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5  # a live master answers hello in under a millisecond
 SLOT_PATIENCE = 600  # waiting for one of the 512 sessions
 LOCK_PATIENCE = 1800  # for what another process works on: it may send gigabytes, slowly
-LOOK_FIRST, LOOK_MOST = 0.003, 0.3  # between looks for what other processes free
+LOOK_FIRST = 0.003  # between two looks for what other processes free; then ever longer
 SHELL_PATIENCE = 2.5  # for the first output of our wrapper; then another session is tried
 FORK_FAILED = (1, 2, 254)  # status of mksh, dash and busybox, bash that cannot make a process
 START_PATIENCE = 60  # from the header sent to the start mark: slow rc files run meanwhile
@@ -513,7 +513,7 @@ class Waiters:
                 self._asleep.remove(cancel)
                 self._watched = self._watched and not watch
             if watch:
-                self._pause = min(self._pause * 1.5, LOOK_MOST)
+                self._pause = min(self._pause * 1.5, 0.3)
                 if any(stop and stop.is_set for stop in self._asleep):
                     self._changed.notify_all()
         return True
@@ -2318,7 +2318,7 @@ class Lock:
         while not self.take():
             if not nap(pause, deadline, cancel):
                 return False
-            pause = min(pause * 1.5, LOOK_MOST)
+            pause = min(pause * 1.5, 1)  # six hundred threads may wait for a host that starts
             if silence.over() and self.doing:
                 owner, holder = self._holder()
                 if owner != os.getpid() and holder not in self._told:
