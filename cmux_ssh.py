@@ -744,10 +744,12 @@ def overlap(data: bytes, value: bytes, first: bool) -> int:
     """How many bytes at one end of ``data`` are the other end of ``value``, but not all of it."""
     if first:
         data, value = data[:len(value)][::-1], value[::-1]
+    data = data[max(0, len(data) - len(value) + 1):]
+    at = data.find(value[:1])
     # The ends are compared first: a host may send the beginning of a long secret many times.
-    sizes = range(min(len(data), len(value) - 1), 0, -1)
-    return next((size for size in sizes if data[-size] == value[0] and data[-1] == value[size - 1]
-                 and data.endswith(value[:size])), 0)
+    while at >= 0 and (data[-1] != value[len(data) - at - 1] or not value.startswith(data[at:])):
+        at = data.find(value[:1], at + 1)
+    return len(data) - at if at >= 0 else 0
 
 
 # === 6. Remote scripts ===
