@@ -1308,17 +1308,22 @@ base_in() { # repository -> $repo, $base_commit
     [ -z "$base_tree" ] ||
     [ "$(repo rev-parse -q --verify "$base_commit^{tree}")" = "$base_tree" ]; }
 }
-history_comes() { # -> $head
-  head=$(commit_at HEAD) && repo merge-base --is-ancestor "$base_commit" "$head" &&
-    [ "$(repo rev-list --count "$base_commit..$head")" -le "$commits_most" ] &&
-    [ -z "$(repo rev-list --max-parents=0 "$base_commit..$head")" ] &&
-    ! repo rev-list "$base_commit..$head" | repo diff-tree --stdin -r -m --raw |
-      grep -q '^:[0-7]* 160000'
-}
 make_shadow() {
   git init -q --bare --template= "$shadow" && mkdir -p "$shadow/info" &&
     echo "$repo/objects" >"$shadow/objects/info/alternates" &&
-    echo "$raw" >"$shadow/info/attributes"
+    echo "$raw" >"$shadow/info/attributes" && : >"$stage/list" && : >"$stage/changes"
+}
+add_changes() { # commit parent..., a line each -> $stage/list, $stage/changes
+  cut -d' ' -f1,2 >"$stage/more" && cat "$stage/more" >>"$stage/list" &&
+    shadow diff-tree --stdin -r -z --raw --no-abbrev --no-renames <"$stage/more" >>"$stage/changes"
+}
+history_comes() { # a base has no parent: what does not stand on it ends in another root
+  head=$top
+  [ "$head" ] && shadow rev-list --reverse --topo-order --parents -n "$((commits_most+1))" \
+      "$base_commit..$head" >"$stage/history" &&
+    [ "$(wc -l <"$stage/history")" -le "$commits_most" ] && ! grep -qv ' ' "$stage/history" &&
+    add_changes <"$stage/history" &&
+    ! tr '\0' '\n' <"$stage/changes" | grep -q '^:[0-7]* 160000'
 }
 exclude_nested() { # repositories in the workspace
   [ ! -f .git/info/exclude ] || cp .git/info/exclude "$shadow/info/exclude"
@@ -1362,42 +1367,41 @@ add_files() {
 }
 snapshot() {
   _has git && clean_environment || return 9
-  shadow=$stage/git whole=1
-  base_in "$work/.git" && history_comes || {
+  shadow=$stage/git whole=1 repo=$work/.git
+  top=$(commit_at HEAD)
+  base_in "$repo" && make_shadow && history_comes || {
     whole= # a base that came as a delta has no repository of its own
     base_in "$root/.cmux/bases/$base_id/git" ||
       { [ "$base_tree" ] && base_in "$work/.git"; } || return 9
-    head=$base_commit
+    head=$base_commit; make_shadow || return 3
   }
-  make_shadow && cd "$work" || return 3
+  cd "$work" || return 3
   exclude_nested; copy_index && refuse_large && add_files
 }
 reflog_commits() { # that only reflogs (some may be gone) or HEADs of worktrees have
-  { repo log -g --format=%H --branches; repo log -g --format=%H HEAD
+  { repo log -g --format=%H --exclude='refs/remotes/*' --exclude=refs/stash --all
     cat "$repo/logs/HEAD" "$repo"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
     repo log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
 left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only fetched exists
-  # elsewhere, too; a stash has a list of its own.
-  top=$(commit_at HEAD) brought=
-  for commit in $base_commit $(pulls | cut -d' ' -f2); do
-    ! repo cat-file -e "$commit^{commit}" || brought="$brought $commit"
-  done
+  # elsewhere, too.
+  brought=$({ echo "$base_commit"; pulls | cut -d' ' -f2 | grep -v -e -; } |
+    repo rev-list --no-walk --ignore-missing --stdin)
   refs=$(repo for-each-ref --format='%(refname)') || [ ! "$whole" ] || return 3
   for ref in $refs; do
-    case $ref in refs/remotes/* | refs/cmux/* | refs/stash) continue;; esac
+    case $ref in
+    refs/remotes/* | refs/cmux/*) continue;;
+    refs/stash) repo stash list -n 20 --format='stash %gd (%s)' || echo 'stash (damaged)'
+      continue;;
+    esac
     subject=$(repo log -n 1 --format='(%s)' "$ref" --not $brought $top --glob=refs/cmux) ||
       subject='(damaged)'
     [ ! "$subject" ] || printf '%s %s\n' "$ref" "$subject"
   done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
   reflog_commits | head -n 20
-  repo stash list -n 20 --format='stash %gd (%s)' || [ ! "$whole" ] || return 3
 }
-sum_refs() {
-  { repo for-each-ref; repo rev-parse HEAD; repo rev-parse -q --verify refs/stash; } |
-    cksum | tr ' ' -
-}
+sum_refs() { repo show-ref --head | cksum | tr ' ' -; }
 """
 
 IN_STAGE = r"""
@@ -1408,6 +1412,12 @@ in_stage() { # function...; the stage is cleared, too, where the client is gone
   clear_stage; return $status
 }
 clear_stage() { cd "$root"; rm -rf "$stage"; }
+small() { # most function: what it prints, unless that is more. Without most: in any case
+  [ "$1" ] || { "$2"; return; }
+  { "$2"; echo $? >"$stage/status"; } | head -c "$(($1+1))" >"$stage/reply"
+  [ "$(wc -c <"$stage/reply")" -le "$1" ] || return 26
+  cat "$stage/reply"; return "$(cat "$stage/status")"
+}
 """
 
 # $record/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing),
@@ -1472,7 +1482,8 @@ send_files() {
 """
 
 # PULL: what the workspace changed; with `counts`, it is on record as pulled once the client names
-#   this op. 22: no workspace; 24: a file is too large. `note ...` lines, then one of these:
+#   this op. 22: no workspace; 24: a file is too large; 26: it has more than `most` bytes.
+#   `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
 #     all              the same, where what was sent is not known any more: all files come
@@ -1487,10 +1498,10 @@ pull() {
   case $status in 0) ;; 9) pull_files; return;; *) return $status;; esac
   repo=$work/.git
   [ -z "$counts" ] || record_pull "$head" "$tree" "$(sum_refs)" || return 3
-  note_left; commit_rest && list_commits && send_commits
+  note_left; commit_rest && send_commits
 }
 note_left() {
-  case $whole,$(commit_at HEAD) in 1,* | ,"$base_commit" | ,) ;; *)
+  case $whole,$top in 1,* | ,"$base_commit" | ,) ;; *)
     printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
     echo 'repository; the files come as one commit';;
   esac
@@ -1498,21 +1509,22 @@ note_left() {
     sed -e 's/^stash.*/note the &: git stash pop in the workspace and pull/' -e t \
       -e 's/.*/note the &: check it out in the workspace and pull/'
 }
-commit_rest() { # -> $tip, $dirty
-  tip=$head dirty=0; [ "$(shadow rev-parse "$head^{tree}")" != "$tree" ] || return 0
+commit_rest() { # -> $dirty
+  dirty=0; [ "$(shadow rev-parse "$head^{tree}")" != "$tree" ] || return 0
   dirty=1 GIT_AUTHOR_DATE="@$(date +%s) +0000"; GIT_COMMITTER_DATE=$GIT_AUTHOR_DATE
-  tip=$(shadow commit-tree "$tree" -p "$head" -m 'uncommitted work')
+  tip=$(shadow commit-tree "$tree" -p "$head" -m 'uncommitted work') &&
+    echo "$tip $head" | add_changes
 }
-list_commits() { # each with its first parent
-  shadow rev-list --reverse --topo-order --parents "$base_commit..$tip" >"$stage/commits" &&
-    cut -d' ' -f1,2 "$stage/commits" >"$stage/list"
-}
-changes() { shadow diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$stage/list"; }
 send_commits() {
   echo "git $dirty $base_commit"
-  cut -d' ' -f1 "$stage/list" | shadow cat-file --batch && echo && changes -z && printf '\0' &&
-    changes | sed -n 's/^:[^ ]* [^ ]* [^ ]* \([^ ]*\) [AMT]	.*/\1/p' | sort -u |
-    shadow cat-file --batch && echo
+  cut -d' ' -f1 "$stage/list" | shadow cat-file --batch --buffer && echo &&
+    cat "$stage/changes" && printf '\0' && list_contents | shadow cat-file --batch --buffer && echo
+}
+list_contents() { # of the changes: a path follows each, with any bytes but NUL
+  tr '\0\n' '\n/' <"$stage/changes" | sed -n '/^:/{
+s/^:[^ ]* [^ ]* [^ ]* \([^ ]*\) [AMT]$/\1/p
+n
+}' | sort -u
 }
 pull_files() {
   written_gits | sed 's/^/note the commits of the git repository in /'
@@ -1524,7 +1536,7 @@ pull_files() {
 }
 operation() {
   compared "$@"; counts=${10}
-  open_root "$1" && find_workspace "$name" && in_stage pull
+  open_root "$1" && find_workspace "$name" && in_stage small "${11}" pull
 }
 """
 
@@ -1858,7 +1870,7 @@ operation() {
   root=$1 op=$2 home=$3 work=$4
   [ -e "$work" ] || { [ -d "$home" ] || return 37; return 30; }
   [ -r "$work" ] || return 33
-  in_stage send_copy
+  in_stage small "$5" send_copy
 }
 send_copy() {
   kind=all; : >"$stage/was"
@@ -4491,26 +4503,38 @@ class Host:
 
 
 class Incoming:
-    """The stdout of one of our scripts, piece by piece, over a session for bulk."""
+    """The stdout of one of our scripts, piece by piece. Over a session that shares a connection the
+    script gets BULK_FROM as its last word, and ends with status 26 and no output where that is
+    more: then, once more over a session for bulk."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.cancel = host.ending.join(cancel)
+        self.host, self.words, self.cancel = host, (script, *arguments), host.ending.join(cancel)
+        self._begin(False)
+
+    def _begin(self, bulk: bool) -> None:
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
         def work(sessions: list[Session]) -> None:
-            records = script_records(script, *arguments)
+            self.shared = not bulk and not isinstance(sessions[0], DirectSession)
+            records = script_records(*self.words, str(BULK_FROM) if self.shared else "")
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
-            host._begin(self.exchange, self.cancel)
+            self.host._begin(self.exchange, self.cancel)
             sessions.clear()  # close() closes it
-        host._attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=True)
+        self.host._attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=bulk)
 
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
         if not self.waiting:
             self.exchange.run(NEVER, self.cancel, stall=CALL_PATIENCE,
                               until=lambda: bool(self.waiting) or self.exchange.ended)
-        return self.waiting.pop(0) if self.waiting else b""
+        if self.waiting:
+            return self.waiting.pop(0)
+        if self.shared and self.exchange.out.status == 26:
+            self.close()
+            self._begin(True)
+            return self.take()
+        return b""
 
     def reply(self) -> Reply:
         """The status and stderr, at the end."""

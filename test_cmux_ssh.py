@@ -3936,10 +3936,11 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
             assert self.puller.stdout.readline() == b"\n"
             tree = self.git("--git-dir", str(next(self.site.remote.glob("cmux/*/git/.git"))), "rev-parse", "refs/cmux/base^{tree}")
             at = self.site.dir
-            for tool, cases in (("git/git", f"*' cat-file --batch '*) if mkdir {at}/again; then exec {at}/said0; fi; rmdir {at}/again; exec {at}/said2;; *' -z '*) exec {at}/said1;; "
+            for tool, cases in (("git/git", f"*' cat-file --batch '*) if mkdir {at}/again; then exec {at}/said0; fi; rmdir {at}/again; exec {at}/said2;; "
                                             f"*{{tree}}*|*write-tree*) echo {tree};; *rev-parse*) echo {HOSTS_BASE.decode()};; *' init '*) "
                                             'for g; do :; done; mkdir -p "$g/objects/info";;'),
-                                ("files/tr", f"*' \\n \\0 '*) exec {at}/said1;; *) exec {program('tr')} \"$@\";;")):
+                                *((f"{how}/{tool}", f"*'{words}'*) exec {at}/said1;; *) exec {program(tool)} \"$@\";;")
+                                  for how, tool, words in (("git", "cat", "/changes "), ("files", "tr", r" \n \0 ")))):
                 self.site.script(tool, f'case " $* " in {cases} esac')
         parts = [*stream, b"", b""]
         if how == "files" and isinstance(parts[1], bytes):  # one tool says all; the script there ends it
