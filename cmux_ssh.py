@@ -4532,13 +4532,12 @@ class Incoming:
         if not self.waiting:
             self.exchange.run(NEVER, self.cancel, stall=CALL_PATIENCE,
                               until=lambda: bool(self.waiting) or self.exchange.ended)
-        if self.waiting:
-            return self.waiting.pop(0)
-        if self.shared and self.exchange.out.status == 26:
+        if not self.waiting and self.shared and self.exchange.out.status == 26:
             self.close()
             self._begin(True)
             return self.take()
-        return b""
+        self.shared = False
+        return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
         """The status and stderr, at the end."""
@@ -6608,14 +6607,10 @@ def folds(path: bytes) -> Iterator[tuple[str, str]]:
         text = text.rpartition("/")[0]
 
 
-def fold_name(name: str) -> str:
-    """fold(), without a stream (:) and the blanks and dots at the end, which NTFS ignores."""
-    return fold(name).split(":")[0].rstrip(" .")
-
-
-def is_dot_git(name: str) -> bool:
-    """Whether any file system takes this name for .git."""
-    return bool(re.match(r"(\.git|git~\d+)\Z", fold_name(name)))
+def is_dot_git(name: str, names: str = r"\.git|git~\d+") -> bool:
+    """Whether any file system takes this name for .git, or one of others. NTFS ignores a stream (:)
+    and the blanks and dots at the end."""
+    return bool(re.fullmatch(names, fold(name).split(":")[0].rstrip(" ."), re.S))
 
 
 _MODULES = r"\.gitmodules|gi(tmod|7eba).*~\d+"
@@ -6624,8 +6619,7 @@ _MODULES = r"\.gitmodules|gi(tmod|7eba).*~\d+"
 def is_special(path: bytes, names: str = _MODULES + r"|\.gitattributes|\.gitignore|\.mailmap"
                ) -> bool:
     """Whether any file system takes a path for one of these files, which git obeys."""
-    name = fold_name(as_text(path).rpartition("/")[2])
-    return bool(re.match(rf"({names})\Z", name, re.S))
+    return is_dot_git(as_text(path).rpartition("/")[2], names)
 
 
 def check_result_path(path: bytes) -> str:
@@ -6743,7 +6737,7 @@ def read_person(line: bytes) -> str:
 
 class Commit:
     """A commit from the host. ``head``: people and message, for fast-import. ``changes`` against
-    the first parent: path -> mode ("": deleted), content (the host's id, then store()'s)."""
+    the first parent: path -> mode ("": deleted), content (what store() returned)."""
 
     def __init__(self, data: bytes) -> None:
         head, _, message = data.partition(b"\n\n")
@@ -6752,7 +6746,7 @@ class Commit:
         text = neutralise(message).replace("\0", "").encode("utf-8", "replace") or b"\n"
         self.head = f"author {author}\ncommitter {committer}\ndata {len(text)}\n".encode() + text
         self.parents: list[bytes] = re.findall(rb"(?m)^parent (.*)$", head)
-        self.changes: dict[bytes, tuple[str, Any]] = {}
+        self.changes: dict[bytes, tuple[str, str]] = {}
 
 
 class Harvest:
@@ -6766,10 +6760,7 @@ class Harvest:
         self.host_base = b""  # the host's id of the base commit; none without git
         self.dirty = True     # whether the last commit is uncommitted work
         self.commits: dict[bytes, Commit] = {}
-        # By the host's id: how many changes name a content, what store() returned, the links to it.
-        self.uses: dict[bytes, int] = {}
-        self.contents: dict[bytes, str] = {}
-        self.links: dict[bytes, list[bytes]] = {}
+        self.users: dict[bytes, list[tuple[Commit, bytes]]] = {}  # by the host's id of a content
         self.left: dict[bytes, str] = {}  # path that is left out -> why
         self.total = self.spread = 0  # bytes of contents: each counted once; for each path
 
@@ -6787,14 +6778,10 @@ class Harvest:
         self._read_changes(wire)
         if kind == b"all":  # what is missing was deleted
             changes = self.commits[b"1"].changes
-            changes.update((path, ("", b"")) for path in self.known() if path not in changes)
+            changes.update((path, ("", "")) for path in self.known() if path not in changes)
         self._read_contents(wire)
         if not wire.ended():
             raise refuse("its stream goes on after its end")
-        for commit in self.commits.values():
-            for path, (mode, content) in commit.changes.items():
-                commit.changes[path] = mode, self.contents[content] if mode else ""
-        self.contents.clear()
         return kind
 
     def _read_head(self, wire: Wire) -> bytes:
@@ -6843,37 +6830,38 @@ class Harvest:
             self._change(commit, path, mode, match.group(2))
 
     def _change(self, commit: Commit, path: bytes, mode: str, content: bytes) -> None:
-        if mode:
-            self.uses[content] = self.uses.get(content, 0) + 1
+        users = self.users.setdefault(content, []) if mode else []
         why = check_result_path(path)
         if why and path not in self.known():  # the user's own names may be odd
-            self.left.pop(path, None)
-            self.left.update({path: why} if mode else {})
+            self.left[path] = why
+            if not mode:
+                del self.left[path]
             return
-        if mode == "120000":
-            self.links.setdefault(content, []).append(path)
-        commit.changes[path] = mode, content
+        users.append((commit, path))
+        commit.changes[path] = mode, ""
 
     def _read_contents(self, wire: Wire) -> None:
         most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
         for name, size in wire.objects(b"blob"):
-            uses = self.uses.pop(name, 0)
-            if not uses:
+            users = self.users.pop(name, None)
+            if users is None:
                 raise refuse("its stream has a content twice, or one that no change names")
             self.total += size
-            self.spread += size * uses
+            self.spread += size * len(users)
             if size > most:
-                path = next((path for commit in self.commits.values()
-                             for path, change in commit.changes.items() if change[1] == name), "?")
-                raise refuse(f"{show(path)} has {human_size(size)}, more than {human_size(most)}",
-                             _REMOVE_IT)
+                raise refuse(f"{show(users[0][1] if users else '?')} has {human_size(size)}, more "
+                             f"than {human_size(most)}", _REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
             chunks: Iterable[bytes] = wire.chunks(size)
-            if name in self.links:
-                chunks = [self._check_links(self.links[name], size, chunks)]
-            self.contents[name] = self.store(chunks, size)
-        if self.uses:
+            links = [path for commit, path in users if commit.changes[path][0] == "120000"]
+            if links:
+                chunks = [self._check_links(links, size, chunks)]
+            content = self.store(chunks, size)
+            for changes, path in ((commit.changes, path) for commit, path in users):
+                if path in changes:  # else the link was left out
+                    changes[path] = changes[path][0], content
+        if self.users:
             raise refuse("its stream lacks contents")
 
     def _check_links(self, paths: list[bytes], size: int, chunks: Iterable[bytes]) -> bytes:
@@ -6937,6 +6925,7 @@ class Pull(Harvest):
                 f"This repository lacks a part of what {self.name} was made of: {error}",
                 f"Fetch the commit {self.base[:10]} again, or take the files.", take_files)
         self.sent_tree, self.modules = parts.tree, parts.modules
+        self.hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         self.known = functools.cache(
             lambda: {path for _, _, path in self.shadow.listing(self.sent_tree)})
         for path, (_, oid, sha256, size) in parts.pointers.items():
@@ -7014,7 +7003,7 @@ class Pull(Harvest):
                              + human_size(PULL_TOTAL_MAX))
         return ids
 
-    def _every(self) -> Iterator[tuple[dict[bytes, tuple[str, Any]], bytes, str, str]]:
+    def _every(self) -> Iterator[tuple[dict[bytes, tuple[str, str]], bytes, str, str]]:
         """The changes of a commit, and one of them, which may be changed."""
         for commit in self.commits.values():
             for path, (mode, oid) in list(commit.changes.items()):
@@ -7023,17 +7012,12 @@ class Pull(Harvest):
     def _keep_out(self) -> None:
         """Leave out what lies in this repository's submodules. Note the secrets of the rest."""
         roots = self.modules.union(*map(above, self.modules))
-        found: dict[bytes, set[tuple[str, str]]] = {}
         for changes, path, _, oid in self._every():
             if path in roots or not self.modules.isdisjoint(above(path)):
-                found.setdefault(path, set()).add(changes.pop(path))
+                del changes[path]
+                self.left[path] = "it lies in a submodule: no commit of this repository can hold it"
             elif oid in self.leaks:
                 self.secrets[show(path, PATH_MAX)[1:-1]] = self.leaks[oid]
-        for mode, oid, path in self.shadow.listing(self.sent_tree) if found else ():
-            if found.get(path) == {(mode, oid)}:  # unchanged: a host without git may send all files
-                del found[path]
-        self.left.update(dict.fromkeys(
-            found, "it lies in a submodule: no commit of this repository can hold it"))
         left = left_out(self.left)
         self.notes += left
         self.pulled["left"] = [note[len("left out: "):] for note in left[:20]]
@@ -7159,7 +7143,6 @@ class Pull(Harvest):
     def inspect(self, old: str, new: str, allow: bool) -> list[str]:
         """The changes that would run on this machine after a merge. Refuses submodules that run a
         command and, unless ``allow``, hooks."""
-        hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         found, modules = [], set()
         for before, mode, oid, path in self.shadow.changes(old, new):
             if mode == "000000":
@@ -7167,7 +7150,7 @@ class Pull(Harvest):
             text = as_text(path)
             near = fold(text) + "/"
             hook = any("/" not in text if far == "./" else near.startswith(far)
-                       or far.startswith(near) for far in hooks)  # or a link above
+                       or far.startswith(near) for far in self.hooks)  # or a link above
             if hook and not allow:
                 raise refuse(f"it changes {show(text)}, and this repository runs hooks from there",
                              "Look at it with diff, or take it all the same.",
@@ -7228,10 +7211,7 @@ class Pull(Harvest):
             self.report.step(self.name, "storing")
             self.keep(ref, since, tip, old)
         with self.project.registry.editing() as record:
-            entry = record["workspaces"][self.name]
-            entry["pulled"] = self.pulled
-            if moved:
-                entry["branches"][ref] = tip
+            record["workspaces"][self.name]["pulled"] = self.pulled
         count = self.shadow.call("rev-list", "--count", tip, "^" + since)
         rows = self.diff("--stat=100", "--stat-count=500", since, tip)
         return Result(workspace=self.name, branch=branch if tip != self.base else "",
