@@ -1302,14 +1302,15 @@ shadow() {
   safe_git --git-dir="$shadow" --work-tree="$work" -c core.bigFileThreshold=8m "$@"
 }
 repo() { safe_git --git-dir="$repo" "$@" 2>/dev/null; }
-commit_at() { repo rev-parse -q --verify "$1^{commit}"; }
 base_in() { # repository -> $repo, $base_commit
-  repo=$1; [ -d "$repo" ] && [ ! -L "$repo" ] && base_commit=$(commit_at refs/cmux/base) && {
-    [ -z "$base_tree" ] ||
-    [ "$(repo rev-parse -q --verify "$base_commit^{tree}")" = "$base_tree" ]; }
+  repo=$1; [ -d "$repo" ] && [ ! -L "$repo" ] &&
+    ids=$(repo rev-parse 'refs/cmux/base^{commit}' 'refs/cmux/base^{tree}') || return
+  base_commit=${ids%%"$_cmux_newline"*} found=${ids#*"$_cmux_newline"}
+  [ "${base_tree:-$found}" = "$found" ]
 }
 make_shadow() {
-  git init -q --bare --template= "$shadow" && mkdir -p "$shadow/info" &&
+  mkdir -p "$shadow/objects/info" "$shadow/objects/pack" "$shadow/refs" "$shadow/info" &&
+    echo ref: refs/heads/none >"$shadow/HEAD" &&
     echo "$repo/objects" >"$shadow/objects/info/alternates" &&
     echo "$raw" >"$shadow/info/attributes" && : >"$stage/list" && : >"$stage/changes"
 }
@@ -1325,13 +1326,12 @@ history_comes() { # a base has no parent: what does not stand on it ends in anot
     add_changes <"$stage/history" &&
     ! tr '\0' '\n' <"$stage/changes" | grep -q '^:[0-7]* 160000'
 }
-exclude_nested() { # repositories in the workspace
-  [ ! -f .git/info/exclude ] || cp .git/info/exclude "$shadow/info/exclude"
-  find . -name .git -prune -print | while IFS= read -r path; do
-    path=${path%/.git}; [ "$path" != . ] || continue
-    printf 'note nested repository %s\n' "$path"
-    printf '%s/\n' "${path#.}" | sed 's/[][\\*?!# ]/\\&/g' >>"$shadow/info/exclude"
-  done
+exclude_nested() { # repositories in the workspace; large files are found, too
+  find . -name .git -prune -print -o -type f -size "+${file_most}c" -print >"$stage/found"
+  sed -n 's,^\(\./.*\)/\.git$,note nested repository \1,p' "$stage/found"
+  { [ ! -f .git/info/exclude ] || cat .git/info/exclude; echo
+    sed -n 's/[][\\*?!# ]/\\&/g; s,^\./\(.*/\)\.git$,/\1,p' "$stage/found"
+  } >"$shadow/info/exclude"
 }
 copy_index() { # of the agent, which knows what has not changed
   if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
@@ -1352,7 +1352,7 @@ as_sent() { # a large file
     [ "$(shadow hash-object --no-filters -- "$1")" = "$blob" ]
 }
 refuse_large() {
-  find . -name .git -prune -o -type f -size "+${file_most}c" -print | ( while IFS= read -r path; do
+  grep -v '/\.git$' "$stage/found" | ( while IFS= read -r path; do
     shadow check-ignore -q -- "$path" || as_sent "$path" ||
       { printf 'large %s\n' "$path"; exit 24; }
   done )
@@ -1372,7 +1372,7 @@ add_files() {
 snapshot() {
   _has git && clean_environment || return 9
   shadow=$stage/git whole=1 repo=$work/.git
-  top=$(commit_at HEAD)
+  top=$(repo rev-parse -q --verify 'HEAD^{commit}')
   base_in "$repo" && make_shadow && history_comes || {
     whole= # a base that came as a delta has no repository of its own
     base_in "$root/.cmux/bases/$base_id/git" ||

@@ -3937,8 +3937,7 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
             tree = self.git("--git-dir", str(next(self.site.remote.glob("cmux/*/git/.git"))), "rev-parse", "refs/cmux/base^{tree}")
             at = self.site.dir
             for tool, cases in (("git/git", f"*' cat-file --batch '*) if mkdir {at}/again; then exec {at}/said0; fi; rmdir {at}/again; exec {at}/said2;; "
-                                            f"*{{tree}}*|*write-tree*) echo {tree};; *rev-parse*) echo {HOSTS_BASE.decode()};; *' init '*) "
-                                            'for g; do :; done; mkdir -p "$g/objects/info";;'),
+                                            f"*base^*) echo {HOSTS_BASE.decode()}; echo {tree};; *{{tree}}*|*write-tree*) echo {tree};; *rev-parse*) echo {HOSTS_BASE.decode()};;"),
                                 *((f"{how}/{tool}", f"*'{words}'*) exec {at}/said1;; *) exec {program(tool)} \"$@\";;")
                                   for how, tool, words in (("git", "cat", "/changes "), ("files", "tr", r" \n \0 ")))):
                 self.site.script(tool, f'case " $* " in {cases} esac')
