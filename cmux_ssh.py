@@ -1266,37 +1266,45 @@ shadow() {
   safe_git --git-dir="$shadow" --work-tree="$work" -c core.bigFileThreshold=8m "$@"
 }
 repo() { safe_git --git-dir="$repo" "$@" 2>/dev/null; }
-commit_at() { repo rev-parse -q --verify "$1^{commit}"; }
 base_in() { # repository -> $repo, $base_commit
-  repo=$1; [ -d "$repo" ] && [ ! -L "$repo" ] && base_commit=$(commit_at refs/cmux/base) && {
-    [ -z "$base_tree" ] ||
-    [ "$(repo rev-parse -q --verify "$base_commit^{tree}")" = "$base_tree" ]; }
-}
-history_comes() { # -> $head
-  head=$(commit_at HEAD) || return
-  [ "$head" != "$base_commit" ] || return 0
-  repo merge-base --is-ancestor "$base_commit" "$head" &&
-    [ "$(repo rev-list --count "$base_commit..$head")" -le "$commits_most" ] &&
-    [ -z "$(repo rev-list --max-parents=0 "$base_commit..$head")" ] &&
-    ! repo rev-list "$base_commit..$head" | repo diff-tree --stdin -r -m --raw |
-      grep -q '^:[0-7]* 160000'
+  repo=$1; [ -d "$repo" ] && [ ! -L "$repo" ] &&
+    ids=$(repo rev-parse 'refs/cmux/base^{commit}' 'refs/cmux/base^{tree}') || return
+  base_commit=${ids%%"$_cmux_newline"*} found=${ids#*"$_cmux_newline"}
+  [ "${base_tree:-$found}" = "$found" ]
 }
 make_shadow() {
-  git init -q --bare --template= "$shadow" && mkdir -p "$shadow/info" &&
+  mkdir -p "$shadow/objects/info" "$shadow/objects/pack" "$shadow/refs" "$shadow/info" &&
+    echo ref: refs/heads/none >"$shadow/HEAD" &&
     echo "$repo/objects" >"$shadow/objects/info/alternates" &&
-    echo "$raw" >"$shadow/info/attributes"
+    echo "$raw" >"$shadow/info/attributes" && : >"$stage/list" && : >"$stage/changes"
 }
-exclude_nested() { # repositories in the workspace
-  [ ! -f .git/info/exclude ] || cp .git/info/exclude "$shadow/info/exclude"
-  find . -name .git -prune -print | while IFS= read -r path; do
-    path=${path%/.git}; [ "$path" != . ] || continue
-    printf 'note nested repository %s\n' "$path"
-    printf '%s/\n' "${path#.}" | sed 's/[][\\*?!# ]/\\&/g' >>"$shadow/info/exclude"
-  done
+add_changes() { # commit parent..., a line each -> $stage/list, $stage/changes
+  cut -d' ' -f1,2 | tee -a "$stage/list" |
+    shadow diff-tree --stdin -r -z --raw --no-abbrev --no-renames >>"$stage/changes"
+}
+history_comes() { # a base has no parent: what does not stand on it ends in another root
+  head=$top
+  [ "$head" != "$base_commit" ] || return 0
+  [ "$head" ] && shadow rev-list --reverse --topo-order --parents -n "$((commits_most+1))" \
+      "$base_commit..$head" >"$stage/history" &&
+    [ "$(wc -l <"$stage/history")" -le "$commits_most" ] && ! grep -qv ' ' "$stage/history" &&
+    add_changes <"$stage/history" &&
+    ! tr '\0' '\n' <"$stage/changes" | grep -q '^:[0-7]* 160000'
+}
+exclude_nested() { # repositories in the workspace; large files are found, too
+  find . -name .git -prune -print -o -type f -size "+${file_most}c" -print >"$stage/found"
+  sed -n 's,^\(\./.*\)/\.git$,note nested repository \1,p' "$stage/found"
+  { [ ! -f .git/info/exclude ] || cat .git/info/exclude; echo
+    sed -n 's/[][\\*?!# ]/\\&/g; s,^\./\(.*/\)\.git$,/\1,p' "$stage/found"
+  } >"$shadow/info/exclude"
 }
 copy_index() { # of the agent, which knows what has not changed
   if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
-    shadow ls-files >/dev/null 2>&1; then return; fi # else it is damaged, or split
+    shadow ls-files -s >"$stage/index" 2>/dev/null; then # else it is damaged, or split
+    # No commit of ours may hold a repository.
+    sed -n 's/^160000 [^	]*	//p' "$stage/index" | shadow update-index --force-remove --stdin
+    return
+  fi
   rm -f "$shadow/index"; shadow read-tree "$head" || return 3
   # What is ignored, but tracked:
   safe_git --git-dir=.git ls-files -c -i -s --exclude-standard 2>/dev/null |
@@ -1309,7 +1317,7 @@ as_sent() { # a large file
     [ "$(shadow hash-object --no-filters -- "$1")" = "$blob" ]
 }
 refuse_large() {
-  find . -name .git -prune -o -type f -size "+${file_most}c" -print | ( while IFS= read -r path; do
+  grep -v '/\.git$' "$stage/found" | ( while IFS= read -r path; do
     shadow check-ignore -q -- "$path" || as_sent "$path" ||
       { printf 'large %s\n' "$path"; exit 24; }
   done )
@@ -1328,42 +1336,41 @@ add_files() {
 }
 snapshot() {
   _has git && clean_environment || return 9
-  shadow=$stage/git whole=1
-  base_in "$work/.git" && history_comes || {
+  shadow=$stage/git whole=1 repo=$work/.git
+  top=$(repo rev-parse -q --verify 'HEAD^{commit}')
+  base_in "$repo" && make_shadow && history_comes || {
     whole= # a base that came as a delta has no repository of its own
     base_in "$root/.cmux/bases/$base_id/git" ||
       { [ "$base_tree" ] && base_in "$work/.git"; } || return 9
-    head=$base_commit
+    head=$base_commit; make_shadow || return 3
   }
-  make_shadow && cd "$work" || return 3
+  cd "$work" || return 3
   exclude_nested; copy_index && refuse_large && add_files
 }
 reflog_commits() { # that only reflogs (some may be gone) or HEADs of worktrees have
-  { repo log -g --format=%H --branches; repo log -g --format=%H HEAD
+  { repo log -g --format=%H --exclude='refs/remotes/*' --exclude=refs/stash --all
     cat "$repo/logs/HEAD" "$repo"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
     repo log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
       --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
 }
 left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only fetched exists
-  # elsewhere, too; a stash has a list of its own.
-  top=$(commit_at HEAD) brought=
-  for commit in $base_commit $(pulls | cut -d' ' -f2); do
-    ! repo cat-file -e "$commit^{commit}" || brought="$brought $commit"
-  done
+  # elsewhere, too.
+  brought=$({ echo "$base_commit"; pulls | cut -d' ' -f2 | grep -v -e -; } |
+    repo rev-list --no-walk --ignore-missing --stdin)
   refs=$(repo for-each-ref --format='%(refname)') || [ ! "$whole" ] || return 3
   for ref in $refs; do
-    case $ref in refs/remotes/* | refs/cmux/* | refs/stash) continue;; esac
+    case $ref in
+    refs/remotes/* | refs/cmux/*) continue;;
+    refs/stash) repo stash list -n 20 --format='stash %gd (%s)' || echo 'stash (damaged)'
+      continue;;
+    esac
     subject=$(repo log -n 1 --format='(%s)' "$ref" --not $brought $top --glob=refs/cmux) ||
       subject='(damaged)'
     [ ! "$subject" ] || printf '%s %s\n' "$ref" "$subject"
   done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
   reflog_commits | head -n 20
-  repo stash list -n 20 --format='stash %gd (%s)' || [ ! "$whole" ] || return 3
 }
-sum_refs() {
-  { repo for-each-ref; repo rev-parse HEAD; repo rev-parse -q --verify refs/stash; } |
-    cksum | tr ' ' -
-}
+sum_refs() { repo show-ref --head | cksum | tr ' ' -; }
 """
 
 IN_STAGE = r"""
@@ -1374,6 +1381,12 @@ in_stage() { # function...; the stage is cleared, too, where the client is gone
   clear_stage; return $status
 }
 clear_stage() { cd "$root"; rm -rf "$stage"; }
+small() { # most function: what it prints, unless that is more. Without most: in any case
+  [ "$1" ] || { "$2"; return; }
+  { "$2"; echo $? >"$stage/status"; } | head -c "$(($1+1))" >"$stage/reply"
+  [ "$(wc -c <"$stage/reply")" -le "$1" ] || return 26
+  cat "$stage/reply"; return "$(cat "$stage/status")"
+}
 """
 
 # $record/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing),
@@ -1438,7 +1451,8 @@ send_files() {
 """
 
 # PULL: what the workspace changed; with `counts`, it is on record as pulled once the client names
-#   this op. 22: no workspace; 24: a file is too large. `note ...` lines, then one of these:
+#   this op. 22: no workspace; 24: a file is too large; 26: it has more than `most` bytes.
+#   `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
 #     all              the same, where what was sent is not known any more: all files come
@@ -1453,10 +1467,10 @@ pull() {
   case $status in 0) ;; 9) pull_files; return;; *) return $status;; esac
   repo=$work/.git
   [ -z "$counts" ] || record_pull "$head" "$tree" "$(sum_refs)" || return 3
-  note_left; commit_rest && list_commits && send_commits
+  note_left; commit_rest && send_commits
 }
 note_left() {
-  case $whole,$(commit_at HEAD) in 1,* | ,"$base_commit" | ,) ;; *)
+  case $whole,$top in 1,* | ,"$base_commit" | ,) ;; *)
     printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
     echo 'repository; the files come as one commit';;
   esac
@@ -1464,21 +1478,22 @@ note_left() {
     sed -e 's/^stash.*/note the &: git stash pop in the workspace and pull/' -e t \
       -e 's/.*/note the &: check it out in the workspace and pull/'
 }
-commit_rest() { # -> $tip, $dirty
-  tip=$head dirty=0; [ "$(shadow rev-parse "$head^{tree}")" != "$tree" ] || return 0
+commit_rest() { # -> $dirty
+  dirty=0; [ "$(shadow rev-parse "$head^{tree}")" != "$tree" ] || return 0
   dirty=1 GIT_AUTHOR_DATE="@$(date +%s) +0000"; GIT_COMMITTER_DATE=$GIT_AUTHOR_DATE
-  tip=$(shadow commit-tree "$tree" -p "$head" -m 'uncommitted work')
+  tip=$(shadow commit-tree "$tree" -p "$head" -m 'uncommitted work') &&
+    echo "$tip $head" | add_changes
 }
-list_commits() { # each with its first parent
-  shadow rev-list --reverse --topo-order --parents "$base_commit..$tip" >"$stage/commits" &&
-    cut -d' ' -f1,2 "$stage/commits" >"$stage/list"
-}
-changes() { shadow diff-tree --stdin -r --raw --no-abbrev --no-renames "$@" <"$stage/list"; }
 send_commits() {
   echo "git $dirty $base_commit"
-  cut -d' ' -f1 "$stage/list" | shadow cat-file --batch && echo && changes -z && printf '\0' &&
-    changes | sed -n 's/^:[^ ]* [^ ]* [^ ]* \([^ ]*\) [AMT]	.*/\1/p' | sort -u |
-    shadow cat-file --batch && echo
+  cut -d' ' -f1 "$stage/list" | shadow cat-file --batch --buffer && echo &&
+    cat "$stage/changes" && printf '\0' && list_contents | shadow cat-file --batch --buffer && echo
+}
+list_contents() { # of the changes: a path follows each, with any bytes but NUL
+  tr '\0\n' '\n/' <"$stage/changes" | sed -n '/^:/{
+s/^:[^ ]* [^ ]* [^ ]* \([^ ]*\) [AMT]$/\1/p
+n
+}' | sort -u
 }
 pull_files() {
   written_gits | sed 's/^/note the commits of the git repository in /'
@@ -1490,7 +1505,7 @@ pull_files() {
 }
 operation() {
   compared "$@"; counts=${10}
-  open_root "$1" && find_workspace "$name" && in_stage pull
+  open_root "$1" && find_workspace "$name" && in_stage small "${11}" pull
 }
 """
 
@@ -1824,7 +1839,7 @@ operation() {
   root=$1 op=$2 home=$3 work=$4
   [ -e "$work" ] || { [ -d "$home" ] || return 37; return 30; }
   [ -r "$work" ] || return 33
-  in_stage send_copy
+  in_stage small "$5" send_copy
 }
 send_copy() {
   kind=all; : >"$stage/was"
@@ -4395,25 +4410,36 @@ class Host:
 
 
 class Incoming:
-    """The stdout of one of our scripts, piece by piece, over a session for bulk."""
+    """The stdout of one of our scripts, piece by piece. Over a session that shares a connection the
+    script gets BULK_FROM as its last word, and ends with status 26 and no output where that is
+    more: then, once more over a session for bulk."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.cancel = host.ending.join(cancel)
+        self.host, self.words, self.cancel = host, (script, *arguments), host.ending.join(cancel)
+        self._begin(False)
+
+    def _begin(self, bulk: bool) -> None:
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
         def work(sessions: list[Session]) -> None:
-            records = script_records(script, *arguments)
+            self.shared = not bulk and not isinstance(sessions[0], DirectSession)
+            records = script_records(*self.words, str(BULK_FROM) if self.shared else "")
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
-            host._begin(self.exchange, self.cancel)
+            self.host._begin(self.exchange, self.cancel)
             sessions.clear()  # close() closes it
-        host._attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=True)
+        self.host._attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=bulk)
 
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
         if not self.waiting:
             self.exchange.run(NEVER, self.cancel, stall=CALL_PATIENCE,
                               until=lambda: bool(self.waiting) or self.exchange.ended)
+        if not self.waiting and self.shared and self.exchange.out.status == 26:
+            self.close()
+            self._begin(True)
+            return self.take()
+        self.shared = False
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
@@ -6490,14 +6516,10 @@ def folds(path: bytes) -> Iterator[tuple[str, str]]:
         text = text.rpartition("/")[0]
 
 
-def fold_name(name: str) -> str:
-    """fold(), without a stream (:) and the blanks and dots at the end, which NTFS ignores."""
-    return fold(name).split(":")[0].rstrip(" .")
-
-
-def is_dot_git(name: str) -> bool:
-    """Whether any file system takes this name for .git."""
-    return bool(re.match(r"(\.git|git~\d+)\Z", fold_name(name)))
+def is_dot_git(name: str, names: str = r"\.git|git~\d+") -> bool:
+    """Whether any file system takes this name for .git, or one of others. NTFS ignores a stream (:)
+    and the blanks and dots at the end."""
+    return bool(re.fullmatch(names, fold(name).split(":")[0].rstrip(" ."), re.S))
 
 
 _MODULES = r"\.gitmodules|gi(tmod|7eba).*~\d+"
@@ -6506,8 +6528,7 @@ _MODULES = r"\.gitmodules|gi(tmod|7eba).*~\d+"
 def is_special(path: bytes, names: str = _MODULES + r"|\.gitattributes|\.gitignore|\.mailmap"
                ) -> bool:
     """Whether any file system takes a path for one of these files, which git obeys."""
-    name = fold_name(as_text(path).rpartition("/")[2])
-    return bool(re.match(rf"({names})\Z", name, re.S))
+    return is_dot_git(as_text(path).rpartition("/")[2], names)
 
 
 def check_result_path(path: bytes) -> str:
@@ -6557,41 +6578,44 @@ class Wire:
             self.total += len(self.buffer)
         return not self.buffer
 
-    def more(self) -> None:
+    def _upto(self, stop: int) -> bytes:
+        part = self.buffer[self.at:stop]
+        self.at += len(part)
+        return part
+
+    def _more(self) -> None:
         if self.ended():
             raise refuse("its stream ends early", _TRY_AGAIN)
 
-    def upto(self, end: bytes) -> bytes:
-        line, found = b"", b""
-        while not found:
-            self.more()
-            part, found, _ = self.buffer[self.at:self.at + WIRE_LINE_MAX].partition(end)
-            self.at += len(part) + len(found)
-            line += part
+    def line(self, end: bytes = b"\n") -> bytes:
+        line = b""
+        while line[-1:] != end:
+            self._more()
+            line += self._upto(self.buffer.find(end, self.at) + 1 or len(self.buffer))
             if len(line) > WIRE_LINE_MAX:
                 raise refuse("its stream has a line without an end")
-        return line
+        return line[:-1]
+
+    def section(self, end: bytes) -> Iterator[bytes]:
+        """Lines up to an empty one."""
+        return iter(functools.partial(self.line, end), b"")
 
     def chunks(self, size: int) -> Iterator[bytes]:
         while size:
-            self.more()
-            piece = self.buffer[self.at:self.at + size]
-            self.at += len(piece)
-            size -= len(piece)
-            yield piece
+            self._more()
+            chunk = self._upto(self.at + size)
+            size -= len(chunk)
+            yield chunk
 
-    def exact(self, size: int) -> bytes:
-        return b"".join(self.chunks(size))
-
-
-def after_notes(wire: Wire, notes: list[str]) -> tuple[bytes, bytes]:
-    """The first line that is no note: its first word, and the rest. Adds up to 20 to ``notes``."""
-    for noted in range(PULL_PATHS_MAX):
-        word, _, rest = wire.upto(b"\n").partition(b" ")
-        if word != b"note":
-            break
-        notes += ["left out: " + show(rest)[1:-1]] if noted < 20 else []
-    return word, rest
+    def objects(self, kind: bytes) -> Iterator[tuple[bytes, int]]:
+        """(name, size) of each object in a section; the caller reads its bytes."""
+        for line in self.section(b"\n"):
+            match = re.match(rb"([0-9a-f]{1,64}) %s (0|[1-9]\d{0,14})\Z" % kind, line)
+            if match:
+                yield match.group(1), int(match.group(2))
+            if not match or next(self.chunks(1)) != b"\n":
+                raise refuse("its stream is damaged: the line was cut, or a file changed while it "
+                             "was read", _TRY_AGAIN)
 
 
 def left_out(paths: Mapping[bytes, str]) -> list[str]:
@@ -6600,23 +6624,9 @@ def left_out(paths: Mapping[bytes, str]) -> list[str]:
     return left[:20] + ([f"left out: {len(left) - 20} more"] if left[20:] else [])
 
 
-class Commit:
-    """A commit from the host. ``head``: people and message, for fast-import. ``changes`` against
-    the first parent: path -> mode ("": deleted), content (the host's id, then _import()'s)."""
-
-    def __init__(self, parents: list[bytes], author: str, committer: str, message: str) -> None:
-        text = message.encode("utf-8", "replace") or b"\n"
-        self.head = f"author {author}\ncommitter {committer}\ndata {len(text)}\n".encode() + text
-        self.parents = parents
-        self.changes: dict[bytes, tuple[str, Any]] = {}
-
-
 _CHANGE = re.compile(rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
                      rb"([0-9a-f]{1,64}) ([ADMT])\Z")
 _PERSON = re.compile(rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z")
-# Python's other encodings take quadratic time or are no text.
-_ENCODING = re.compile(rb"(?m)^encoding ((?:iso-?8859|latin|windows|cp|koi8|euc|shift|gb|big5)"
-                       rb"[\w-]*)$", re.I)
 
 
 def read_person(line: bytes) -> str:
@@ -6635,90 +6645,93 @@ def read_person(line: bytes) -> str:
     return f"{name or 'unknown'} <{mail or 'unknown@localhost'}> {when} {zone}"
 
 
-def read_commit(data: bytes) -> Commit:
-    encoding = _ENCODING.search(data.partition(b"\n\n")[0])
-    if encoding:
-        with contextlib.suppress(LookupError):
-            data = data.decode(encoding.group(1).decode("ascii"), "replace").encode()
-    head, _, message = data.partition(b"\n\n")
-    people = [re.search(rb"(?m)^%s(.*)$" % word, head) for word in (b"author", b"committer")]
-    author, committer = (read_person(found.group(1) if found else b"") for found in people)
-    return Commit(re.findall(rb"(?m)^parent (.*)$", head), author, committer,
-                  neutralise(message).replace("\0", ""))
+class Commit:
+    """A commit from the host. ``head``: people and message, for fast-import. ``changes`` against
+    the first parent: path -> mode ("": deleted), content (what store() returned)."""
+
+    def __init__(self, data: bytes) -> None:
+        head, _, message = data.partition(b"\n\n")
+        people = [re.search(rb"(?m)^%s(.*)$" % word, head) for word in (b"author", b"committer")]
+        author, committer = (read_person(found.group(1) if found else b"") for found in people)
+        text = neutralise(message).replace("\0", "").encode("utf-8", "replace") or b"\n"
+        self.head = f"author {author}\ncommitter {committer}\ndata {len(text)}\n".encode() + text
+        self.parents: list[bytes] = re.findall(rb"(?m)^parent (.*)$", head)
+        self.changes: dict[bytes, tuple[str, str]] = {}
 
 
 class Harvest:
-    """Reads the three sections of PULL: commits as checked data, contents into fast-import."""
+    """Reads what PULL sends: commits as checked data, contents as what store() returns of each."""
 
     strict = True  # a link that leads elsewhere, or a file too large for git, refuses all
 
-    def __init__(self, wire: Wire, importer: Importer, known: Callable[[], set[bytes]],
-                 secrets: Mapping[bytes, str], pointers: Mapping[tuple[str, int], str]) -> None:
-        self.wire, self.importer, self.known = wire, importer, known
-        self.secrets = {value: name for value, name in secrets.items() if len(value) >= 8}
-        self.overlap = max(map(len, self.secrets), default=1) - 1
-        self.pointers = pointers          # sha256, size of LFS content -> its pointer
-        self.sizes = {size for _, size in pointers}
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.known: Callable[[], Collection[bytes]] = tuple  # the paths that the host was sent
+        self.host_base = b""  # the host's id of the base commit; none without git
+        self.dirty = True     # whether the last commit is uncommitted work
         self.commits: dict[bytes, Commit] = {}
-        # By the host's id: how many changes name a content, later what _import() returned.
-        self.contents: dict[bytes, Any] = {}
-        self.links: dict[bytes, list[bytes]] = {}  # the host's id of a target -> its links
-        self.leaks: dict[str, list[str]] = {}      # id of a content -> the secrets in it
-        self.pointed: dict[str, str] = {}          # id of LFS content -> its pointer
-        self.left: dict[bytes, str] = {}           # path that is left out -> why
+        self.users: dict[bytes, list[tuple[Commit, bytes]]] = {}  # by the host's id of a content
+        self.left: dict[bytes, str] = {}  # path that is left out -> why
         self.total = self.spread = 0  # bytes of contents: each counted once; for each path
 
-    def read(self, base: bytes, everything: bool) -> None:
-        """``base``: the host's id of the base commit, b"" without git. ``everything``: all files
-        come, and what is missing was deleted."""
-        self._read_commits(base)
-        if not base:
-            person = f"cmux <cmux@localhost> {int(time.time())} +0000"
-            self.commits = {b"1": Commit([base], person, person, "work of the workspace\n")}
-        self._read_changes()
-        for path in self.known().difference(self.commits[b"1"].changes) if everything else ():
-            self.commits[b"1"].changes[path] = "", b""
-        self._read_contents()
-        if not self.wire.ended():
+    def store(self, chunks: Iterable[bytes], size: int) -> str:
+        raise NotImplementedError
+
+    def read(self, wire: Wire) -> bytes:
+        """Read all. Returns the word that says what it is."""
+        kind = self._read_head(wire)
+        self._read_commits(wire)
+        if not self.host_base:
+            who = b"cmux <cmux@localhost> %d +0000" % time.time()
+            self.commits[b"1"] = Commit(b"parent \nauthor %s\ncommitter %s\n\n"
+                                        b"work of the workspace\n" % (who, who))
+        self._read_changes(wire)
+        if kind == b"all":  # what is missing was deleted
+            changes = self.commits[b"1"].changes
+            changes.update((path, ("", "")) for path in self.known() if path not in changes)
+        self._read_contents(wire)
+        if not wire.ended():
             raise refuse("its stream goes on after its end")
-        for commit in self.commits.values():
-            for path, (mode, content) in commit.changes.items():
-                commit.changes[path] = mode, self.contents[content] if mode else ""
-        self.contents.clear()
+        return kind
 
-    def _objects(self, kind: bytes) -> Iterator[tuple[bytes, int]]:
-        """(name, size) of each object; the caller reads its bytes."""
-        for line in iter(functools.partial(self.wire.upto, b"\n"), b""):
-            match = re.match(rb"([0-9a-f]{1,64}) %s (0|[1-9]\d{0,14})\Z" % kind, line)
-            if match:
-                yield match.group(1), int(match.group(2))
-            if not match or self.wire.exact(1) != b"\n":
-                raise refuse("its stream is damaged: the line was cut, or a file changed while it "
-                             "was read", _TRY_AGAIN)
+    def _read_head(self, wire: Wire) -> bytes:
+        for noted in range(PULL_PATHS_MAX):
+            kind, _, rest = wire.line().partition(b" ")
+            if kind != b"note":
+                break
+            self.notes += ["left out: " + show(rest)[1:-1]] if noted < 20 else []
+        if kind == b"large":
+            raise refuse(f"{show(rest)} has more than {human_size(PULL_FILE_MAX)}", _REMOVE_IT)
+        if kind == b"git" and self.strict and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
+            self.dirty, self.host_base = rest[:1] == b"1", rest[2:]
+        elif rest or kind not in (b"files", b"all", b"file"):
+            raise refuse(f"its stream begins with {show(kind)}")
+        return kind
 
-    def _read_commits(self, base: bytes) -> None:
+    def _read_commits(self, wire: Wire) -> None:
         words = 0
-        for name, size in self._objects(b"commit"):
+        for name, size in wire.objects(b"commit"):
             words += size
             if len(self.commits) > PULL_COMMITS_MAX or size > PULL_MESSAGE_MAX \
                     or words > 64 * PULL_MESSAGE_MAX:
                 raise refuse(f"it has more than {PULL_COMMITS_MAX} commits, or too long messages")
-            commit, earlier = read_commit(self.wire.exact(size)), {base, *self.commits}
-            if not base or name in earlier or not 0 < len(commit.parents) <= 16 \
+            commit = Commit(b"".join(wire.chunks(size)))
+            earlier = {self.host_base, *self.commits}
+            if not self.host_base or name in earlier or not 0 < len(commit.parents) <= 16 \
                     or not earlier.issuperset(commit.parents):
                 raise refuse("a commit in it has a parent that was not sent")
             self.commits[name] = commit
 
-    def _read_changes(self) -> None:
+    def _read_changes(self, wire: Wire) -> None:
         waiting, commit, count = dict(self.commits), None, 0
-        for row in iter(functools.partial(self.wire.upto, b"\0"), b""):
+        for row in wire.section(b"\0"):
             match = _CHANGE.match(row)
             if not match:
                 commit = waiting.pop(row, None)
                 if not commit:
                     raise refuse(f"its stream has {show(row)} instead of a change")
                 continue
-            path, count = self.wire.upto(b"\0").replace(b"//n", b"\n"), count + 1
+            path, count = wire.line(b"\0").replace(b"//n", b"\n"), count + 1
             if count > PULL_PATHS_MAX:
                 raise refuse(f"more than {PULL_PATHS_MAX} paths changed", _IGNORE)
             mode = sys.intern(match.group(1).decode().replace("000000", ""))  # for less memory
@@ -6727,74 +6740,53 @@ class Harvest:
             self._change(commit, path, mode, match.group(2))
 
     def _change(self, commit: Commit, path: bytes, mode: str, content: bytes) -> None:
-        if mode:
-            self.contents[content] = self.contents.get(content, 0) + 1
+        users = self.users.setdefault(content, []) if mode else []
         why = check_result_path(path)
         if why and path not in self.known():  # the user's own names may be odd
-            self.left.pop(path, None)
-            self.left.update({path: why} if mode else {})
+            self.left[path] = why
+            if not mode:
+                del self.left[path]
             return
-        if mode == "120000":
-            self.links.setdefault(content, []).append(path)
-        commit.changes[path] = mode, content
+        users.append((commit, path))
+        commit.changes[path] = mode, ""
 
-    def _read_contents(self) -> None:
-        for name, size in self._objects(b"blob"):
-            uses = self.contents.get(name)
-            if not isinstance(uses, int):
+    def _read_contents(self, wire: Wire) -> None:
+        most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
+        for name, size in wire.objects(b"blob"):
+            users = self.users.pop(name, None)
+            if users is None:
                 raise refuse("its stream has a content twice, or one that no change names")
             self.total += size
-            self.spread += size * uses
-            most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
+            self.spread += size * len(users)
             if size > most:
-                path = next((path for commit in self.commits.values()
-                             for path, change in commit.changes.items() if change[1] == name), "?")
-                raise refuse(f"{show(path)} has {human_size(size)}, more than {human_size(most)}",
-                             _REMOVE_IT)
+                raise refuse(f"{show(users[0][1] if users else '?')} has {human_size(size)}, more "
+                             f"than {human_size(most)}", _REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
-            chunks = self._link(name, size) if name in self.links else self.wire.chunks(size)
-            self.contents[name] = self._import(chunks, size)
-        if not all(isinstance(oid, str) for oid in self.contents.values()):
+            chunks: Iterable[bytes] = wire.chunks(size)
+            links = [path for commit, path in users if commit.changes[path][0] == "120000"]
+            if links:
+                chunks = [self._check_links(links, size, chunks)]
+            content = self.store(chunks, size)
+            for changes, path in ((commit.changes, path) for commit, path in users):
+                if path in changes:  # else the link was left out
+                    changes[path] = changes[path][0], content
+        if self.users:
             raise refuse("its stream lacks contents")
 
-    def _import(self, chunks: Iterable[bytes], size: int) -> str:
-        """Pass a content to git, and look for secrets in it. Returns its id."""
-        import hashlib
-        digest = hashlib.new(self.importer.form, b"blob %d\0" % size)
-        plain = hashlib.sha256() if size in self.sizes else None
-        leaks: set[str] = set()
-        before = b""
-        self.importer.write(b"blob\ndata %d\n" % size)
-        for chunk in chunks:
-            digest.update(chunk)
-            if plain:
-                plain.update(chunk)
-            self.importer.write(chunk)
-            if self.secrets:
-                text = before + chunk
-                leaks.update(name for value, name in self.secrets.items() if value in text)
-                before = text[-self.overlap:]
-        self.importer.write(b"\n")
-        oid = digest.hexdigest()
-        if plain and (plain.hexdigest(), size) in self.pointers:
-            self.pointed[oid] = self.pointers[plain.hexdigest(), size]
-        if leaks:
-            self.leaks[oid] = sorted(leaks)
-        return oid
-
-    def _link(self, name: bytes, size: int) -> list[bytes]:
+    def _check_links(self, paths: list[bytes], size: int, chunks: Iterable[bytes]) -> bytes:
+        """The target of symbolic links. Those that may not be are left out, or refused."""
         if size > PATH_MAX:
-            raise refuse(f"{show(self.links[name][0])} is a symbolic link of {human_size(size)}")
-        target = self.wire.exact(size)
-        for path in self.links[name]:
+            raise refuse(f"{show(paths[0])} is a symbolic link of {human_size(size)}")
+        target = b"".join(chunks)
+        for path in paths:
             why = why_no_link(path, target)
             if why and self.strict:
                 raise refuse(f"of {show(path)}: {why}", _REMOVE_IT)
             if why:
                 del self.commits[b"1"].changes[path]
                 self.left[path] = why
-        return [target]
+        return target
 
 
 class Result(Value):
@@ -6813,113 +6805,173 @@ class Result(Value):
     stat: str
 
 
-class Pull:
+class Pull(Harvest):
     """One pull or diff."""
 
     def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Report | None,
                  cancel: Cancel | None) -> None:
+        super().__init__()
         self.workspace, self.shadow, self.report = workspace, shadow, report or Report()
         self.cancel, self.project = cancel, workspace.project
         self.name, self.base = workspace.name, workspace.base
         self.entry = self.project._entry(self.name)
-        self.notes: list[str] = []
-        self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
         self.pulled: Fields = {"op": os.urandom(8).hex()}
+        self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
+        self.leaks: dict[str, list[str]] = {}    # the same, by id of a content
+        self.pointers: dict[int, dict[str, str]] = {}  # of LFS, by size and sha256 of the content
+        self.pointed: dict[str, str] = {}        # id of LFS content -> its pointer
+
+    def _look_at_base(self) -> None:
         take_files = f"cp {self.name}: {self.name}"
-        try:
-            tree = shadow.call("rev-parse", self.base + "^{tree}")
-            parts = Parts(shadow, tree)
-        except GitFailed as error:
-            raise GitFailed(
-                f"This repository lacks a part of what {self.name} was made of: {error}",
-                f"Fetch the commit {self.base[:10]} again, or take the files.", take_files)
         if "whole" not in self.entry:
             raise GitFailed(
                 f"The workspace {self.name} was made by an older version, which sent no "
                 "export-ignored files: it cannot be compared.",
                 "Take its files, then push to it with force.", take_files)
-        self.sent_tree, self.modules = parts.tree, parts.modules
-        self.lfs = {path: row for path, row in parts.pointers.items() if not self._in_module(path)}
-        self.sent = functools.cache(  # the paths that the host was sent
-            lambda: {path for _, _, path in shadow.listing(self.sent_tree)})
-
-    def fetch(self, record: bool = False) -> tuple[list[str], bool]:
-        """(the commits of the workspace, oldest first; whether the last is uncommitted work). With
-        ``record``, the host records this pull, as ``self.pulled["op"]``."""
-        importer, incoming, base = Importer(self.shadow), None, b""
         try:
+            parts = Parts(self.shadow, self.base)
+        except GitFailed as error:
+            raise GitFailed(
+                f"This repository lacks a part of what {self.name} was made of: {error}",
+                f"Fetch the commit {self.base[:10]} again, or take the files.", take_files)
+        self.sent_tree, self.modules = parts.tree, parts.modules
+        self.hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
+        self.known = functools.cache(
+            lambda: {path for _, _, path in self.shadow.listing(self.sent_tree)})
+        for path, (_, oid, sha256, size) in parts.pointers.items():
+            if self.modules.isdisjoint(above(path)):
+                self.pointers.setdefault(size, {})[sha256] = oid
+
+    def fetch(self, record: bool = False) -> list[str]:
+        """The commits of the workspace, oldest first. With ``record``, the host records this pull,
+        as ``self.pulled["op"]``."""
+        with contextlib.ExitStack() as held:
+            held.callback(self.report.step, self.name, "done")
             self.project._know_secrets(self.workspace.op, self.cancel)
             words = self.project._looked_at(self.name, self.entry, self.pulled["op"])
             self.report.step(self.name, "collecting")
-            incoming = Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)
-            wire = Wire(incoming, self.report, self.name)
-            dirty, base, everything = self._begin(wire, incoming)
-            pointers = {(sha256, size): oid for _, oid, sha256, size in self.lfs.values()}
-            secrets = self.project._known_secrets()
-            harvest = Harvest(wire, importer, self.sent, secrets, pointers)
-            harvest.read(base, everything)
-            self._check_reply(incoming)
-            self.report.step(self.name, "checking")
-            commits = self._grow(harvest, importer)
-            last = (commits[-2:-1] or [self.base])[0]
-            if dirty and commits and not next(self.shadow.changes(last, commits[-1]), None):
-                return commits[:-1], False  # all of the uncommitted work was left out
-            return commits, dirty
-        except ResultRefused as error:
-            if base and "Try again" not in error.hint:  # done for the user it could lose work
-                error.hint += " If only an earlier commit has it, squash them."
-                squash = "'git reset --soft refs/cmux/base && git commit -m all'"
-                error.commands += f"exec -w {self.name} -- {squash}",
-            raise
-        finally:
-            self.report.step(self.name, "done")
-            importer.close()
-            if incoming:
-                incoming.close()
+            incoming = held.enter_context(contextlib.closing(
+                Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)))
+            self._look_at_base()  # while the host works
+            self.importer = held.enter_context(contextlib.closing(Importer(self.shadow)))
+            known = self.project._known_secrets().items()
+            self.wanted = {value: name for value, name in known if len(value) >= 8}
+            try:
+                wire = Wire(incoming, self.report, self.name)
+                if not wire.ended():
+                    self.read(wire)
+                check_reply(incoming.reply(), self.workspace.host.name,
+                            f"give the result of {self.name}", name=self.name)
+                return self._grow()
+            except ResultRefused as error:
+                if self.host_base and "Try again" not in error.hint:
+                    # Done for the user it could lose work.
+                    error.hint += " If only an earlier commit has it, squash them."
+                    squash = "'git reset --soft refs/cmux/base && git commit -m all'"
+                    error.commands += f"exec -w {self.name} -- {squash}",
+                raise
 
-    def _grow(self, harvest: Harvest, importer: Importer) -> list[str]:
-        """Make the commits of a Harvest, and check what git made. Their ids, oldest first."""
-        self._keep_out(harvest)
-        for commit in harvest.commits.values() if harvest.leaks else ():
-            for path, (_, oid) in commit.changes.items():
-                if oid in harvest.leaks:
-                    self.secrets[show(path, PATH_MAX)[1:-1]] = harvest.leaks[oid]
-        self._point(harvest)
-        made = self._make(harvest.commits, importer)
-        self._look_again(harvest.commits, made)
-        self._compare_names(harvest.commits, made)
+    def store(self, chunks: Iterable[bytes], size: int) -> str:
+        """Pass a content to git, and look for secrets in it. Returns its id."""
+        import hashlib
+        digest = hashlib.new(self.importer.form, b"blob %d\0" % size)
+        pointers, plain = self.pointers.get(size), hashlib.sha256()
+        overlap, before = max(map(len, self.wanted), default=1) - 1, b""
+        leaks: set[str] = set()
+        self.importer.write(b"blob\ndata %d\n" % size)
+        for chunk in chunks:
+            digest.update(chunk)
+            if pointers:
+                plain.update(chunk)
+            self.importer.write(chunk)
+            if self.wanted:
+                text = before + chunk
+                leaks.update(name for value, name in self.wanted.items() if value in text)
+                before = text[-overlap:]
+        self.importer.write(b"\n")
+        oid = digest.hexdigest()
+        if pointers and plain.hexdigest() in pointers:
+            self.pointed[oid] = pointers[plain.hexdigest()]
+        if leaks:
+            self.leaks[oid] = sorted(leaks)
+        return oid
+
+    def _grow(self) -> list[str]:
+        """Make the commits, and check what git made. Their ids, oldest first."""
+        self.report.step(self.name, "checking")
+        self._keep_out()
+        if self.pointers:
+            self._point()
+        made = self._make()
+        self._look_again(made)
+        self._compare_names(made)
         ids = list(made.values())
-        if harvest.spread > PULL_TOTAL_MAX:  # one content may have a thousand names
+        if self.spread > PULL_TOTAL_MAX:  # one content may have a thousand names
             old, new = (sum(self.shadow.sizes(tree).values()) for tree in (self.base, ids[-1]))
             if new - old > PULL_TOTAL_MAX:
                 raise refuse("it repeats files until they have more than "
                              + human_size(PULL_TOTAL_MAX))
         return ids
 
-    def _make(self, commits: Mapping[bytes, Commit], importer: Importer) -> dict[bytes, str]:
-        """The ids of commits that git makes, by the host's."""
-        marks = {name: f":{mark}" for mark, name in enumerate(commits, 1)}
-        for name, commit in commits.items():
-            importer.write(f"commit refs/heads/w\nmark {marks[name]}\n".encode() + commit.head)
+    def _every(self) -> Iterator[tuple[dict[bytes, tuple[str, str]], bytes, str, str]]:
+        """The changes of a commit, and one of them, which may be changed."""
+        for commit in self.commits.values():
+            for path, (mode, oid) in list(commit.changes.items()):
+                yield commit.changes, path, mode, oid
+
+    def _keep_out(self) -> None:
+        """Leave out what lies in this repository's submodules. Note the secrets of the rest."""
+        roots = self.modules.union(*map(above, self.modules))
+        for changes, path, _, oid in self._every():
+            if path in roots or not self.modules.isdisjoint(above(path)):
+                del changes[path]
+                self.left[path] = "it lies in a submodule: no commit of this repository can hold it"
+            elif oid in self.leaks:
+                self.secrets[show(path, PATH_MAX)[1:-1]] = self.leaks[oid]
+        left = left_out(self.left)
+        self.notes += left
+        self.pulled["left"] = [note[len("left out: "):] for note in left[:20]]
+
+    def _point(self) -> None:
+        """Replace LFS content by its pointer wherever LFS manages the path, and note other content
+        at such paths."""
+        files = {path for _, path, mode, _ in self._every() if mode[:3] == "100"}
+        managed = set(self.shadow.lfs_paths(self.base, files))
+        known = {oid for pointers in self.pointers.values() for oid in pointers.values()}
+        contents: set[bytes] = set()
+        for changes, path, mode, oid in self._every():
+            if mode[:3] == "100" and path in managed and oid not in known:
+                changes[path] = mode, self.pointed.get(oid, oid)
+                contents.update({path} if oid not in self.pointed else ())
+        for path in sorted(contents)[:20]:
+            self.notes.append(f"{show(path)[1:-1]} came as content: after the merge, `git add` "
+                              "makes an LFS pointer of it")
+
+    def _make(self) -> dict[bytes, str]:
+        """The ids of the commits that git makes, by the host's."""
+        marks = {name: f":{mark}" for mark, name in enumerate(self.commits, 1)}
+        write = self.importer.write
+        for name, commit in self.commits.items():
+            write(f"commit refs/heads/w\nmark {marks[name]}\n".encode() + commit.head)
             parents = dict.fromkeys(marks.get(parent, self.base) for parent in commit.parents)
             for word, parent in zip(["from"] + ["merge"] * 16, parents):
-                importer.write(f"\n{word} {parent}".encode())
+                write(f"\n{word} {parent}".encode())
             # Deletions first: a directory may take the place of a file.
             for path, (mode, oid) in sorted(commit.changes.items(), key=lambda row: row[1][0] > ""):
                 path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
                 word = f"M {mode} {oid}" if mode else "D"
-                importer.write(b'\n%s "%s"' % (word.encode(), path))
-            importer.write(b"\n\n")
-        ids = importer.finish()
+                write(b'\n%s "%s"' % (word.encode(), path))
+            write(b"\n\n")
+        ids = self.importer.finish()
         return {name: ids[int(mark[1:])] for name, mark in marks.items()}
 
-    def _look_again(self, commits: Mapping[bytes, Commit], made: Mapping[bytes, str]) -> None:
+    def _look_again(self, made: Mapping[bytes, str]) -> None:
         """Each commit that git made must have exactly the changes that were wanted."""
         pairs = "".join(f"{made[name]} {made.get(commit.parents[0], self.base)}\n"
-                        for name, commit in commits.items())
+                        for name, commit in self.commits.items())
         rows = self.shadow.records(*RAW_DIFF, "--stdin", "--always", stdin=pairs.encode())
         row = next(rows, b"")
-        for name, commit in commits.items():
+        for name, commit in self.commits.items():
             if row != made[name].encode():
                 raise refuse("git made something else of it")
             left, row = set(commit.changes), next(rows, b"")
@@ -6936,115 +6988,59 @@ class Pull:
             if left:
                 raise refuse("git dropped some of its paths")
 
-    def _compare_names(self, commits: Mapping[bytes, Commit], made: Mapping[bytes, str]) -> None:
+    def _compare_names(self, made: Mapping[bytes, str]) -> None:
         """No two paths may fold into one, unless they do so in the base. Only the trees of commits
         that name such paths are read."""
         names: dict[str, str] = {}
         contested: set[str] = set()
-        for commit in commits.values():
+        for commit in self.commits.values():
             for path in (path for path, (mode, _) in commit.changes.items() if mode):
                 contested.update(key for key, text in folds(path)
                                  if names.setdefault(key, text) != text)
         for _, _, path in self.shadow.listing(self.base) if names else ():
             contested.update(key for key, text in folds(path) if names.get(key, text) != text)
         own = self._spellings(self.base, contested) if contested else {}
-        for name, commit in commits.items():
+        for name, commit in self.commits.items():
             if contested.isdisjoint(key for path in commit.changes for key, _ in folds(path)):
                 continue
             for key, texts in self._spellings(made[name], contested).items():
-                if texts - own.get(key, set()):
+                if len(texts) > 1 and texts - own[key]:
                     raise refuse(" and ".join(map(show, sorted(texts)[:2])) + " are one file where "
                                  "case or composition do not count")
 
     def _spellings(self, tree: str, keys: set[str]) -> dict[str, set[str]]:
-        """The names of a tree that fold into each of these keys, where several do."""
-        found: dict[str, set[str]] = {}
+        """The names of a tree that fold into each of these keys."""
+        found: dict[str, set[str]] = {key: set() for key in keys}
         for _, _, path in self.shadow.listing(tree):
             for key, text in folds(path):
                 if key in keys:
-                    found.setdefault(key, set()).add(text)
-        return {key: texts for key, texts in found.items() if len(texts) > 1}
+                    found[key].add(text)
+        return found
 
-    def _check_reply(self, incoming: Incoming) -> None:
-        check_reply(incoming.reply(), self.workspace.host.name, f"give the result of {self.name}",
-                    name=self.name)
-
-    def _begin(self, wire: Wire, incoming: Incoming) -> tuple[bool, bytes, bool]:
-        """(whether the last commit is uncommitted work; the host's id of the base, b"" without git;
-        whether all files come)"""
-        if wire.ended():
-            self._check_reply(incoming)
-        word, rest = after_notes(wire, self.notes)
-        if word == b"large":
-            raise refuse(f"{show(rest)} has more than {human_size(PULL_FILE_MAX)}", _REMOVE_IT)
-        if word == b"git" and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
-            return rest[:1] == b"1", rest[2:], False
-        if word in (b"files", b"all") and not rest:
-            return True, b"", word == b"all"
-        raise refuse(f"its stream begins with {show(word)}")
-
-    def _in_module(self, path: bytes) -> bool:
-        return path in self.modules or not self.modules.isdisjoint(above(path))
-
-    def _keep_out(self, harvest: Harvest) -> None:
-        """Leave out what lies in this repository's submodules."""
-        roots = set(itertools.chain(*map(above, self.modules)))
-        found: dict[bytes, set[tuple[str, str]]] = {}
-        for changes in [commit.changes for commit in harvest.commits.values() if self.modules]:
-            for path in [path for path in changes if path in roots or self._in_module(path)]:
-                found.setdefault(path, set()).add(changes.pop(path))
-        for mode, oid, path in self.shadow.listing(self.sent_tree) if found else ():
-            if found.get(path) == {(mode, oid)}:  # unchanged: a host without git may send all files
-                del found[path]
-        harvest.left.update(dict.fromkeys(
-            found, "it lies in a submodule: no commit of this repository can hold it"))
-        left = left_out(harvest.left)
-        self.notes += left
-        self.pulled["left"] = [note[len("left out: "):] for note in left[:20]]
-
-    def _point(self, harvest: Harvest) -> None:
-        """Replace LFS content by its pointer wherever LFS manages the path, and note other content
-        at such paths."""
-        found = [(commit.changes, path) for commit in harvest.commits.values() if self.lfs
-                 for path, (mode, _) in commit.changes.items() if mode in ("100644", "100755")]
-        managed = set(self.shadow.lfs_paths(self.base, {path for _, path in found}))
-        pointers, contents = {oid for _, oid, _, _ in self.lfs.values()}, set()
-        for changes, path in found:
-            mode, oid = changes[path]
-            if path in managed and oid in harvest.pointed:
-                changes[path] = mode, harvest.pointed[oid]
-            elif path in managed and oid not in pointers:
-                contents.add(path)
-        for path in sorted(contents)[:20]:
-            self.notes.append(f"{show(path)[1:-1]} came as content: after the merge, `git add` "
-                              "makes an LFS pointer of it")
-
-    def combine(self, commits: list[str], dirty: bool, before: str, over: bool) -> tuple[str, str]:
+    def combine(self, commits: list[str], before: str, over: bool) -> tuple[str, str]:
         """(the commit of the result, what it stands on). That is ``before``, which an earlier pull
         made; or the base, where a push has since taken ``before`` out of the workspace (``over``):
         on top of it, the result would seem to revert it."""
-        history = commits[:-1] if dirty else commits
-        head, tip = (history or [self.base])[-1], (commits or [self.base])[-1]
+        *history, tip = [self.base, *commits]
+        head = history[-1] if history and self.dirty else tip
+        if tip != head and not next(self.shadow.changes(head, tip), None):
+            tip = head  # all of the uncommitted work was left out
         if not before:
             return tip, self.base
-        tree = self.shadow.call("rev-parse", tip + "^{tree}")
         known = self.shadow.is_ancestor(head, before)
-        if known and tree == self.shadow.call("rev-parse", before + "^{tree}"):
+        if known and not next(self.shadow.changes(tip, before), None):
             return before, before
         if self.shadow.is_ancestor(before, head):
             return tip, before
         if over or not known and not self.shadow.is_ancestor(self.base, before):
             return (before, before) if tip == self.base else (tip, self.base)
+        tree = self.shadow.call("rev-parse", tip + "^{tree}")
         parents, message = [before, head][:2 - known], "work of the workspace since the last pull\n"
         return self.shadow.commit(tree, message, *parents), before
 
     def merged(self, before: str) -> bool:
         """Whether the base has all changes of ``before``, which an earlier pull made."""
-        if self.shadow.is_ancestor(before, self.base):
-            return True
-        stood = self.entry.get("pulled", {}).get("base", "")
-        if not stood or not self.shadow.is_ancestor(stood, before):
-            stood = self.shadow.common(before, self.base)
+        stood = self.shadow.common(before, self.base)
         lacks = {path for _, _, _, path in self.shadow.changes(before, self.base)}
         return bool(stood) and lacks.isdisjoint(
             path for _, _, _, path in self.shadow.changes(stood, before))
@@ -7057,28 +7053,25 @@ class Pull:
     def inspect(self, old: str, new: str, allow: bool) -> list[str]:
         """The changes that would run on this machine after a merge. Refuses submodules that run a
         command and, unless ``allow``, hooks."""
-        hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         found, modules = [], set()
         for before, mode, oid, path in self.shadow.changes(old, new):
             if mode == "000000":
                 continue
             text = as_text(path)
             near = fold(text) + "/"
-            if any("/" not in text if far == "./" else near.startswith(far) or far.startswith(near)
-                   for far in hooks):  # or a link above
-                why = "git hook"
-                if not allow:
-                    raise refuse(f"it changes {show(text)}, and this repository runs hooks from "
-                                 "there", "Look at it with diff, or take it all the same.",
-                                 f"pull --allow -w {self.name}")
-            else:
-                why = "file that tools obey" if _EXECUTES.search(text) else \
-                    "executable" if mode == "100755" != before else \
-                    "symbolic link" if mode == "120000" else ""
-            if is_special(path, _MODULES):
-                modules.add(oid)
+            hook = any("/" not in text if far == "./" else near.startswith(far)
+                       or far.startswith(near) for far in self.hooks)  # or a link above
+            if hook and not allow:
+                raise refuse(f"it changes {show(text)}, and this repository runs hooks from there",
+                             "Look at it with diff, or take it all the same.",
+                             f"pull --allow -w {self.name}")
+            why = "git hook" if hook else "file that tools obey" if _EXECUTES.search(text) else \
+                "executable" if mode == "100755" != before else \
+                "symbolic link" if mode == "120000" else ""
             if why:
                 found.append(f"{show(text, PATH_MAX)[1:-1]} ({why})")
+            if is_special(path, _MODULES):
+                modules.add(oid)
         if len(modules) > PULL_MODULES_MAX:
             raise refuse(f"it has more than {PULL_MODULES_MAX} files .gitmodules", _IGNORE)
         for oid in modules:
@@ -7103,7 +7096,7 @@ class Pull:
         with self.project.registry.editing() as record:
             record["workspaces"][self.name].setdefault("branches", {})[ref] = f"{old} {tip}"
         pack = self.shadow.quarantine(tip, {since, self.base})
-        if since != old and old and not self.merged(old):
+        if old not in ("", since) and not self.merged(old):
             aside = f"{ref}-{old[:8]}"
             if repository.value_of(aside) != old:
                 repository.publish(pack, aside, old, "")
@@ -7113,29 +7106,24 @@ class Pull:
 
     def bring(self, ref: str, allow: bool) -> Result:
         """Fetch the work, and move the branch."""
-        repository, branch = self.project.repository, ref[11:]
-        old = repository.value_of(ref)
+        branch, old = ref[11:], self.project.repository.value_of(ref)
         own, over = (self.entry.get(key, {}).get(ref, "").split() for key in ("branches", "over"))
         merged = bool(old) and self.shadow.is_ancestor(old, self.base)
         if old and not merged and old not in own:
             raise GitFailed(
                 f"The branch {show(branch)} has commits that no pull of this workspace made.",
-                "Choose another, or rename that.",
-                f"pull -w {self.name} --branch NAME",
+                "Choose another, or rename that.", f"pull -w {self.name} --branch NAME",
                 f"git branch -m {quote(branch)} NEW")
-        commits, dirty = self.fetch(record=True)
-        tip, since = self.combine(commits, dirty, "" if merged else old, old in over)
+        commits = self.fetch(record=True)
+        tip, since = self.combine(commits, "" if merged else old, old in over)
         executes, moved = self.inspect(since, tip, allow), tip != since
         if moved:
             self.report.step(self.name, "storing")
             self.keep(ref, since, tip, old)
         with self.project.registry.editing() as record:
-            entry = record["workspaces"][self.name]
-            entry["pulled"] = dict(self.pulled, base=self.base)
-            if moved:
-                entry["branches"][ref] = tip
-        rows = self.diff("--stat=100", "--stat-count=500", since, tip)
+            record["workspaces"][self.name]["pulled"] = self.pulled
         count = self.shadow.call("rev-list", "--count", tip, "^" + since)
+        rows = self.diff("--stat=100", "--stat-count=500", since, tip)
         return Result(workspace=self.name, branch=branch if tip != self.base else "",
                       base=self.base, commit=tip, since=since, commits=int(count), new=moved,
                       executes=executes, secrets=self.secrets, notes=self.notes,
@@ -7150,6 +7138,7 @@ class Landing(Harvest):
     strict = False
 
     def __init__(self, local: str, name: str, force: bool) -> None:
+        super().__init__()
         place, real, self.force = os.path.abspath(local), os.path.realpath(local), force
         if os.path.islink(place) or real != place and not os.path.isabs(local):
             raise UsageError(f"{show(local)} is, or leads through, a symbolic link.",
@@ -7171,17 +7160,15 @@ class Landing(Harvest):
             raise UsageError(f"{show(self.place, 300)} {why}.")
         return found
 
-    def _import(self, chunks: Iterable[bytes], size: int) -> str:
+    def store(self, chunks: Iterable[bytes], size: int) -> str:
         name = f"{self.path}/{os.urandom(8).hex()}"
         with open(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o755), "wb") as stream:
             stream.writelines(chunks)
         return name
 
-    def take(self, wire: Wire, notes: list[str]) -> None:
+    def take(self, wire: Wire) -> None:
         """Read the stream, and put the copy together."""
-        super().__init__(wire, None, set, {}, {})  # type: ignore[arg-type]
-        word, _ = after_notes(wire, notes)
-        self.read(b"", False)
+        kind = self.read(wire)
         files = {path: row for path, row in self.commits[b"1"].changes.items() if row[0]}
         if sum(path.count(b"/") for path in files) > 10 * PULL_PATHS_MAX:
             raise refuse("its paths are too deep")  # a million directories
@@ -7197,7 +7184,7 @@ class Landing(Harvest):
             else:
                 os.chmod(name, os.stat(name).st_mode & (0o777 if mode == "100755" else 0o666))
                 os.rename(name, new + path)
-        if word == b"file":
+        if kind == b"file":
             self.new += "/it"
             if not stat.S_ISREG(os.lstat(self.new).st_mode):
                 raise refuse("it is not one file")
@@ -7252,7 +7239,7 @@ def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | No
     with noted(project, "diff", workspace.name, workspace.host.name, "", workspace.op), \
             contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
         work = Pull(workspace, shadow, report, cancel)
-        commits, _ = work.fetch()
+        commits = work.fetch()
         for path, names in work.secrets.items():
             work.report.warn(f"{path} holds the secret {', '.join(names)}.")
         for note in work.notes:
@@ -7683,14 +7670,14 @@ class Workspace(WorkspaceBase):
                  report: Report | None = None, cancel: Cancel | None = None) -> Copied:
         """Copy from the workspace to ``local`` in the same way, 2 GiB at most, never through a
         link. Names that other systems do not take are left out, too. Raises ResultRefused."""
-        source, notes = os.path.normpath(absolute(self, path or ".")), []  # type: str, list[str]
+        source = os.path.normpath(absolute(self, path or "."))
         words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
         try:
             with contextlib.closing(Landing(local, os.path.basename(source), force)) as landing, \
                     contextlib.closing(Incoming(self.host, cancel, *words)) as incoming:
                 wire = Wire(incoming, report or Report(), self.name)
                 if not wire.ended():
-                    landing.take(wire, notes)
+                    landing.take(wire)
                 tool_reply(self, incoming.reply(), path)
                 landing.publish()
         except ResultRefused as error:
@@ -7699,7 +7686,7 @@ class Workspace(WorkspaceBase):
         except OSError as error:
             raise expected(error) or UsageError(f"Cannot copy to {show(local)}: {error.strerror}.")
         return {"path": landing.place, "size": landing.total,
-                "notes": notes + left_out(landing.left)}
+                "notes": landing.notes + left_out(landing.left)}
 
     # -- jobs --
 
