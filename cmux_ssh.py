@@ -5734,7 +5734,7 @@ class ProjectBase:
         self._made.add(check_workspace(name))
         pool = self._hosts_for(name, host, source)
         self.registry.secrets("", secrets)
-        if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
+        if not root.isprintable() or len(root) > PATH_MAX or re.match("-|~[^/]", root):
             raise UsageError(f"{show(root)} cannot be the root directory.")
         # Without the lock: a hundred callers share the failure of a host that is down.
         report, cancel = report or Report(), self.ending.join(cancel)

@@ -8730,7 +8730,7 @@ def test_no_server_chooses_the_hint_for_a_changed_key(repo, site):
 REFUSALS = [(made, code, line, words) for made, code, lines in (
     (False, 2, {"": "", "no-such-command": "", "exce": " exec -h", "secrets lst": " secrets -h", "pull one -w two": "More than one workspace", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
                 "secrets import /nonexistent": "", "rm": "", "rm --forc x": "arguments: --forc", "write x": "", "edit x": "", "list --none": "", "new x --allow y": "goes with --dirty",
-                "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "--workspace is empty", "push -w '' --force": "--workspace is empty",
+                "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "new x -H box --root '~ada/x'": "cannot be the root", "write -w '' x": "--workspace is empty", "push -w '' --force": "--workspace is empty",
                 "pull -w ''": "--workspace is empty", "rm -w ''": "--workspace is empty", "history -n -5": "from 0", "doctor -oProxyCommand=x": "arguments: -oProxyCommand=x", "doctor 'a b'": "host",
                 "mcp -H -oProxyCommand=x": "host"}),
     (False, 1, {"rm never-made": "", "read x": "", "jobs": "", "logs x": "", "stop j00000000": "", "pull": "", "push": "", "fork b": "", "batch -C /": "", "secrets -C / list": "",
