@@ -9300,9 +9300,10 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
                f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
                "Make it writable, or choose another with new --root DIR.")
         return
-    for program, what, state, lack in (
-            ("tar", "tar", "bad", "the host has none that extracts"),
-            ("git", "git there", "fix", "the host has none: workspaces have no commits")):
+    for what, state, lack in (
+            ("tar", "bad", "the host has none that extracts"),
+            ("git there", "fix", "the host has none: workspaces have no commits")):
+        program = what.split()[0]
         yield ("ok" if program in facts else state, what, facts.get(program, lack) or "found",
                f"Install {program} on the host.")
     free, inodes = (number(facts.get(key, "")) for key in ("free", "inodes"))
@@ -9760,9 +9761,9 @@ def data_waits() -> bool:
     """Whether stdin, if it is a file, pipe or socket, has bytes to read."""
     import fcntl
     import termios
-    mode = os.fstat(0).st_mode
-    return (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and any(
-        fcntl.ioctl(0, termios.FIONREAD, bytes(4)))
+    with contextlib.suppress(OSError):  # a device or a directory
+        return not os.isatty(0) and any(fcntl.ioctl(0, termios.FIONREAD, bytes(4)))
+    return False
 
 
 class Outlet:
@@ -9975,7 +9976,7 @@ def command_completion(options: Options) -> Shown:
 
 
 def complete(words: Sequence[str]) -> int:
-    """`__complete WORD...`, for the scripts below: print what the last word can become."""
+    """For the scripts below: print what the last word can become."""
     for word in sorted(candidates(words[:-1], words[-1])):
         if word.startswith(words[-1]):
             print_text(word)
@@ -10035,7 +10036,7 @@ COMPLETIONS = {"bash": r"""_cmux_ssh() {
   COMPREPLY=()
   [[ ${COMP_WORDS[0]##*/} != python* ]] || at=2
   [[ ${COMP_WORDS[at-1]##*/} == cmux_ssh.py && $COMP_CWORD -ge $at ]] || return 0
-  COMPREPLY=($(%s __complete "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
+  COMPREPLY=($(%s __complete bash "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
 }
 complete -o default -F _cmux_ssh cmux_ssh.py python3
 """, "fish": r"""function __cmux_ssh
@@ -10043,7 +10044,7 @@ complete -o default -F _cmux_ssh cmux_ssh.py python3
   set -l word (commandline -ct)
   string match -qr '(^|/)python[^/]*$' -- $words[1]; and set -e words[1]
   string match -qr '(^|/)cmux_ssh\.py$' -- $words[1]; or return 1
-  set -g __cmux_ssh_words (%s __complete $words[2..-1] "$word" 2>/dev/null)
+  set -g __cmux_ssh_words (%s __complete fish $words[2..-1] "$word" 2>/dev/null)
   test -n "$__cmux_ssh_words"
 end
 complete -c cmux_ssh.py -n __cmux_ssh -f -a '$__cmux_ssh_words'
@@ -10385,7 +10386,7 @@ def command_edit(options: Options) -> Shown:
     arguments = options_given(options, "sha256")
     edit = options_given(options, "old", "new", "count")
     if edit:
-        arguments["edits"] = [edit]
+        arguments["edits"] = [EDIT.check(edit)]
     else:
         import json
         try:
@@ -10720,8 +10721,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if of_many:
             print_text(usage(of_many[1]))
             return 0 if words else 2
-        if name == "__complete" and rest:
-            return complete(rest)
+        if name == "__complete" and rest[1:]:  # the first names the shell
+            return complete(rest[1:])
         options = parse(name, rest)
         raise_descriptor_limit()
         stop_signals()
