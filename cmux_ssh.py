@@ -9250,14 +9250,6 @@ def examine_machine() -> Iterator[Finding]:
         yield "bad", "state", str(error), error.hint, *error.commands
 
 
-def examine_config(config: SSHConfig) -> Finding:
-    """What the user's ssh config would let out, and is overridden."""
-    leaks = [option for option in LEAKS
-             if set(config.values.get(option.lower(), ())) - {"no", "none", "false"}]
-    return "ok", "config", ("these settings of your ssh config are overridden: " + ", ".join(leaks)
-                            if leaks else "your ssh config sends nothing from this machine")
-
-
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     """Why the connection failed, by the debugging messages of ssh and the words of its
     ProxyCommand."""
@@ -9373,7 +9365,11 @@ def examine(host: Host | None, root: str) -> Iterator[Finding]:
         yield "note", "host", "none was named", "Name one, to have it examined."
         return
     try:
-        yield examine_config(host.masters.config)
+        config = host.masters.config.values
+        leaks = ", ".join(option for option in LEAKS
+                          if set(config.get(option.lower(), ())) - {"no", "none", "false"})
+        yield "ok", "config", (f"these settings of your ssh config are overridden: {leaks}"
+                               if leaks else "your ssh config sends nothing from this machine")
         yield from examine_connection(host)
         yield from examine_programs(host, root)
         yield from examine_speed(host)
@@ -9524,27 +9520,23 @@ class Terminal(Report):
                 self._draw()
 
     def _draw(self) -> None:
+        """A line for each workspace; if there are too many, for those at work."""
         if self.closed.is_set() or not self.lanes:
             return
         columns, rows = 80, 24
         with contextlib.suppress(OSError):
             columns, rows = os.get_terminal_size(2)
-        lines = self._lines(columns - 1, max(1, rows - 2))
-        up = "\r" + "\x1b[A" * (self.drawn - 1)
-        draw(2, up + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
-        self.drawn = len(lines)
-
-    def _lines(self, columns: int, room: int) -> list[str]:
-        """A line for each workspace; if there are too many, for those at work."""
-        rows, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
-        if len(rows) > room:
-            rows = [row for row in rows if row[2]][:room]
-        for name, doing, since in rows:
+        lanes, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
+        if len(lanes) > rows - 2:
+            lanes = [lane for lane in lanes if lane[2]][:max(1, rows - 2)]
+        for name, doing, since in lanes:
             if since and "/s" not in doing:
                 doing += " " + human_age(time.monotonic() - since)
-            line = f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}"
-            lines.append(line[:columns])
-        return lines
+            name = name.ljust(self.width)[:max(8, columns - len(doing) - 3)]
+            lines.append(f"{name}  {doing}"[:columns - 1] + "\x1b[K")
+        up = "\r" + "\x1b[A" * (self.drawn - 1)
+        draw(2, up + "\n".join(lines) + "\x1b[J")
+        self.drawn = len(lines)
 
 
 def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[Any] = (),
