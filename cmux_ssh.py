@@ -9058,14 +9058,6 @@ def examine_machine() -> Iterator[Finding]:
         yield "bad", "state", str(error), error.hint, *error.commands
 
 
-def examine_config(config: SSHConfig) -> Finding:
-    """What the user's ssh config would let out, and is overridden."""
-    leaks = [option for option in LEAKS
-             if set(config.values.get(option.lower(), ())) - {"no", "none", "false"}]
-    return "ok", "config", ("these settings of your ssh config are overridden: " + ", ".join(leaks)
-                            if leaks else "your ssh config sends nothing from this machine")
-
-
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     """Why the connection failed, by the debugging messages of ssh and the words of its
     ProxyCommand."""
@@ -9108,9 +9100,10 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
                f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
                "Make it writable, or choose another with new --root DIR.")
         return
-    for program, what, state, lack in (
-            ("tar", "tar", "bad", "the host has none that extracts"),
-            ("git", "git there", "fix", "the host has none: workspaces have no commits")):
+    for what, state, lack in (
+            ("tar", "bad", "the host has none that extracts"),
+            ("git there", "fix", "the host has none: workspaces have no commits")):
+        program = what.split()[0]
         yield ("ok" if program in facts else state, what, facts.get(program, lack) or "found",
                f"Install {program} on the host.")
     free, inodes = (number(facts.get(key, "")) for key in ("free", "inodes"))
@@ -9180,7 +9173,11 @@ def examine(host: Host | None, root: str) -> Iterator[Finding]:
         yield "note", "host", "none was named", "Name one, to have it examined."
         return
     try:
-        yield examine_config(host.masters.config)
+        config = host.masters.config.values
+        leaks = ", ".join(option for option in LEAKS
+                          if set(config.get(option.lower(), ())) - {"no", "none", "false"})
+        yield "ok", "config", (f"these settings of your ssh config are overridden: {leaks}"
+                               if leaks else "your ssh config sends nothing from this machine")
         yield from examine_connection(host)
         yield from examine_programs(host, root)
         yield from examine_speed(host)
@@ -9331,27 +9328,23 @@ class Terminal(Report):
                 self._draw()
 
     def _draw(self) -> None:
+        """A line for each workspace; if there are too many, for those at work."""
         if self.closed.is_set() or not self.lanes:
             return
         columns, rows = 80, 24
         with contextlib.suppress(OSError):
             columns, rows = os.get_terminal_size(2)
-        lines = self._lines(columns - 1, max(1, rows - 2))
-        up = "\r" + "\x1b[A" * (self.drawn - 1)
-        draw(2, up + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
-        self.drawn = len(lines)
-
-    def _lines(self, columns: int, room: int) -> list[str]:
-        """A line for each workspace; if there are too many, for those at work."""
-        rows, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
-        if len(rows) > room:
-            rows = [row for row in rows if row[2]][:room]
-        for name, doing, since in rows:
+        lanes, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
+        if len(lanes) > rows - 2:
+            lanes = [lane for lane in lanes if lane[2]][:max(1, rows - 2)]
+        for name, doing, since in lanes:
             if since and "/s" not in doing:
                 doing += " " + human_age(time.monotonic() - since)
-            line = f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}"
-            lines.append(line[:columns])
-        return lines
+            name = name.ljust(self.width)[:max(8, columns - len(doing) - 3)]
+            lines.append(f"{name}  {doing}"[:columns - 1] + "\x1b[K")
+        up = "\r" + "\x1b[A" * (self.drawn - 1)
+        draw(2, up + "\n".join(lines) + "\x1b[J")
+        self.drawn = len(lines)
 
 
 def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[Any] = (),
@@ -9566,9 +9559,9 @@ def exec_code(error: CmuxError) -> int:
 def data_waits() -> bool:
     """Whether stdin, if it is a file, pipe or socket, has bytes to read."""
     import termios
-    mode = os.fstat(0).st_mode
-    return (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and any(
-        fcntl.ioctl(0, termios.FIONREAD, bytes(4)))
+    with contextlib.suppress(OSError):  # a device or a directory
+        return not os.isatty(0) and any(fcntl.ioctl(0, termios.FIONREAD, bytes(4)))
+    return False
 
 
 class Outlet:
@@ -9780,7 +9773,7 @@ def command_completion(options: Options) -> Shown:
 
 
 def complete(words: Sequence[str]) -> int:
-    """`__complete WORD...`, for the scripts below: print what the last word can become."""
+    """For the scripts below: print what the last word can become."""
     for word in sorted(candidates(words[:-1], words[-1])):
         if word.startswith(words[-1]):
             print_text(word)
@@ -9840,7 +9833,7 @@ COMPLETIONS = {"bash": r"""_cmux_ssh() {
   COMPREPLY=()
   [[ ${COMP_WORDS[0]##*/} != python* ]] || at=2
   [[ ${COMP_WORDS[at-1]##*/} == cmux_ssh.py && $COMP_CWORD -ge $at ]] || return 0
-  COMPREPLY=($(%s __complete "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
+  COMPREPLY=($(%s __complete bash "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
 }
 complete -o default -F _cmux_ssh cmux_ssh.py python3
 """, "fish": r"""function __cmux_ssh
@@ -9848,7 +9841,7 @@ complete -o default -F _cmux_ssh cmux_ssh.py python3
   set -l word (commandline -ct)
   string match -qr '(^|/)python[^/]*$' -- $words[1]; and set -e words[1]
   string match -qr '(^|/)cmux_ssh\.py$' -- $words[1]; or return 1
-  set -g __cmux_ssh_words (%s __complete $words[2..-1] "$word" 2>/dev/null)
+  set -g __cmux_ssh_words (%s __complete fish $words[2..-1] "$word" 2>/dev/null)
   test -n "$__cmux_ssh_words"
 end
 complete -c cmux_ssh.py -n __cmux_ssh -f -a '$__cmux_ssh_words'
@@ -10190,7 +10183,7 @@ def command_edit(options: Options) -> Shown:
     arguments = options_given(options, "sha256")
     edit = options_given(options, "old", "new", "count")
     if edit:
-        arguments["edits"] = [edit]
+        arguments["edits"] = [EDIT.check(edit)]
     else:
         import json
         try:
@@ -10526,8 +10519,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if of_many:
             print_text(usage(of_many[1]))
             return 0 if words else 2
-        if name == "__complete" and rest:
-            return complete(rest)
+        if name == "__complete" and rest[1:]:  # the first names the shell
+            return complete(rest[1:])
         options = parse(name, rest)
         raise_descriptor_limit()
         stop_signals()
