@@ -4034,66 +4034,60 @@ class Stream:
 
     MARK_MAX = 64  # bytes: a letter, two numbers, the newline
     ready = begun = ended = closed = False
+    refused = False  # by the mark x: the operation did not begin
     held = noise = b""
     pid = stop = ""
     status: int | None = None
-    refused = 0  # the number after the mark x: the operation did not begin
 
     def __init__(self, fd: int, nonce: bytes, sink: Sink) -> None:
         self.fd, self.nonce, self.sink = fd, nonce, sink
 
-    def read(self) -> bool:
-        """Read once; False at the end."""
+    def read(self) -> None:
         try:
             data = os.read(self.fd, CHUNK)
         except BlockingIOError:
-            return True
+            return
         if not data:
             self.closed = True
             self._pass(self.held)  # only the beginning of a mark, it seemed
-            return False
+            return
         if not self.ready:
             self.noise += data
             self.ready, self.noise = READY in self.noise, self.noise[-len(READY):]
-        self._feed(self.held + data)
-        return True
-
-    def _feed(self, buffer: bytes) -> None:
-        self.held = b""
+        buffer, self.held = self.held + data, b""
         while buffer and not self.ended:
-            at = buffer.find(self.nonce)
-            start = at + len(self.nonce)
-            end = buffer.find(b"\n", start, start + self.MARK_MAX)
-            if at < 0 or end < 0 and len(buffer) < start + self.MARK_MAX:  # the rest may follow
-                at = at if at >= 0 else len(buffer) - overlap(buffer, self.nonce, False)
-                self._pass(buffer[:at])
-                self.held = buffer[at:]
+            text, nonce, rest = buffer.partition(self.nonce)
+            end = rest.find(b"\n", 0, self.MARK_MAX)
+            if end >= 0:
+                self._pass(text)
+                self._mark(rest[:end])
+                buffer = rest[end + 1:]
+            elif len(rest) < self.MARK_MAX:  # the rest of a mark may follow
+                if not nonce:
+                    text = buffer[:len(buffer) - overlap(buffer, self.nonce, False)]
+                self._pass(text)
+                self.held = buffer[len(text):]
                 return
-            if end < 0:  # too long for a mark: held back, it would hide all that follows
-                self._pass(buffer[:start])
-                buffer = buffer[start:]
-            else:
-                self._pass(buffer[:at])
-                self._mark(buffer[start:end])
-                buffer = buffer[end + 1:]
+            else:  # too long for a mark: held back, it would hide all that follows
+                self._pass(text + nonce)
+                buffer = rest
 
     def _pass(self, data: bytes) -> None:
         if self.begun and data:
             self.sink(data)
 
     def _mark(self, mark: bytes) -> None:
-        kind = mark[:1]
-        try:
-            first, *more = map(int, mark[1:].split())
-        except ValueError:
+        found = re.match(rb"([-+x]) (\d{1,10}) ?(\d*)\Z", mark)
+        if not found:
             return
-        if kind == b"+" and not self.begun and not more:
-            self.begun, self.pid = True, str(first)
-        elif kind == b"x" and not self.begun and first > 0:
-            self.refused, self.ended = first, True
-        elif kind == b"-" and self.begun and 0 <= first <= 255:
-            self.status, self.ended = first, True
-            self.stop = {0: "confirmed", 1: "requested"}.get(more[0] if more else -1, "")
+        kind, number = found[1], int(found[2])
+        if not self.begun:
+            if kind == b"+":
+                self.begun, self.pid = True, str(number)
+            self.refused = self.ended = kind == b"x"
+        elif kind == b"-" and number < 256:
+            self.status, self.ended = number, True
+            self.stop = {b"0": "confirmed", b"1": "requested"}.get(found[3], "")
 
 
 class Source:
@@ -4145,7 +4139,7 @@ class Exchange:
         return self.begun or self.out.ended
 
     def run(self, deadline: Deadline, cancel: Cancel | None = None,
-            until: Callable[[], bool] | None = None, stall: float | None = None) -> bool:
+            until: Callable[[], bool] | None = None, stall: float = 1e9) -> bool:
         """Move bytes until it has ended, or ``until``: True; or until the deadline: False, and it
         can go on. Raises HostError when the session is lost, or no byte has moved for ``stall``
         seconds (for CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
@@ -4158,28 +4152,27 @@ class Exchange:
                 raise self.session.failure(self.begun, self.sent)
             if cancel:
                 cancel.check()
-            if self.close_stdin and not self.outgoing and not self.source:
-                self.session.close_stdin()
-            wait = deadline.capped(0.2 if self.out.closed else BEAT_MOST)
-            if stall is not None:
-                stall = stall if self.source or self.outgoing else CALL_PATIENCE
-                wait = min(wait, max(0.0, self.moved + stall - time.monotonic()))
-            events = self._events(wait, cancel)
-            now = time.monotonic()
+            if not self.outgoing and not self.source:
+                stall = max(stall, CALL_PATIENCE)
+                if self.close_stdin:
+                    self.session.close_stdin()
+            patience = Deadline(self.moved + stall - time.monotonic())
+            events = self._events(deadline.capped(patience.capped(
+                0.2 if self.out.closed else BEAT_MOST)), cancel)
             if deadline.over():  # also where output never pauses
                 return False
-            if not events and stall is not None and now >= self.moved + stall:
+            if not events and patience.over():
                 raise ConnectionLost(
                     f"No byte has moved to or from {self.session.host} for {stall:.0f} seconds.",
                     "Try again.", self.session.host)
             for fd in events:
                 self._event(fd)
-            if now > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
+            if time.monotonic() > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
         return True
 
     def _beat(self) -> None:
-        """Send a sign of life over the session, and its guard's."""
+        """Send a sign of life over the session, or its guard's."""
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
@@ -4234,8 +4227,8 @@ class Exchange:
     def _drain(self) -> None:
         """Read what a session that is over has left in the pipes."""
         for stream in (self.out, self.err):
-            while not stream.closed and stream.read() and poll_once(0, stream.fd):
-                pass
+            while not stream.closed and poll_once(0, stream.fd):
+                stream.read()
         self.lost = True
 
 
@@ -4245,7 +4238,7 @@ class Reply(Value):
     status: int
     stdout: bytes
     stderr: bytes
-    trip: float
+    trip: float = 0.0
 
     def lines(self) -> list[str]:
         return as_text(self.stdout).split("\n")
@@ -4304,6 +4297,18 @@ class Host:
                 self._masters = Masters(read_ssh_config(self.name), self._interactive)
             return self._masters
 
+    def run(self, records: bytes, directory: str, stdout: Sink, stderr: Sink,
+            source: Source | None = None, deadline: Deadline = NEVER,
+            cancel: Cancel | None = None) -> Outcome:
+        """Run a user's command (``records`` from command_records and the environment).
+
+        Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
+        what these two raise, KeyboardInterrupt included, the process tree on the host is ended
+        first."""
+        records = record("_cmux_directory", directory) + records
+        return CommandRun(self, records, stdout, stderr, source).go(
+            deadline, self.ending.join(cancel))
+
     def _call(self, script: str, *arguments: str, source: Source | None = None,
              direct: bool = False, cancel: Cancel | None = None, limit: int = REPLY_MAX,
              before: bytes = b"", data: bytes | None = None, once: bool = False) -> Reply:
@@ -4313,26 +4318,26 @@ class Host:
         ``direct`` uses a session for bulk; ``before`` are more header records; ``data`` is all of
         its stdin."""
         records, cancel = before + script_records(script, *arguments), self.ending.join(cancel)
-        patience, stall = (None, STALL_PATIENCE) if source or data else (CALL_PATIENCE, None)
+        patience = None if source or data else CALL_PATIENCE
 
         def work(sessions: list[Session]) -> Reply:
             out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
             exchange = Exchange(sessions[0], records, out, err, source, data)
             self._begin(exchange, cancel)
             trip = time.monotonic() - exchange.asked
-            if not exchange.run(Deadline(patience), cancel, stall=stall):
+            if not exchange.run(Deadline(patience), cancel, stall=STALL_PATIENCE):
                 raise RemoteFailed(f"{self.name} did not finish within {patience} seconds.")
             return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value(),
                          trip=trip)
 
         def repeat(lost: ConnectionLost) -> bool:
-            return not (source and source.total) and not (once and lost.begun)
-        return self._attempt(work, Deadline(SLOT_PATIENCE), cancel, repeat, bulk=direct)
+            return not (source and source.total or once and lost.begun)
+        return self._attempt(work, cancel, repeat, bulk=direct)
 
-    def _attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
-                cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
-                bulk: bool = False) -> Made:
-        """What ``work`` returns for a list of sessions of open(). What it leaves in the list is
+    def _attempt(self, work: Callable[[list[Session]], Made], cancel: Cancel | None,
+                repeat: Callable[[ConnectionLost], bool], deadline: Deadline = NEVER,
+                count: int = 1, bulk: bool = False) -> Made:
+        """What ``work`` returns for a list of sessions of _open(). What it leaves in the list is
         closed. It is tried again after a dropped handshake, a login that needs a person (then over
         a master), and, where it may ``repeat``, a lost connection or a full host."""
         first: HostError | None = None
@@ -4354,35 +4359,33 @@ class Host:
                     again = direct and self.masters.asks(failed)
                 elif isinstance(failed, HostSilent) or not repeat(failed):
                     again = False
-                elif isinstance(failed, HostFull):  # others may end; this holds no process
-                    pause = min(8, 0.5 * 1.5 ** number) * (0.5 + os.urandom(1)[0] / 255)
-                    again = nap(pause, deadline, cancel)
-                else:
-                    again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
+                else:  # of a full host others may end; this holds no process
+                    pause = min(8, 0.2 * 2 ** number) * (0.5 + os.urandom(1)[0] / 255)
+                    again = (number < 2 or isinstance(failed, HostFull)) and nap(
+                        pause, deadline, cancel)
                 if not again:
                     break
         raise first or AssertionError()  # the first lost connection may have done its work
 
     # -- sessions opened ahead: the shell reads, and waits for a header --
 
-    def _open(self, deadline: Deadline, cancel: Cancel | None = None, count: int = 1,
-             bulk: bool = False) -> list[Session]:
+    def _open(self, deadline: Deadline = NEVER, cancel: Cancel | None = None, count: int = 1,
+              bulk: bool = False) -> list[Session]:
         """So many sessions that run BOOT, all or none; one where each has a connection of its own,
         as for ``bulk``, unless logging in needs a person."""
+        patience = Deadline(deadline.capped(SLOT_PATIENCE))
         if bulk and not self.masters.needs_person():
-            return [self.masters.open_direct(BOOT, deadline, cancel)]
+            return [self.masters.open_direct(BOOT, patience, cancel)]
         found: list[Session] = []
         with self._mutex:
             while self._ready and len(found) < count:
-                session = self._ready.pop()
-                if poll_once(0, session.control):  # it has ended
-                    session.close()
-                else:
-                    found.append(session)
+                found.append(self._ready.pop())
+                if poll_once(0, found[-1].control):  # it has ended
+                    found.pop().close()
         if len(found) < count:
             for session in found:
                 session.close()
-            found = self.masters.open(BOOT, deadline, cancel, count)
+            found = self.masters.open(BOOT, patience, cancel, count)
         return found
 
     @contextlib.contextmanager
@@ -4414,7 +4417,7 @@ class Host:
             time.sleep(KEEPER_PAUSE)
             # The next operation meets the same failure, and reports it.
             with contextlib.suppress(CmuxError, OSError):
-                while self._active == 0 and not self._resting and len(self._ready) < self._warm:
+                while not (self._active or self._resting) and len(self._ready) < self._warm:
                     session = self.masters.open_ahead(BOOT)
                     if session is None:
                         break
@@ -4438,7 +4441,7 @@ class Host:
             session.close()
 
     def _begin(self, exchange: Exchange, cancel: Cancel | None,
-              deadline: Deadline = NEVER) -> None:
+               deadline: Deadline = NEVER) -> None:
         """Wait until an operation has begun, or the deadline has passed. Raises HostError, and
         WorkspaceMissing where its directory is missing."""
         direct = isinstance(exchange.session, DirectSession)
@@ -4446,7 +4449,7 @@ class Host:
         patience = Deadline(deadline.capped(START_PATIENCE + connecting))
         soon, answered = Deadline(patience.capped(SHELL_PATIENCE)), exchange.answered
         if not exchange.run(soon, cancel, answered):
-            if not direct and not patience.over() and not exchange.out.ready:
+            if not (direct or patience.over() or exchange.out.ready):
                 self._see_our_shell(cancel)
             if not exchange.run(patience, cancel, answered) and not deadline.over():
                 self._abandon(exchange.session)
@@ -4465,29 +4468,15 @@ class Host:
             with contextlib.closing(self.masters.open(BOOT, Deadline(1), cancel)[0]) as session:
                 probe = Exchange(session, b"", len, len, data=b"")
                 probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
-        except RemoteShellFailed:
-            if not probe.out.ready:
+        except HostError as error:
+            if isinstance(error, RemoteShellFailed) and not probe.out.ready:
                 raise
-        except HostError:
-            pass
 
     def _abandon(self, session: Session) -> None:
         """Use its master, which may hang, no more, nor the sessions opened ahead."""
         if session.master:
             self.masters.abandon(session.master)
             self.close(0)
-
-    def run(self, records: bytes, directory: str, stdout: Sink, stderr: Sink,
-            source: Source | None = None, deadline: Deadline = NEVER,
-            cancel: Cancel | None = None) -> Outcome:
-        """Run a user's command (``records`` from command_records and the environment).
-
-        Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
-        what these two raise, KeyboardInterrupt included, the process tree on the host is ended
-        first."""
-        records = record("_cmux_directory", directory) + records
-        return CommandRun(self, records, stdout, stderr, source).go(
-            deadline, self.ending.join(cancel))
 
 
 class Incoming:
@@ -4497,13 +4486,13 @@ class Incoming:
         self.cancel = host.ending.join(cancel)
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
+        records = script_records(script, *arguments)
 
         def work(sessions: list[Session]) -> None:
-            records = script_records(script, *arguments)
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             host._begin(self.exchange, self.cancel)
             sessions.clear()  # close() closes it
-        host._attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=True)
+        host._attempt(work, self.cancel, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
@@ -4516,8 +4505,7 @@ class Incoming:
         """The status and stderr, at the end."""
         while self.take():
             pass
-        return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value(),
-                     trip=0.0)
+        return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value())
 
     def close(self) -> None:
         self.exchange.session.close()
@@ -4546,14 +4534,15 @@ class CommandRun:
                     return self._outcome()
             except Cancelled:
                 reason = "cancel"
-            except BaseException as error:
-                if not isinstance(error, (HostError, WorkspaceMissing)):
-                    self._stop(discard=True)  # a sink or the source failed
+            except (HostError, WorkspaceMissing):
+                raise
+            except BaseException:  # a sink or the source failed
+                self._stop(discard=True)
                 raise
             return Outcome(status=None, stopped=self._stop(), reason=reason)
         try:
-            return self.host._attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel,
-                                     lambda lost: not lost.begun, 2 if self.source else 1)
+            return self.host._attempt(work, cancel, lambda lost: not lost.begun, deadline,
+                                      2 if self.source else 1)
         except Cancelled:  # while it waited
             return Outcome(status=None, stopped="confirmed", reason="cancel")
 
@@ -4576,8 +4565,7 @@ class CommandRun:
                                   run_id=self.run_id)
             self.host._begin(self.guard, cancel, deadline)
             if len(sessions) == 1:
-                patience = Deadline(deadline.capped(SLOT_PATIENCE))
-                sessions[:0] = self.host._open(patience, cancel)
+                sessions[:0] = self.host._open(deadline, cancel)
         self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source,
                                  run_id=self.run_id)
         self.host._begin(self.exchange, cancel, deadline)
@@ -4596,14 +4584,15 @@ class CommandRun:
 
     def _stop(self, discard: bool = False) -> str:
         """End the tree on the host; "confirmed", "requested" (not seen to end) or "unknown"."""
-        exchange, asked = self.exchange, self.guard or self.exchange
-        if not exchange or not asked or exchange.outgoing and not exchange.begun:
+        exchange = self.exchange
+        if not exchange or exchange.outgoing and not exchange.begun:
             return "confirmed"  # the header was never complete: nothing can have begun
+        asked = self.guard or exchange
         if discard:
             exchange.source, exchange.out.sink, exchange.err.sink = None, len, len
         if not self.guard:
             exchange.outgoing = memoryview(b"")
-        try:
+        with contextlib.suppress(HostError):
             asked.session.close_stdin()
             confirmed = asked.run(Deadline(STOP_SILENCE)) and exchange.out.stop == "confirmed"
             if self.guard:
@@ -4611,8 +4600,6 @@ class CommandRun:
                 confirmed = self.verdict.value() == b"confirmed\n"
             if confirmed:
                 return "confirmed"
-        except HostError:
-            pass
         if not asked.ended and not asked.lost:
             self.host._abandon(asked.session)
         return self._stop_again(exchange.out.pid or "-")
@@ -6489,7 +6476,7 @@ class WorkspaceBase:
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
         ready = Capture(100)
-        [session] = self.host._open(Deadline(SLOT_PATIENCE))
+        [session] = self.host._open()
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
             exchange = Exchange(session, header, ready, ready, data=encoded(text))
@@ -7728,7 +7715,7 @@ class Workspace(WorkspaceBase):
             raise Cancelled("Cancelled.")
         if outcome.reason:
             raise ToolFailed(f"The search was stopped after {SEARCH_PATIENCE} s.", "Narrow it.")
-        tool_reply(self, Reply(status=outcome.exit_code, stdout=b"", stderr=err.value(), trip=0.0))
+        tool_reply(self, Reply(status=outcome.exit_code, stdout=b"", stderr=err.value()))
         return out.value()
 
     @logged("glob")
