@@ -113,6 +113,7 @@ SLOT_SOON = 0.2  # after this wait, longer than short commands, a master is star
 SPARED_MOST = 6  # masters; with so many none is started for sessions opened ahead
 HANDSHAKES_AT_ONCE = 8  # stock MaxStartups 10:30:100 drops at random from the 10th on
 CONTROL_PERSIST = 600  # an idle master ends itself
+OWN_PERSIST = 30  # one for a single session, whose client was killed
 CONNECT_TIMEOUT = 20  # for ssh, where the user's config has none
 CONNECT_PATIENCE = 60  # with authentication: ConnectTimeout ends with the server's banner
 CONNECT_PATIENCE_SLOW = 600  # where the config says ConnectTimeout 0 (Coder starts a machine)
@@ -264,9 +265,6 @@ class HostFull(ConnectionLost):
 
 class SessionRefused(HostError):
     """A master or its server refused one more session; nothing has started."""
-
-class NoMultiplexing(HostError):
-    """This ssh or this server takes one session a connection."""
 
 class MasterGone(HostError):
     """A control socket refused, hung or hung up before the session was open."""
@@ -2897,7 +2895,6 @@ FAILURES: tuple[tuple[Any, ...], ...] = (
 # LogVerbose makes ssh log, as debug1, what a server says before its keys are known. We look for the
 # words with which OpenSSH 9.8 and later turn an address away, and for servers that end the whole
 # connection when sessions come and go at once (Dropbear's issues 173, 321).
-TAKEN = ",channels.c:channel_input_open_confirmation():*"  # and so that the port was
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
 DISCONNECT = b"Received disconnect from "
@@ -2977,16 +2974,6 @@ def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV)
                 in " ".join(config.values.get("sendenv", ())).split() if word[0] != "-"]
     return {name: value for name, value in os.environ.items()
             if name in needed or not any(re.match(pattern, name) for pattern in patterns)}
-
-
-def session_environment(config: SSHConfig) -> tuple[dict[str, str], list[str]]:
-    """The environment of an ssh that opens a session itself, and the options that replace the rest.
-    PATH and HOME stay, and so are sent under a SendEnv *: what the config names (a proxy, ${HOME},
-    Match exec) needs them."""
-    environment = scrubbed_environment(config, ("PATH", "HOME"))
-    agent = os.environ.get("SSH_AUTH_SOCK")
-    lacks = agent and "SSH_AUTH_SOCK" not in environment and not config.first("identityagent")
-    return environment, ["-o", f"IdentityAgent={agent}"] if lacks else []
 
 
 def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostError:
@@ -3135,88 +3122,19 @@ def end_master(path: str) -> None:
             pass
 
 
-def refused(port: int, host: str) -> PortRefused:
-    return PortRefused(f"Nothing takes connections to port {port} of {host} (yet).")
-
-
 class Session:
-    """One command on the host: our ends of its stdin, stdout and stderr, non-blocking. ``control``
-    reports the session's end: the control connection, or -1 where an ssh of its own carries it."""
+    """One command on the host, over the control socket of a master: our ends of its stdin, stdout
+    and stderr, non-blocking. The socket, ``control``, reports its end. One for a Target has no
+    streams: ssh itself reads and writes the Target's socket."""
 
-    def __init__(self, host: str) -> None:
-        self.host = host
-        self.master: Master | None = None
-        self.stdin = self.stdout = self.stderr = self.control = -1
-        fork_aware().add(self)
-
-    @contextlib.contextmanager
-    def piped(self, client: int = -1) -> Iterator[list[int]]:
-        """The other ends of new pipes for stdin, stdout and stderr, as long as they are handed
-        over. ``client`` takes the place of the first two."""
-        fds: list[int] = []
-        try:
-            for _ in range(3 if client < 0 else 1):
-                fds += os.pipe()
-            self.stderr, theirs = fds[0], [client, client, fds[1]]
-            if client < 0:
-                self.stdout, self.stdin, theirs = fds[2], fds[5], [fds[4], fds[3], fds[1]]
-            for fd in {self.stdin, self.stdout, self.stderr} - {-1}:
-                os.set_blocking(fd, False)
-            yield theirs
-        except OSError as error:
-            raise expected(error) or error
-        finally:
-            drop(*{*fds} - {self.stdin, self.stdout, self.stderr})
-
-    def close_stdin(self) -> None:
-        drop(self.stdin)
-        self.stdin = -1
-
-    def close_pipes(self) -> None:
-        drop(self.stdin, self.stdout, self.stderr)
-        self.stdin = self.stdout = self.stderr = -1
-
-    _forked = close = close_pipes  # a child of ours closes its copies, and sends nothing
-
-    def over(self) -> bool:
-        """Whether it has ended; somebody else may hold the streams."""
-        return True
-
-    def begun(self) -> None:
-        """The host has answered: authentication is over."""
-
-    def failure(self, begun: bool, sent: bool = False) -> HostError:
-        """Why the session ended without its end mark. What was ``sent`` whole may have begun."""
-        sent, when, hint = sent or begun, " before the command began", "Try again."
-        if sent:
-            when = "" if begun else " before the command was seen to begin"
-            hint = "The command may still run there."
-        if begun:
-            hint += f" (A ChannelTimeout of its sshd must be over {BEAT_MOST} seconds.)"
-        return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
-                              sent)
-
-    def no_shell(self) -> RemoteShellFailed:
-        return RemoteShellFailed(
-            f"{self.host} accepted the session, but did not run our command with a POSIX sh.",
-            "Look for a ForceCommand, and for a shell that a start-up file runs.", self.host,
-            f"{plain_ssh()} {quote(self.host)} exec sh -c :")
-
-    def full(self) -> HostFull:
-        """The wrapper gave up after its start mark, as it does only where a fork fails."""
-        return HostFull(f"{self.host} could not start a process; your account may have too many.",
-                        "End some, or run fewer at once (-j).", self.host, False)
-
-
-class MuxSession(Session):
-    """A session over a master's control socket, without a process."""
+    stdin = stdout = stderr = -1
 
     def __init__(self, masters: Masters, slot: Slot, command: str | Target) -> None:
         self._socket = connect(slot.master.path)
-        super().__init__(masters.host)
         self._masters, self._slot, self.master = masters, slot, slot.master
+        self.host, self.control = masters.host, self._socket.fileno()
         self._status, self._buffer = -1, b""  # the command's status, once the master reports it
-        self.control = self._socket.fileno()
+        fork_aware().add(self)
         try:
             self._open(command)
         except BaseException:
@@ -3233,16 +3151,34 @@ class MuxSession(Session):
         if port:
             request = MUX_NEW_FORWARD, 0, "", "localhost", port
         hello, answer = mux_numbers(self._packet()), MUX_FAILURE
-        with contextlib.nullcontext([client, client]) if port else self.piped() as theirs:
+        theirs = [client, client] if port else self._pipes()
+        try:
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
             for fd in theirs:
                 socket.send_fds(self._socket, [b"\0"], [fd])
+        finally:
+            drop(*[] if port else theirs)
         with contextlib.suppress(*[OSError, MasterGone] if port else []):
             answer = mux_numbers(self._packet())[0]
         if answer in (MUX_FAILURE, MUX_DENIED):
-            raise refused(port, self.host) if port else SessionRefused("")
+            raise PortRefused(f"Nothing takes connections to port {port} of {self.host} (yet)."
+                              ) if port else SessionRefused("")
         if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
             raise MasterGone("")
+
+    def _pipes(self) -> list[int]:
+        """The other ends of new pipes for stdin, stdout and stderr."""
+        fds: list[int] = []
+        try:
+            for _ in range(3):
+                fds += os.pipe()
+        except OSError:
+            drop(*fds)
+            raise
+        self.stdin, self.stdout, self.stderr = fds[1], fds[2], fds[4]
+        for fd in (self.stdin, self.stdout, self.stderr):
+            os.set_blocking(fd, False)
+        return [fds[0], fds[3], fds[5]]
 
     def _packet(self) -> bytes:
         while True:
@@ -3262,6 +3198,7 @@ class MuxSession(Session):
         return packet
 
     def over(self) -> bool:
+        """Whether it has ended; somebody else may hold the streams."""
         try:
             data = self._socket.recv(4096)
         except BlockingIOError:
@@ -3275,143 +3212,84 @@ class MuxSession(Session):
                 self._status = status
         return not data
 
-    def failure(self, begun: bool, sent: bool = False) -> HostError:
+    def cut(self) -> bool:
+        """Whether this has ended because the whole connection did: a master that lives greets."""
+        try:
+            with connect(self.master.path) as control:
+                return not receive(control)
+        except OSError:
+            return True
+
+    def failure(self, begun: bool, sent: bool) -> HostError:
+        """Why the session ended without its end mark. What was ``sent`` whole may have begun."""
         while self._status < 0 and poll_once(1, self.control) and not self.over():
             pass  # the streams may end before the status comes
         if self._status >= 0 and not begun:
-            return self.no_shell()
-        if self._status in FORK_FAILED:
-            return self.full()
+            return RemoteShellFailed(
+                f"{self.host} accepted the session, but did not run our command with a POSIX sh.",
+                "Look for a ForceCommand, and for a shell that a start-up file runs.", self.host,
+                f"{plain_ssh()} {quote(self.host)} exec sh -c :")
+        if self._status in FORK_FAILED:  # the wrapper gave up, as only where a fork fails
+            return HostFull(
+                f"{self.host} could not start a process; your account may have too many.",
+                "End some, or run fewer at once (-j).", self.host, False)
         if self._status >= 0:
             return ConnectionLost(
                 f"The command on {self.host} was ended together with its wrapper.",
                 "Something there killed every process of the session.", self.host)
-        return super().failure(begun, sent)
+        sent, when, hint = sent or begun, " before the command began", "Try again."
+        if sent:
+            when = "" if begun else " before the command was seen to begin"
+            hint = "The command may still run there."
+        if begun:
+            hint += f" (A ChannelTimeout of its sshd must be over {BEAT_MOST} seconds.)"
+        return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
+                              sent)
 
-    def cut(self) -> bool:
-        """Whether this has ended because the whole connection did: a master that lives greets."""
-        try:
-            with connect(self._slot.master.path) as control:
-                return not receive(control)
-        except OSError:
-            return True
+    def close_stdin(self) -> None:
+        fd, self.stdin = self.stdin, -1
+        drop(fd)
 
     def close(self) -> None:
         """The slot is free at once: a session that sshd refuses, because it has not ended this one
         yet, has not begun, and is tried again."""
         if self.control >= 0:
-            self._forked()
-            self._masters.free([self._slot])
+            try:
+                self._forked()
+            finally:
+                self._masters.free([self._slot])
 
     def _forked(self) -> None:
-        self.control = -1
+        """A child of ours closes its copies, and sends nothing."""
+        fds = self.stdin, self.stdout, self.stderr
+        self.control = self.stdin = self.stdout = self.stderr = -1
         self._socket.close()
-        self.close_pipes()
+        drop(*fds)
 
 
 def plain_ssh() -> str:
     return os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"
 
 
-class DirectSession(Session):
-    """A session on an ssh of its own. ``turn`` is held until the handshake is over."""
-
-    def __init__(self, masters: Masters, config: SSHConfig, turn: Lock,
-                 command: str | Target) -> None:
-        super().__init__(masters.host)
-        self._masters, self._config, self._turn = masters, config, turn
-        self._log = turn.path + ".log"
-        remove_file(self._log)
-        environment, agent = session_environment(config)
-        argv = ssh_argv(config, "-S", "none", "-E", self._log, *agent)
-        client, tail = -1, ["--", config.host]
-        if isinstance(command, tuple):
-            port, client = command
-            argv = [word + TAKEN * word.startswith("LogVerbose=") for word in argv]
-            argv += ["-W", f"localhost:{port}"]
-        else:
-            tail.append(command)
-        try:
-            with self.piped(client) as (stdin, stdout, stderr):
-                self._process = spawn(argv + tail, environment, stdin, stdout, stderr)
-        except BaseException:
-            self.close_pipes()
-            turn.free()
-            raise
-
-    def begun(self) -> None:
-        if self._turn.fd >= 0:
-            self._let_go()
-            self._masters.report(None)
-
-    def _let_go(self) -> None:
-        if self._turn.fd >= 0:
-            remove_file(self._log)  # the next that holds the turn writes its own
-            self._turn.free()
-
-    def over(self) -> bool:
-        return self._process.poll() is not None
-
-    def cut(self) -> bool:
-        return await_end(self._process, CONTROL_PATIENCE) != 0
-
-    def await_port(self, port: int, cancel: Cancel | None) -> None:
-        """Wait until the host has taken the connection, which ssh logs since 8.7."""
-        patience = Deadline(self._masters.patience)
-        try:
-            while nap(0.05, patience, cancel):
-                over, log = self.over(), log_head(self._log)
-                if b"open confirm" in log:
-                    break
-                if over:
-                    closed = b"forwarding failed" in log
-                    raise refused(port, self.host) if closed else self.failure(False)
-        except BaseException:
-            self.close()
-            raise
-        self.begun()
-
-    def failure(self, begun: bool, sent: bool = False) -> HostError:
-        words, heard = read_log(log_head(self._log))
-        silent, status, shaking = not words.strip(), self._process.poll(), self._turn.fd >= 0
-        if begun and status in FORK_FAILED:
-            return self.full()
-        if silent and shaking and not begun and status is not None and 0 <= status < 255:
-            return self.no_shell()
-        # What ends ssh after the login it often writes to stderr alone, among login noise; the
-        # early end of a proxy nowhere.
-        lost = AFTER_LOGIN.search(words) or silent and (heard or not proxy_of(self._config))
-        if begun or not shaking or lost:
-            return super().failure(begun, sent)
-        error = failure_in(words, heard, self._config)
-        self._masters.report(error)
-        return error
-
-    def close(self) -> None:
-        self.close_pipes()
-        kill_group(self._process)
-        self._let_go()
-
-
 def is_master(path: str) -> bool:
-    name = os.path.basename(path)
-    return name[:2] == "m." and len(name) == 10
+    return re.search(r"(\A|/)m\.[0-9a-f]{8}\Z", path) is not None
 
 
 class Slot(Lock):
     """The place of one session on a master, among all processes of this user."""
 
     def __init__(self, master: Master, number: int) -> None:
-        super().__init__(f"{master.path}.{number}")
+        super().__init__(f"{master.path}.{number}", passing=master.own)
         self.master = master
 
 
 class Master:
-    """A connection that sessions share, and what this process has seen of it."""
+    """A connection that sessions share, and what this process has seen of it; or, where it is our
+    ``own``, the connection of one session."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path  # of its control socket
-        self.slots = [Slot(self, number) for number in range(SESSIONS_PER_MASTER)]
+    def __init__(self, path: str, own: bool = False) -> None:
+        self.path, self.own = path, own  # of its control socket
+        self.slots = [Slot(self, number) for number in range(1 if own else SESSIONS_PER_MASTER)]
         self.until = self.pause = 0.0  # it refused a session, and rests until then, so long
         self.heard = 0  # the size of its log
 
@@ -3422,13 +3300,14 @@ class Masters:
 
     m.NAME        a master's control socket; m.NAME.log: what its ssh says
     m.NAME.N      locked while session N of that master is open
+    o.NAME        the same of a master for one session, which ends with that
     handshake.N   locked while a connection is being made
     probe         locked by the one that connects while no master lives
     down.json     how often in a row connecting has failed, and why
 
     The age of three more is when something was last seen: dropped, a handshake that the server
-    dropped; person, a direct connection that could not log in without one; single, a new master's
-    first session refused.
+    dropped; person, a connection that could not be made without one; single, a server that does not
+    take two sessions on a connection.
 
     The name of a socket is random and never used again. So one that refuses, hangs or hangs up is
     removed at once: sessions on its master go on, and nobody else uses it."""
@@ -3467,17 +3346,8 @@ class Masters:
         return 0 <= age_of(self.path(name)) < seconds  # below 0 where the clock was set back
 
     def single(self) -> bool:
-        """Whether the host takes one session a connection, so that masters are of no use."""
+        """Whether each session needs a connection of its own."""
         return self._seen("single")
-
-    def needs_person(self) -> bool:
-        """Whether only a master can log in: a direct connection needs a person."""
-        return self._seen("person") and not self.single()
-
-    def asks(self, error: BaseException) -> bool:
-        """Whether a person might mend a login."""
-        login = isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
-        return login and not self.single()
 
     def _failed(self) -> int:
         """How often in a row connecting has failed."""
@@ -3487,10 +3357,6 @@ class Masters:
         """Seconds until a host that is down is asked again."""
         count, age = self._failed(), age_of(self.path("down.json"))
         return DOWN_WAITS[:count][-1] - age if count > 0 and age >= 0 else 0.0
-
-    def _remember_failure(self, error: HostError) -> None:
-        why = [type(error).__name__, str(error), error.hint, error.commands]
-        write_json(self.path("down.json"), {"count": self._failed() + 1, "why": why})
 
     def _wait_out(self, deadline: Deadline, cancel: Cancel | None) -> None:
         if not nap(self._rest(), deadline, cancel):
@@ -3503,7 +3369,7 @@ class Masters:
         kind = {kind.__name__: kind for kind in kinds}.get(name, ConnectionFailed)
         return kind(message, hint, self.host, *commands)
 
-    # -- connections --
+    # -- one more master --
 
     def handshake(self, deadline: Deadline, cancel: Cancel | None = None) -> Lock:
         """The right to one of HANDSHAKES_AT_ONCE handshakes with this host; of half as many for a
@@ -3520,10 +3386,40 @@ class Masters:
         finally:
             self._shaking.leave()
 
-    def again(self, error: HostError, attempt: int, deadline: Deadline,
-              cancel: Cancel | None = None) -> bool:
-        """After a failed try to connect, with which nothing ran: wait and return True if the server
-        dropped the handshake and another try is worth it. Else remember the failure."""
+    def _launch(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
+        """All slots of a new master, or ``count`` on others, if they are free by now; for 0 that of
+        an own one. A dropped handshake is tried again, unless the host was down before. At a
+        deadline that is over, it is tried once, without a question to a person."""
+        reason: HostError | None = None
+        once = self._failed() > 0
+        for attempt in itertools.count(len(DROPPED_WAITS) if once else 0):
+            with self.handshake(Deadline(self.patience), cancel):
+                try:
+                    return count and self._try_slots(count) or self._new_master(
+                        cancel, not count, deadline)
+                except HostError as error:
+                    failed = error
+            if not count and self._asks(failed) and not self.single():
+                break  # it may go over a master that a person has logged in
+            if isinstance(failed, ConnectionDropped):
+                why = proxy_of(self.config) and not isinstance(failed, TurnedAway)
+                if why and (once or attempt == 1):  # a master sends a proxy's stderr to /dev/null
+                    _, words, stderr = look_closely(self, "exec sh -c :")
+                    if "Remote protocol version" not in words:
+                        reason = proxy_failure(self.config, stderr)
+                failed = reason or failed
+            if not self._again(failed, attempt, deadline, cancel):
+                break
+        raise failed
+
+    def _asks(self, error: BaseException) -> bool:
+        """Whether a person might mend a login."""
+        return isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
+
+    def _again(self, error: HostError, attempt: int, deadline: Deadline,
+               cancel: Cancel | None) -> bool:
+        """After a failed try to connect: wait and return True if the server dropped the handshake
+        and another try is worth it. Else remember the failure."""
         if isinstance(error, ConnectionDropped):
             self._mark("dropped")
             tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else DROPPED_TRIES
@@ -3533,109 +3429,68 @@ class Masters:
                           f"trying again in {pause:.0f} seconds")
             if 0 < pause <= deadline.capped(pause) and nap(pause, deadline, cancel):
                 return True
-        self._remember_failure(error)
+        why = [type(error).__name__, str(error), error.hint, error.commands]
+        write_json(self.path("down.json"), {"count": self._failed() + 1, "why": why})
         return False
 
-    def open_direct(self, command: str | Target, deadline: Deadline,
-                    cancel: Cancel | None = None) -> DirectSession:
-        self._wait_out(deadline, cancel)
-        config = self.ask_config(command if isinstance(command, str) else "")
-        session = DirectSession(self, config, self.handshake(deadline, cancel), command)
-        if isinstance(command, tuple):
-            session.await_port(command[0], cancel)
-        return session
-
-    def report(self, error: HostError | None) -> None:
-        """Note whether a direct connection could be made; None: it could."""
-        if error is None:
-            remove_file(self.path("down.json"))
-        elif self.asks(error):
-            self._mark("person")
-        elif not isinstance(error, ConnectionDropped):  # again() remembers those
-            self._remember_failure(error)
-
-    # -- one more master --
-
-    def _launch(self, count: int, deadline: Deadline, cancel: Cancel | None, first: bool = False,
-                once: bool = False) -> list[Slot]:
-        """All slots of a new master, or ``count`` on others, if they are free by now. For the
-        ``first`` a person may be asked. A dropped handshake is tried again, unless ``once``."""
-        reason: HostError | None = None
-        attempt = len(DROPPED_WAITS) if once else 0
-        while True:
-            with self.handshake(Deadline(self.patience), cancel):
-                try:
-                    return self._try_slots(count) or self._new_master(cancel, first)
-                except NoMultiplexing:
-                    self._mark("single")
-                    return []
-                except HostError as error:
-                    failed = error
-            if isinstance(failed, ConnectionDropped):
-                why = proxy_of(self.config) and not isinstance(failed, TurnedAway)
-                if why and (once or attempt == 1):  # a master sends a proxy's stderr to /dev/null
-                    _, words, stderr = look_closely(self, "exec sh -c :")
-                    if "Remote protocol version" not in words:
-                        reason = proxy_failure(self.config, stderr)
-                failed = reason or failed
-            if not self.again(failed, attempt, deadline, cancel):
-                raise failed
-            attempt += 1
-
-    def _new_master(self, cancel: Cancel | None, first: bool) -> list[Slot]:
-        master = Master(self.path("m." + os.urandom(4).hex()))
-        slots = self._hold([master], SESSIONS_PER_MASTER)
+    def _new_master(self, cancel: Cancel | None, own: bool, deadline: Deadline) -> list[Slot]:
+        name = ("o." if own else "m.") + os.urandom(4).hex()
+        master = Master(self.path(name), own)
+        slots, usable = self._hold([master], len(master.slots)), False
         try:
             try:
-                self._start(master.path, cancel, batch=True)
+                self._start(master, cancel, batch=True)
             except HostError as error:
-                if not (first and self.asks(error) and self.interactive and self.interactive()):
+                ask = self._asks(error) and not own and not deadline.over()
+                if not (ask and self.interactive and self.interactive()):
                     raise
-                self._start(master.path, cancel, batch=False)
-        except BaseException:
-            self.free(slots, 0)  # nobody could use them
-            raise
-        self._known = {**self._known, master.path: master}
+                self._start(master, cancel, batch=False)
+            usable = own or not self.single()
+        finally:
+            if not usable:
+                self.free(slots, 0)
+        if not own:
+            self._known = {**self._known, master.path: master}
         remove_file(self.path("down.json"))
-        return slots
+        return slots if usable else []
 
-    def _start(self, path: str, cancel: Cancel | None, batch: bool) -> None:
+    def _start(self, master: Master, cancel: Cancel | None, batch: bool) -> None:
         """Start `ssh -M -N`, which closes its stdout once it is authenticated, and goes on in the
         background."""
         self._sweep()
-        config, log = self.ask_config("exec sh -c :"), path + ".log"
+        path, log, errors = master.path, master.path + ".log", master.path + ".log.err"
+        config = self.ask_config("exec sh -c :")
         other = {"SessionType=default": "SessionType=none"}  # ssh dies where it contradicts -N
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
-        persist = f"ControlPersist={CONTROL_PERSIST}"
+        persist = f"ControlPersist={OWN_PERSIST if master.own else CONTROL_PERSIST}"
         argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", path.replace("%", "%%"), "-E", log)
         argv = [other.get(word, word) for word in argv] + ["--", self.host]
         patience = self.patience if batch else INTERACTIVE_PATIENCE
-        fd = os.open(log + ".err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(fd, "wb") as stderr:
-            try:
+        try:
+            with open(os.open(errors, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as stderr:
                 status, _, _ = run(argv, scrubbed_environment(config), patience=patience,
                                    cancel=cancel, stderr=stderr if batch else 2)
-            except CmuxError as error:
-                if type(error) is not CmuxError:
-                    raise
-                raise ConnectionFailed(f"{self.host} did not answer within {patience:.0f} seconds.",
-                                       "See whether it is up.", self.host,
-                                       look_into(self.host))
-        words, heard = read_log(log_head(log))
-        if status != 0 or not os.path.exists(path):
-            if not words.strip():  # arguments refused
-                words = read_bytes(log + ".err", STATE_MAX) or b""
-                unknown = rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex"
-                if status == 0 or re.search(unknown, words):
-                    raise NoMultiplexing("")
-            raise failure_in(words, heard, config)
+            words, heard = read_log(log_head(log))
+            if status != 0 or not os.path.exists(path):
+                said = words if words.strip() else log_head(errors)  # arguments refused
+                raise failure_in(said, heard, config)
+        except CmuxError as error:
+            if type(error) is not CmuxError:
+                raise
+            raise ConnectionFailed(f"{self.host} did not answer within {patience:.0f} seconds.",
+                                   "See whether it is up.", self.host, look_into(self.host))
+        finally:
+            remove_file(errors)
+            if master.own:
+                remove_file(log)
         if any(map(BREAKS_WHEN_SHARED.search, heard)):
-            end_master(path)
-            raise NoMultiplexing("")
-        if batch:
+            self._mark("single")
+            if not master.own:
+                end_master(path)
+        elif not master.own and batch:
             remove_file(self.path("person"))
-        else:
+        elif not batch:
             self._mark("person")
 
     def _sweep(self) -> None:
@@ -3644,7 +3499,7 @@ class Masters:
         import shutil
         for path in paths_in(self.folder):
             name = os.path.basename(path)[:10]
-            ended = name[:2] == "m." and not os.path.lexists(self.path(name))
+            ended = name[:2] in ("m.", "o.") and not os.path.lexists(self.path(name))
             if ended and age_of(path) > 3600:
                 remove_file(path)
         for path in paths_in(os.path.dirname(self.folder)):
@@ -3691,6 +3546,8 @@ class Masters:
         for slot in slots:
             slot.free()
             slot.master.until = 0.0  # it may take another session now
+            if slot.master.own:
+                end_master(slot.master.path)
         self._wake(len(slots) * wake)
 
     def _wake(self, count: int) -> None:
@@ -3704,17 +3561,19 @@ class Masters:
                                 "Try again, or run fewer at once.", self.host)
 
     def open(self, command: str | Target, deadline: Deadline, cancel: Cancel | None = None,
-             count: int = 1) -> list[Session]:
+             count: int = 1, bulk: bool = False) -> list[Session]:
         """``count`` sessions for ``command``, all or none: a caller that holds one and waits for
-        another could wait for ever. Where masters fail, one on a connection of its own."""
-        while not self.single():
-            slots = self._take_slots(count, deadline, cancel)
-            if not slots:
-                break
-            new = len(slots) > count  # our own new master, with no session on it
+        another could wait for ever. One for ``bulk`` has a connection of its own, unless logging in
+        needs a person."""
+        while True:
+            slots = self._slots(count, deadline, cancel, bulk)
+            new = len(slots) > count or slots[0].master.own  # with no session on it
             try:
                 return self._open_on(slots[:count], command)
             except SessionRefused:
+                if slots[0].master.own:
+                    raise ConnectionFailed(f"{self.host} takes no session.", "Look closer.",
+                                           self.host, look_into(self.host))
                 if new:
                     self._mark("single")
             except MasterGone:
@@ -3724,16 +3583,36 @@ class Masters:
                 self.free(slots[count:])
             if deadline.over():
                 raise self._too_late("it refuses more")
-        return [self.open_direct(command, deadline, cancel)]
 
-    def connect(self, deadline: Deadline, cancel: Cancel | None = None, now: bool = False) -> None:
+    def _slots(self, count: int, deadline: Deadline, cancel: Cancel | None,
+               bulk: bool = False) -> list[Slot]:
+        """So many slots on live masters, or all of a new one; or those of own masters."""
+        slots: list[Slot] = []
+        while not slots:
+            if not self.single() and not (bulk and not self._seen("person")):
+                slots = self._take_slots(count, deadline, cancel)
+                continue
+            try:
+                self._wait_out(deadline, cancel)
+                while len(slots) < count:
+                    slots += self._launch(0, deadline, cancel)
+            except BaseException as error:
+                self.free(slots)
+                if self.single() or not self._asks(error):
+                    raise
+                self._mark("person")
+        return slots
+
+    def connect(self, cancel: Cancel | None = None, now: bool = False) -> None:
         """Make sure that a master lives, if this host has any. Raises ConnectionFailed, with
         ``now`` at once, where the host was down a moment ago."""
         single = self.single()
-        if now and (single or not self.masters()):
+        if self.masters() and not single:
+            return
+        if now:
             self._wait_out(Deadline(0), cancel)
-        if not single and not self.masters():
-            self.free(self._first_master(1, deadline, cancel))
+        if not single:
+            self.free(self._first_master(1, Deadline(SLOT_PATIENCE), cancel))
 
     def open_ahead(self, command: str) -> Session | None:
         """A session for later, in the upper half of a master's slots: the lower half is for the
@@ -3757,7 +3636,7 @@ class Masters:
         try:
             for slot in slots:
                 self._heed_log(slot.master)
-                opened.append(MuxSession(self, slot, command))
+                opened.append(Session(self, slot, command))
                 slot.master.pause = 0.0
             return opened
         except BaseException as error:
@@ -3825,11 +3704,10 @@ class Masters:
         with lock:
             if self.masters() or self.single():
                 return []
-            now = self._failed()
-            if now and now != before:
+            if self._failed() not in (0, before):
                 raise self._shared_failure()
             self._wait_out(deadline, cancel)
-            return self._launch(count, deadline, cancel, True, now > 0)
+            return self._launch(count, deadline, cancel)
 
     def _one_more(self, count: int, wanted: int, cancel: Cancel | None) -> list[Slot]:
         """Start one more master, of as many at once as are ``wanted``; after a failure one at a
@@ -3851,32 +3729,24 @@ class Masters:
 
     # -- for a person --
 
-    def on_terminal(self, command: str, deadline: Deadline) -> tuple[
-            list[str], dict[str, str], Callable[[], None], Callable[[], None]]:
+    def on_terminal(self, command: str) -> tuple[list[str], dict[str, str], Callable[[], None]]:
         """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call
-        when it has begun on the host; when it has ended). Escape characters are off: a pasted ~C
-        would open forwards."""
+        when it has ended). Escape characters are off: a pasted ~C would open forwards."""
         self.masters()  # not to give ssh a socket that is gone
-        config = self.ask_config(command)
-        environment, agent = session_environment(config)
-        slots = [] if self.single() else self._take_slots(1, deadline, None)
+        config, slots = self.ask_config(command), self._slots(1, Deadline(SLOT_PATIENCE), None)
         self.free(slots[1:])
-        if slots:
-            options = ["-S", slots[0].master.path.replace("%", "%%"), "-o", "ProxyCommand=false"]
-            begun, ended = lambda: None, lambda: self.free(slots[:1])
-        else:
-            options, ended = ["-S", "none", *agent], self.handshake(deadline).free
-            begun = ended
-        argv = ssh_argv(config, "-e", "none", *options)
-        words = ["-t" if word == "-T" else word for word in argv]
+        path = slots[0].master.path.replace("%", "%%")
+        argv = ssh_argv(config, "-e", "none", "-S", path, "-o", "ProxyCommand=false")
+        words = ["-t" if word == "-T" else word for word in argv] + ["--", self.host, command]
+        environment = scrubbed_environment(config, ("PATH", "HOME"))
         environment["TERM"] = os.environ.get("TERM", "dumb")
-        return words + ["--", self.host, command], environment, begun, ended
+        return words, environment, lambda: self.free(slots[:1])
 
     def count_sessions(self, command: str, most: int) -> int:
-        opened: list[MuxSession] = []
+        opened: list[Session] = []
         with contextlib.suppress(HostError, OSError, IndexError):
             while len(opened) < most:
-                opened.append(MuxSession(self, Slot(self.masters()[0], -1), command))
+                opened.append(Session(self, Slot(self.masters()[0], -1), command))
         for session in opened:
             session.close()
         return len(opened)
@@ -3986,11 +3856,9 @@ class Forward:
             try:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with contextlib.closing(self._open(client)) as session:
-                    fd, data = max(session.control, session.stderr), b"?"
-                    while data:
-                        poll_once(None, fd, self._ending)
+                    while not session.over():
+                        poll_once(None, session.control, self._ending)
                         self._ending.check()
-                        data = os.read(fd, CHUNK)
                     if session.cut():
                         raise ConnectionLost(f"The connection to {session.host} was lost.")
                 client.shutdown(socket.SHUT_WR)
@@ -4146,8 +4014,6 @@ class Exchange:
         if not deadline.over() and not (cancel and cancel.is_set):
             self._write()  # mostly there is room: no poll is needed
         while not (until() if until else self.ended):
-            if self.out.closed and not self.lost and self.session.over():
-                self._drain()
             if self.lost:
                 raise self.session.failure(self.begun, self.sent)
             if cancel:
@@ -4157,8 +4023,7 @@ class Exchange:
                 if self.close_stdin:
                     self.session.close_stdin()
             patience = Deadline(self.moved + stall - time.monotonic())
-            events = self._events(deadline.capped(patience.capped(
-                0.2 if self.out.closed else BEAT_MOST)), cancel)
+            events = self._events(deadline.capped(patience.capped(BEAT_MOST)), cancel)
             if deadline.over():  # also where output never pauses
                 return False
             if not events and patience.over():
@@ -4181,8 +4046,7 @@ class Exchange:
 
     def _events(self, seconds: float, cancel: Cancel | None) -> dict[int, int]:
         wanted: list[Any] = [stream.fd for stream in (self.out, self.err) if not stream.closed]
-        if self.session.control >= 0:
-            wanted.append(self.session.control)
+        wanted.append(self.session.control)
         if len(self.outgoing) > self._held and self.session.stdin >= 0:
             wanted.append((self.session.stdin, select.POLLOUT))
         elif self.source and self.begun:  # before, the operation can be tried again
@@ -4197,8 +4061,6 @@ class Exchange:
             stream.read()
             if self.out.ready and self._held:
                 self._held, self.asked = 0, time.monotonic()
-            if stream.begun or stream.ended:
-                self.session.begun()
             self.lost = self.lost or (self.out.closed and self.err.closed)
         elif fd == self.session.control:
             if self.session.over():
@@ -4338,32 +4200,23 @@ class Host:
                 repeat: Callable[[ConnectionLost], bool], deadline: Deadline = NEVER,
                 count: int = 1, bulk: bool = False) -> Made:
         """What ``work`` returns for a list of sessions of _open(). What it leaves in the list is
-        closed. It is tried again after a dropped handshake, a login that needs a person (then over
-        a master), and, where it may ``repeat``, a lost connection or a full host."""
-        first: HostError | None = None
+        closed. Where it may ``repeat``, it is tried again after a lost connection, and on a full
+        host, whose other processes may end."""
+        first: ConnectionLost | None = None
         with self._operation():
             for number in range(10):
                 sessions = self._open(deadline, cancel, count, bulk)
-                direct = isinstance(sessions[0], DirectSession)
                 try:
                     return work(sessions)
-                except HostError as error:
-                    failed = error
+                except ConnectionLost as error:
+                    lost = error
                 finally:
                     for session in sessions:
                         session.close()
-                first = first or failed
-                if isinstance(failed, ConnectionDropped):
-                    again = self.masters.again(failed, number, deadline, cancel)
-                elif not isinstance(failed, ConnectionLost):
-                    again = direct and self.masters.asks(failed)
-                elif isinstance(failed, HostSilent) or not repeat(failed):
-                    again = False
-                else:  # of a full host others may end; this holds no process
-                    pause = min(8, 0.2 * 2 ** number) * (0.5 + os.urandom(1)[0] / 255)
-                    again = (number < 2 or isinstance(failed, HostFull)) and nap(
-                        pause, deadline, cancel)
-                if not again:
+                first = first or lost
+                pause = min(8, 0.2 * 2 ** number) * (0.5 + os.urandom(1)[0] / 255)
+                again = (number < 2 or isinstance(lost, HostFull)) and repeat(lost)
+                if isinstance(lost, HostSilent) or not again or not nap(pause, deadline, cancel):
                     break
         raise first or AssertionError()  # the first lost connection may have done its work
 
@@ -4371,21 +4224,17 @@ class Host:
 
     def _open(self, deadline: Deadline = NEVER, cancel: Cancel | None = None, count: int = 1,
               bulk: bool = False) -> list[Session]:
-        """So many sessions that run BOOT, all or none; one where each has a connection of its own,
-        as for ``bulk``, unless logging in needs a person."""
-        patience = Deadline(deadline.capped(SLOT_PATIENCE))
-        if bulk and not self.masters.needs_person():
-            return [self.masters.open_direct(BOOT, patience, cancel)]
-        found: list[Session] = []
+        """So many sessions that run BOOT, all or none."""
+        patience, found = Deadline(deadline.capped(SLOT_PATIENCE)), []  # type: Deadline, list[Session]
         with self._mutex:
-            while self._ready and len(found) < count:
+            while self._ready and len(found) < count and not bulk:
                 found.append(self._ready.pop())
                 if poll_once(0, found[-1].control):  # it has ended
                     found.pop().close()
         if len(found) < count:
             for session in found:
                 session.close()
-            found = self.masters.open(BOOT, patience, cancel, count)
+            found = self.masters.open(BOOT, patience, cancel, count, bulk)
         return found
 
     @contextlib.contextmanager
@@ -4444,12 +4293,10 @@ class Host:
                deadline: Deadline = NEVER) -> None:
         """Wait until an operation has begun, or the deadline has passed. Raises HostError, and
         WorkspaceMissing where its directory is missing."""
-        direct = isinstance(exchange.session, DirectSession)
-        connecting = self.masters.patience if direct else 0
-        patience = Deadline(deadline.capped(START_PATIENCE + connecting))
+        patience = Deadline(deadline.capped(START_PATIENCE))
         soon, answered = Deadline(patience.capped(SHELL_PATIENCE)), exchange.answered
         if not exchange.run(soon, cancel, answered):
-            if not (direct or patience.over() or exchange.out.ready):
+            if not (patience.over() or exchange.out.ready):
                 self._see_our_shell(cancel)
             if not exchange.run(patience, cancel, answered) and not deadline.over():
                 self._abandon(exchange.session)
@@ -4474,9 +4321,8 @@ class Host:
 
     def _abandon(self, session: Session) -> None:
         """Use its master, which may hang, no more, nor the sessions opened ahead."""
-        if session.master:
-            self.masters.abandon(session.master)
-            self.close(0)
+        self.masters.abandon(session.master)
+        self.close(0)
 
 
 class Incoming:
@@ -4558,14 +4404,11 @@ class CommandRun:
 
     def _begin(self, sessions: list[Session], deadline: Deadline,
                cancel: Cancel | None) -> Exchange:
-        """Begin the command, and for a streaming stdin the guard before it. A direct session holds
-        a handshake until it has begun: only then is the other one opened."""
+        """Begin the command, and for a streaming stdin the guard before it."""
         if self.source:
             self.guard = Exchange(sessions[-1], script_records(GUARD), self.verdict, len,
                                   run_id=self.run_id)
             self.host._begin(self.guard, cancel, deadline)
-            if len(sessions) == 1:
-                sessions[:0] = self.host._open(deadline, cancel)
         self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source,
                                  run_id=self.run_id)
         self.host._begin(self.exchange, cancel, deadline)
@@ -5816,7 +5659,7 @@ class ProjectBase:
         many = len(pool) > 1
         host = self.host(self._fewest(name, pool) if many else pool[0])
         try:
-            host.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
+            host.masters.connect(cancel, many)
             if many and host.masters.single():
                 host._call("operation() { :; }", cancel=cancel)
         except ConnectionFailed as error:
@@ -6486,8 +6329,7 @@ class WorkspaceBase:
             if ready.value() != b"ready\n":
                 raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
                                    + show(ready.value(), 200))
-            argv, environment, begun, ended = self.host.masters.on_terminal(
-                TAKEOVER % octal, Deadline(SLOT_PATIENCE))
+            argv, environment, ended = self.host.masters.on_terminal(TAKEOVER % octal)
         except BaseException:
             session.close()
             raise
@@ -6495,7 +6337,6 @@ class WorkspaceBase:
         def hand_over() -> None:
             with contextlib.suppress(CmuxError):  # the shell then reads nothing, and ends
                 exchange.run(Deadline(SLOT_PATIENCE))
-            begun()
             session.close()
         helper = threading.Thread(target=hand_over, daemon=True)
         helper.start()
@@ -9778,7 +9619,7 @@ class Execution:
         if self.options.push and self.project.push(name, report=report, cancel=cancel):
             workspace = self.project.workspace(name)
         if self.many:
-            workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
+            workspace.host.masters.connect(cancel)
         elif report.bars:
             with contextlib.suppress(GitFailed):
                 commit, _ = self.project.repository.resolve("HEAD")
@@ -9991,7 +9832,7 @@ class View:
     def _ask(self, workspace: Workspace) -> None:
         op = workspace.op
         try:
-            workspace.host.masters.connect(Deadline(SLOT_PATIENCE), now=True)
+            workspace.host.masters.connect(now=True)
             reply = tool_reply(workspace, workspace.host._call(
                 JOBS, job_directory(workspace), workspace.path))
             changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
