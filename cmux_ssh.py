@@ -140,7 +140,7 @@ DROPPED_TRIES = 4
 # After 1, 2, ... failures to connect in a row. A refused key costs 5 s of penalty, enforced from
 # 15 s on: these waits keep it below.
 DOWN_WAITS = (1, 2, 4, 7, 10)
-REFUSED_MOST = 2  # a master that refuses sessions rests for 6 ms, then ever longer
+REFUSED_REST = 0.03  # of a master that refused a session, unless one of its own ends before
 SOCKET_PATH_MAX = 86  # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
 LOG_MAX = 64 * 1024  # of ssh's log that is read back
 CHUNK = 128 * 1024  # one read or write
@@ -2942,7 +2942,7 @@ def read_ssh_config(host: str, command: str = "") -> SSHConfig:
 def add_config(config: SSHConfig, argv: list[str]) -> None:
     status, out, err = run(argv, patience=CONNECT_TIMEOUT)
     if status != 0:
-        raise classify(err, config.host)
+        raise failure_in(err, config)
     for line in as_text(out).splitlines():
         key, _, value = line.partition(" ")
         config.values.setdefault(key.lower(), []).append(value)
@@ -2974,21 +2974,6 @@ def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV)
                 in " ".join(config.values.get("sendenv", ())).split() if word[0] != "-"]
     return {name: value for name, value in os.environ.items()
             if name in needed or not any(re.match(pattern, name) for pattern in patterns)}
-
-
-def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostError:
-    text = log[-LOG_MAX:].decode("utf-8", "replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = show(lines[-1], 200) if lines else "ssh gave no reason"
-    words = {"host": host, "said": said, "look": look_into(host),
-             "ssh": f"{plain_ssh()} {quote(host)} true",
-             "forget": forget_key(config, text) if config else ""}
-    _, kind, sentence, hint, *names = next(row for row in FAILURES if re.search(row[0], text))
-    commands = filter(None, map(words.get, names))
-    error: HostError = kind(sentence.format(**words), hint, host, *commands)
-    final = r"requested strict checking|Too many authentication failures"
-    error.asks = not re.search(final, text)
-    return error
 
 
 def look_into(host: str) -> str:
@@ -3033,22 +3018,29 @@ def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
     return b"\n".join(own), heard
 
 
-def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError:
+def failure_in(words: bytes, config: SSHConfig, heard: Sequence[bytes] = ()) -> HostError:
+    """What ssh's own ``words`` mean, and what the server was ``heard`` to say."""
     host, silent = config.host, not words.strip()
-    reason = heard[0] if heard and heard[0].startswith(DISCONNECT) and silent else b""
-    if b"Too many authentication failures" in reason:
+    if silent and heard and heard[0].startswith(DISCONNECT):
+        if b"Too many authentication failures" not in heard[0]:
+            return ConnectionFailed(f"{host} ended the connection: {show(heard[0], 200)}.",
+                                    "Look closer.", host, look_into(host))
         words = b"Too many authentication failures"
-    elif reason:
-        return ConnectionFailed(f"{host} ended the connection: {show(reason, 200)}.",
-                                "Look closer.", host, look_into(host))
     elif silent and proxy_of(config):
         words = b"banner exchange"  # it ended before that, which ssh does not log
-    error = classify(words, host, config)
-    if isinstance(error, ConnectionDropped) and any(map(TURNED_AWAY.match, heard)):
+    text = words[-LOG_MAX:].decode("utf-8", "replace")
+    said = show(text.strip().split("\n")[-1].strip() or "ssh gave no reason", 200)
+    _, kind, sentence, hint, *names = next(row for row in FAILURES if re.search(row[0], text))
+    if kind is ConnectionDropped and any(map(TURNED_AWAY.match, heard)):
         return TurnedAway(
             f"{host} turns this address away: too many connections, or a penalty for bad logins.",
             "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each "
             "refused key adds to it.", host)
+    commands = {"look": look_into(host), "ssh": f"{plain_ssh()} {quote(host)} true",
+                "forget": forget_key(config, text)}
+    error: HostError = kind(sentence.format(host=host, said=said), hint, host,
+                            *map(commands.__getitem__, names))
+    error.asks = not re.search("requested strict checking|Too many authentication failures", text)
     return error
 
 
@@ -3272,7 +3264,7 @@ def plain_ssh() -> str:
 
 
 def is_master(path: str) -> bool:
-    return re.search(r"(\A|/)m\.[0-9a-f]{8}\Z", path) is not None
+    return path[-10:-8] == "m." and path[-11:-10] in ("", "/")  # hot: a pattern takes longer
 
 
 class Slot(Lock):
@@ -3290,7 +3282,7 @@ class Master:
     def __init__(self, path: str, own: bool = False) -> None:
         self.path, self.own = path, own  # of its control socket
         self.slots = [Slot(self, number) for number in range(1 if own else SESSIONS_PER_MASTER)]
-        self.until = self.pause = 0.0  # it refused a session, and rests until then, so long
+        self.until = 0.0  # it refused a session, and rests until then
         self.heard = 0  # the size of its log
 
 
@@ -3474,7 +3466,7 @@ class Masters:
             words, heard = read_log(log_head(log))
             if status != 0 or not os.path.exists(path):
                 said = words if words.strip() else log_head(errors)  # arguments refused
-                raise failure_in(said, heard, config)
+                raise failure_in(said, config, heard)
         except CmuxError as error:
             if type(error) is not CmuxError:
                 raise
@@ -3530,16 +3522,13 @@ class Masters:
         try:
             with self._mutex:
                 now = time.monotonic()
-                for master in masters:
-                    for slot in master.slots[first:] if master.until <= now else []:
-                        if slot.fd < 0 and slot.take():
-                            found.append(slot)
-                            if len(found) == count:
-                                return found
-            return []
+                found.extend(itertools.islice(
+                    (slot for master in masters if master.until <= now
+                     for slot in master.slots[first:] if slot.fd < 0 and slot.take()), count))
         finally:
             if len(found) < count:
                 self.free(found, 0)  # those that wait for two would wake each other for ever
+        return found if len(found) == count else []
 
     def free(self, slots: Sequence[Slot], wake: int = 1) -> None:
         """Free these, and wake as many of those who wait for one, and of those who wait for two."""
@@ -3624,7 +3613,7 @@ class Masters:
         slots = self._try_slots(1, half)
         if not slots and not self._spared and 0 < len(self.masters()) < SPARED_MOST:
             self._spared = True
-            self.free(self._one_more(SESSIONS_PER_MASTER, 1, None))
+            self.free(self._one_more(SESSIONS_PER_MASTER, None))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError, IndexError):
             return self._open_on(slots, command)[0]
@@ -3637,7 +3626,6 @@ class Masters:
             for slot in slots:
                 self._heed_log(slot.master)
                 opened.append(Session(self, slot, command))
-                slot.master.pause = 0.0
             return opened
         except BaseException as error:
             for session in opened:
@@ -3645,8 +3633,7 @@ class Masters:
             self.free(slots[len(opened):])
             master, known = slot.master, expected(error)
             if isinstance(error, SessionRefused):  # it takes fewer, or has not seen one's end yet
-                master.pause = min(REFUSED_MOST, 2 * (master.pause or LOOK_FIRST))
-                master.until = time.monotonic() + master.pause
+                master.until = time.monotonic() + REFUSED_REST
             elif isinstance(error, MasterGone) or not known and isinstance(error, OSError):
                 self.abandon(master)
                 raise MasterGone(f"The connection to {self.host} was just closed.", "", self.host)
@@ -3661,7 +3648,7 @@ class Masters:
         if size != master.heard:
             master.heard = size
             if b"break-in attempt" in log_head(path):
-                error = classify(b"break-in attempt", self.host)
+                error = failure_in(b"break-in attempt", self.config)
                 if size > LOG_MAX:
                     end_master(master.path)
                     raise error
@@ -3678,12 +3665,11 @@ class Masters:
             self._waiting += count
         try:
             while not self.single():
-                if not self.masters():
+                if not self._known:
                     self._wake(sys.maxsize)  # all wait for one that tries, and share its result
                     slots = self._first_master(count, deadline, cancel)
                 elif patience.over():
-                    wanted = -(-self._waiting // SESSIONS_PER_MASTER)
-                    slots = self._one_more(count, wanted, cancel)
+                    slots = self._one_more(count, cancel)
                 slots = slots or self._try_slots(count)
                 if slots:
                     return slots
@@ -3709,12 +3695,13 @@ class Masters:
             self._wait_out(deadline, cancel)
             return self._launch(count, deadline, cancel)
 
-    def _one_more(self, count: int, wanted: int, cancel: Cancel | None) -> list[Slot]:
-        """Start one more master, of as many at once as are ``wanted``; after a failure one at a
-        time. A failure does not matter, since others live, but it keeps all processes from trying
-        again at once."""
+    def _one_more(self, count: int, cancel: Cancel | None) -> list[Slot]:
+        """Start one more master, of as many at once as those who wait can fill; after a failure one
+        at a time. A failure does not matter, since others live, but it keeps all processes from
+        trying again at once."""
         with self._mutex:
-            most = min(1 if self._failed() else wanted, MASTERS_PER_HOST - len(self.masters()))
+            wanted = 1 if self._failed() else -(-self._waiting // SESSIONS_PER_MASTER) or 1
+            most = min(wanted, MASTERS_PER_HOST - len(self._known))
             if self._launching >= most or self._rest() > 0:
                 return []
             self._launching += 1
@@ -5306,10 +5293,14 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         yield entry
         return
 
+    known: object = None
+
     def describe() -> None:  # also at the end: what a secret's command made is known by then
-        row["detail"] = ""
-        with contextlib.suppress(CmuxError):
-            row["detail"] = masked_detail(detail, project._masks())
+        nonlocal known
+        if known != project.handed_over:
+            known, row["detail"] = dict(project.handed_over), ""
+            with contextlib.suppress(CmuxError):
+                row["detail"] = masked_detail(detail, project._masks())
     began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
     if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
         describe()
@@ -9099,7 +9090,7 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     """Why the connection failed, by the debugging messages of ssh and the words of its
     ProxyCommand."""
     plain, heard = read_log(words.encode())
-    error = failure_in(plain if plain.strip() or proxy_of(config) else said, heard, config)
+    error = failure_in(plain if plain.strip() or proxy_of(config) else said, config, heard)
     if isinstance(error, ConnectionDropped):
         error = proxy_failure(config, said) or error
     text, fix = str(error), [error.hint, *error.commands]
