@@ -385,10 +385,23 @@ def fork_aware() -> Any:
 
 
 class Deadline:
-    """A point in time; without ``seconds`` it never comes."""
+    """A point in time; without ``seconds`` it never comes. Who waits for it heeds ``cancel``."""
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, cancel: Cancel | None = None) -> None:
         self.at = None if seconds is None else time.monotonic() + seconds
+        self.cancel = cancel
+
+    def within(self, seconds: float) -> Deadline:
+        """The same, but at most so far away."""
+        return Deadline(self.capped(seconds), self.cancel)
+
+    def cancelled(self) -> bool:
+        return self.cancel is not None and self.cancel.is_set
+
+    def check(self) -> None:
+        """Raise Cancelled if it was cancelled."""
+        if self.cancel:
+            self.cancel.check()
 
     def left(self) -> float | None:
         return None if self.at is None else max(0.0, self.at - time.monotonic())
@@ -479,12 +492,11 @@ def poll_once(seconds: float | None, *wanted: Any) -> dict[int, int]:
     return dict(poller.poll(seconds and min(seconds, 2e6) * 1000))  # poll takes 31 bits
 
 
-def nap(seconds: float, deadline: Deadline, cancel: Cancel | None) -> bool:
+def nap(seconds: float, deadline: Deadline) -> bool:
     """Sleep; False if the deadline comes first. Raises Cancelled."""
     pause, left = max(0.0, seconds), deadline.left()
-    poll_once(deadline.capped(pause), cancel)
-    if cancel:
-        cancel.check()
+    poll_once(deadline.capped(pause), deadline.cancel)
+    deadline.check()
     return left is None or pause <= left
 
 
@@ -503,7 +515,7 @@ class Waiters:
     def __init__(self) -> None:
         import threading
         self._changed = threading.Condition()
-        self._asleep: list[tuple[Deadline, Cancel | None]] = []
+        self._asleep: list[Deadline] = []
 
     def wake(self, count: int = 1) -> None:
         if self._asleep:
@@ -514,25 +526,24 @@ class Waiters:
         self._pause, self.told = LOOK_FIRST, False
         self.wake()
 
-    def sleep(self, deadline: Deadline, cancel: Cancel | None, most: float = 3600) -> bool:
+    def sleep(self, deadline: Deadline, most: float = 3600) -> bool:
         """Sleep until a look is worth it, at most ``most`` seconds; False at the deadline. Raises
         Cancelled."""
-        if cancel:
-            cancel.check()
+        deadline.check()
         if deadline.over():
             return False
         with self._changed:
-            mine, watch = (deadline, cancel), not self._watched
-            self._asleep.append(mine)
+            watch = not self._watched
+            self._asleep.append(deadline)
             self._watched = True
             try:
                 self._changed.wait(deadline.capped(min(most, self._pause if watch else 3600)))
             finally:
-                self._asleep.remove(mine)
+                self._asleep.remove(deadline)
                 self._watched = self._watched and not watch
             if watch:
                 self._pause = min(self._pause * 1.5, LOOK_MOST)
-                if any(end.over() or (stop and stop.is_set) for end, stop in self._asleep):
+                if any(end.over() or end.cancelled() for end in self._asleep):
                     self._changed.notify_all()
         return True
 
@@ -2376,14 +2387,14 @@ class Lock:
         except (BlockingIOError, PermissionError, FileNotFoundError):
             return False
 
-    def wait(self, deadline: Deadline, cancel: Cancel | None = None) -> bool:
+    def wait(self, deadline: Deadline) -> bool:
         """take() until the deadline."""
         if self.take():
             return True
         key, silence = (os.getpid(), self.path), Deadline(1)
         waiters = self._waiting.setdefault(key, Waiters())
         try:
-            while waiters.sleep(deadline, cancel, silence.left() or 3600):
+            while waiters.sleep(deadline, silence.left() or 3600):
                 if self.take():
                     return True
                 owner, holder = self._holder()
@@ -2396,7 +2407,7 @@ class Lock:
 
     def hold(self, cancel: Cancel | None = None) -> Lock:
         """Take it, waiting if need be. Raises StateFailed after LOCK_PATIENCE, Cancelled."""
-        if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
+        if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE, cancel)):
             owner, holder = self._holder()
             raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
                                *["See what it does.", f"ps -p {owner}"] * bool(owner))
@@ -2915,12 +2926,10 @@ class SSHConfig(Value):
 
 def ssh_command() -> list[str]:
     text = plain_ssh()
-    words = [text]
-    if text != "ssh":
-        try:
-            words = shlex.split(text)
-        except ValueError as error:
-            raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
     if re.search(r"(?i)stricthostkeychecking[\s=]*(no|off|false)\b", text):
         raise UsageError("CMUX_SSH_COMMAND switches host key checking off.",
                          "In the ssh config of a throwaway host it becomes accept-new.")
@@ -3341,29 +3350,25 @@ class Masters:
         """Whether each session needs a connection of its own."""
         return self._seen("single")
 
-    def _failed(self) -> int:
-        """How often in a row connecting has failed."""
-        return int(recall(self.path("down.json"), DOWN).get("count", 0))
-
-    def _rest(self) -> float:
-        """Seconds until a host that is down is asked again."""
-        count, age = self._failed(), age_of(self.path("down.json"))
-        return DOWN_WAITS[:count][-1] - age if count > 0 and age >= 0 else 0.0
-
-    def _wait_out(self, deadline: Deadline, cancel: Cancel | None) -> None:
-        if not nap(self._rest(), deadline, cancel):
-            raise self._shared_failure()
-
-    def _shared_failure(self) -> HostError:
-        name, message, hint, commands = recall(self.path("down.json"), DOWN).get("why") or (
+    def _down(self) -> tuple[int, float, HostError]:
+        """How often in a row connecting has failed, seconds until the next try, and why."""
+        known, age = recall(self.path("down.json"), DOWN), age_of(self.path("down.json"))
+        count = max(0, known.get("count", 0))
+        name, message, hint, commands = known.get("why") or (
             "", f"{self.host} could not be reached a moment ago.", "Try again.", [])
         kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
         kind = {kind.__name__: kind for kind in kinds}.get(name, ConnectionFailed)
-        return kind(message, hint, self.host, *commands)
+        return (count, DOWN_WAITS[:count][-1] - age if count and age >= 0 else 0.0,
+                kind(message, hint, self.host, *commands))
+
+    def _wait_out(self, deadline: Deadline) -> None:
+        _, rest, why = self._down()
+        if not nap(rest, deadline):
+            raise why
 
     # -- one more master --
 
-    def handshake(self, deadline: Deadline, cancel: Cancel | None = None) -> Lock:
+    def handshake(self, deadline: Deadline) -> Lock:
         """The right to one of HANDSHAKES_AT_ONCE handshakes with this host; of half as many for a
         minute after one was dropped, at first of a quarter (Dropbear takes 5 at once)."""
         try:
@@ -3373,74 +3378,65 @@ class Masters:
                     lock = Lock(self.path(f"handshake.{number}"), waiters=self._shaking)
                     if lock.take():
                         return lock
-                if not self._shaking.sleep(deadline, cancel):
+                if not self._shaking.sleep(deadline):
                     raise self._too_late("too many connections are being made")
         finally:
             self._shaking.leave()
 
-    def _launch(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
+    def _launch(self, count: int, deadline: Deadline) -> list[Slot]:
         """All slots of a new master, or ``count`` on others, if they are free by now; for 0 that of
         an own one. A dropped handshake is tried again, unless the host was down before. At a
         deadline that is over, it is tried once, without a question to a person."""
-        reason: HostError | None = None
-        once = self._failed() > 0
-        for attempt in itertools.count(len(DROPPED_WAITS) if once else 0):
-            with self.handshake(Deadline(self.patience), cancel):
+        once = self._down()[0] > 0
+        for attempt in itertools.count():
+            with self.handshake(Deadline(self.patience, deadline.cancel)):
                 try:
-                    return count and self._try_slots(count) or self._new_master(
-                        cancel, not count, deadline)
+                    return count and self._try_slots(count) or self._new_master(count, deadline)
                 except HostError as error:
                     failed = error
             if not count and self._asks(failed) and not self.single():
                 break  # it may go over a master that a person has logged in
+            pause = 0.0
             if isinstance(failed, ConnectionDropped):
-                why = proxy_of(self.config) and not isinstance(failed, TurnedAway)
-                if why and (once or attempt == 1):  # a master sends a proxy's stderr to /dev/null
-                    _, words, stderr = look_closely(self, "exec sh -c :")
-                    if "Remote protocol version" not in words:
-                        reason = proxy_failure(self.config, stderr)
-                failed = reason or failed
-            if not self._again(failed, attempt, deadline, cancel):
-                break
+                self._mark("dropped")
+                tries = len(DROPPED_WAITS) if isinstance(failed, TurnedAway) else DROPPED_TRIES
+                if attempt < tries and not once:
+                    pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512)
+            if pause >= 5:
+                self.tell(f"{self.host} turns this address away for now; "
+                          f"trying again in {pause:.0f} seconds")
+            if 0 < pause <= deadline.capped(pause) and nap(pause, deadline):
+                continue
+            if type(failed) is ConnectionDropped and proxy_of(self.config):
+                # A master sends a proxy's stderr to /dev/null.
+                _, words, stderr = look_closely(self, "exec sh -c :")
+                if "Remote protocol version" not in words:
+                    failed = proxy_failure(self.config, stderr) or failed
+            why = [type(failed).__name__, str(failed), failed.hint, failed.commands]
+            write_json(self.path("down.json"), {"count": self._down()[0] + 1, "why": why})
+            break
         raise failed
 
     def _asks(self, error: BaseException) -> bool:
         """Whether a person might mend a login."""
         return isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
 
-    def _again(self, error: HostError, attempt: int, deadline: Deadline,
-               cancel: Cancel | None) -> bool:
-        """After a failed try to connect: wait and return True if the server dropped the handshake
-        and another try is worth it. Else remember the failure."""
-        if isinstance(error, ConnectionDropped):
-            self._mark("dropped")
-            tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else DROPPED_TRIES
-            pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512) if attempt < tries else 0
-            if pause >= 5:
-                self.tell(f"{self.host} turns this address away for now; "
-                          f"trying again in {pause:.0f} seconds")
-            if 0 < pause <= deadline.capped(pause) and nap(pause, deadline, cancel):
-                return True
-        why = [type(error).__name__, str(error), error.hint, error.commands]
-        write_json(self.path("down.json"), {"count": self._failed() + 1, "why": why})
-        return False
-
-    def _new_master(self, cancel: Cancel | None, own: bool, deadline: Deadline) -> list[Slot]:
-        name = ("o." if own else "m.") + os.urandom(4).hex()
-        master = Master(self.path(name), own)
+    def _new_master(self, count: int, deadline: Deadline) -> list[Slot]:
+        own = not count
+        master = Master(self.path(("o." if own else "m.") + os.urandom(4).hex()), own)
         slots, usable = self._hold([master], len(master.slots)), False
         try:
             try:
-                self._start(master, cancel, batch=True)
+                self._start(master, deadline.cancel, batch=True)
             except HostError as error:
                 ask = self._asks(error) and not own and not deadline.over()
                 if not (ask and self.interactive and self.interactive()):
                     raise
-                self._start(master, cancel, batch=False)
+                self._start(master, deadline.cancel, batch=False)
             usable = own or not self.single()
         finally:
             if not usable:
-                self.free(slots, 0)
+                self.free(slots)
         if not own:
             self._known = {**self._known, master.path: master}
         remove_file(self.path("down.json"))
@@ -3480,9 +3476,7 @@ class Masters:
             self._mark("single")
             if not master.own:
                 end_master(path)
-        elif not master.own and batch:
-            remove_file(self.path("person"))
-        elif not batch:
+        if not batch:
             self._mark("person")
 
     def _sweep(self) -> None:
@@ -3490,8 +3484,8 @@ class Masters:
         (One that is in use all the same is made again.)"""
         import shutil
         for path in paths_in(self.folder):
-            name = os.path.basename(path)[:10]
-            ended = name[:2] in ("m.", "o.") and not os.path.lexists(self.path(name))
+            master = self.path(os.path.basename(path)[:10])
+            ended = master[-9:-8] == "." and not os.path.lexists(master)
             if ended and age_of(path) > 3600:
                 remove_file(path)
         for path in paths_in(os.path.dirname(self.folder)):
@@ -3525,19 +3519,19 @@ class Masters:
                 found.extend(itertools.islice(
                     (slot for master in masters if master.until <= now
                      for slot in master.slots[first:] if slot.fd < 0 and slot.take()), count))
+            return found if len(found) == count else []
         finally:
-            if len(found) < count:
-                self.free(found, 0)  # those that wait for two would wake each other for ever
-        return found if len(found) == count else []
+            for slot in found if len(found) < count else ():
+                slot.free()  # and wake nobody: those that wait for two would do so for ever
 
-    def free(self, slots: Sequence[Slot], wake: int = 1) -> None:
+    def free(self, slots: Sequence[Slot]) -> None:
         """Free these, and wake as many of those who wait for one, and of those who wait for two."""
         for slot in slots:
             slot.free()
             slot.master.until = 0.0  # it may take another session now
             if slot.master.own:
                 end_master(slot.master.path)
-        self._wake(len(slots) * wake)
+        self._wake(len(slots))
 
     def _wake(self, count: int) -> None:
         for waiters in self._freed.values():
@@ -3549,13 +3543,13 @@ class Masters:
         return ConnectionFailed(f"{self.host} had no session free in time: {why}.",
                                 "Try again, or run fewer at once.", self.host)
 
-    def open(self, command: str | Target, deadline: Deadline, cancel: Cancel | None = None,
-             count: int = 1, bulk: bool = False) -> list[Session]:
+    def open(self, deadline: Deadline, count: int = 1, bulk: bool = False,
+             command: str | Target = BOOT) -> list[Session]:
         """``count`` sessions for ``command``, all or none: a caller that holds one and waits for
         another could wait for ever. One for ``bulk`` has a connection of its own, unless logging in
         needs a person."""
         while True:
-            slots = self._slots(count, deadline, cancel, bulk)
+            slots = self._slots(count, deadline, bulk)
             new = len(slots) > count or slots[0].master.own  # with no session on it
             try:
                 return self._open_on(slots[:count], command)
@@ -3566,25 +3560,24 @@ class Masters:
                 if new:
                     self._mark("single")
             except MasterGone:
-                if new and not nap(1, deadline, cancel):
+                if new and not nap(1, deadline):
                     raise
             finally:
                 self.free(slots[count:])
             if deadline.over():
                 raise self._too_late("it refuses more")
 
-    def _slots(self, count: int, deadline: Deadline, cancel: Cancel | None,
-               bulk: bool = False) -> list[Slot]:
+    def _slots(self, count: int, deadline: Deadline, bulk: bool = False) -> list[Slot]:
         """So many slots on live masters, or all of a new one; or those of own masters."""
         slots: list[Slot] = []
         while not slots:
             if not self.single() and not (bulk and not self._seen("person")):
-                slots = self._take_slots(count, deadline, cancel)
+                slots = self._take_slots(count, deadline)
                 continue
             try:
-                self._wait_out(deadline, cancel)
+                self._wait_out(deadline)
                 while len(slots) < count:
-                    slots += self._launch(0, deadline, cancel)
+                    slots += self._launch(0, deadline)
             except BaseException as error:
                 self.free(slots)
                 if self.single() or not self._asks(error):
@@ -3599,11 +3592,11 @@ class Masters:
         if self.masters() and not single:
             return
         if now:
-            self._wait_out(Deadline(0), cancel)
+            self._wait_out(Deadline(0))
         if not single:
-            self.free(self._first_master(1, Deadline(SLOT_PATIENCE), cancel))
+            self.free(self._first_master(1, Deadline(SLOT_PATIENCE, cancel)))
 
-    def open_ahead(self, command: str) -> Session | None:
+    def open_ahead(self) -> Session | None:
         """A session for later, in the upper half of a master's slots: the lower half is for the
         work of now. None if none is free. Where other processes hold them all, one more master is
         started, but only once: where logging in needs a person, each try is a failed login."""
@@ -3613,13 +3606,13 @@ class Masters:
         slots = self._try_slots(1, half)
         if not slots and not self._spared and 0 < len(self.masters()) < SPARED_MOST:
             self._spared = True
-            self.free(self._one_more(SESSIONS_PER_MASTER, None))
+            self.free(self._one_more(SESSIONS_PER_MASTER))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError, IndexError):
-            return self._open_on(slots, command)[0]
+            return self._open_on(slots)[0]
         return None
 
-    def _open_on(self, slots: Sequence[Slot], command: str | Target) -> list[Session]:
+    def _open_on(self, slots: Sequence[Slot], command: str | Target = BOOT) -> list[Session]:
         """Sessions in these slots, or none. Raises SessionRefused, MasterGone: others may do."""
         opened: list[Session] = []
         try:
@@ -3654,7 +3647,7 @@ class Masters:
                     raise error
                 self.alert(f"WARNING: {error} {error.hint}")
 
-    def _take_slots(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
+    def _take_slots(self, count: int, deadline: Deadline) -> list[Slot]:
         """So many free slots on live masters, or all slots of a new one, which is started where it
         is needed. [] where the host turns out to take one session a connection."""
         slots = self._try_slots(count)
@@ -3667,13 +3660,13 @@ class Masters:
             while not self.single():
                 if not self._known:
                     self._wake(sys.maxsize)  # all wait for one that tries, and share its result
-                    slots = self._first_master(count, deadline, cancel)
+                    slots = self._first_master(count, deadline)
                 elif patience.over():
-                    slots = self._one_more(count, cancel)
+                    slots = self._one_more(count, deadline.cancel)
                 slots = slots or self._try_slots(count)
                 if slots:
                     return slots
-                if not freed.sleep(deadline, cancel, patience.left() or 3600):
+                if not freed.sleep(deadline, patience.left() or 3600):
                     raise self._too_late("running commands use them all")
             return []
         finally:
@@ -3681,33 +3674,34 @@ class Masters:
                 self._waiting -= count
             freed.leave()
 
-    def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
+    def _first_master(self, count: int, deadline: Deadline) -> list[Slot]:
         """Connect, one process at a time; the others share its result."""
-        before = self._failed()
+        before = self._down()[0]
         lock = Lock(self.path("probe"), doing="connects to " + self.host)
-        if not lock.wait(deadline, cancel):
+        if not lock.wait(deadline):
             raise self._too_late("another process is still connecting")
         with lock:
             if self.masters() or self.single():
                 return []
-            if self._failed() not in (0, before):
-                raise self._shared_failure()
-            self._wait_out(deadline, cancel)
-            return self._launch(count, deadline, cancel)
+            failed, _, why = self._down()
+            if failed not in (0, before):
+                raise why
+            self._wait_out(deadline)
+            return self._launch(count, deadline)
 
-    def _one_more(self, count: int, cancel: Cancel | None) -> list[Slot]:
+    def _one_more(self, count: int, cancel: Cancel | None = None) -> list[Slot]:
         """Start one more master, of as many at once as those who wait can fill; after a failure one
         at a time. A failure does not matter, since others live, but it keeps all processes from
         trying again at once."""
         with self._mutex:
-            wanted = 1 if self._failed() else -(-self._waiting // SESSIONS_PER_MASTER) or 1
-            most = min(wanted, MASTERS_PER_HOST - len(self._known))
-            if self._launching >= most or self._rest() > 0:
+            failed, rest, _ = self._down()
+            wanted = 1 if failed else -(-self._waiting // SESSIONS_PER_MASTER) or 1
+            if rest > 0 or self._launching >= min(wanted, MASTERS_PER_HOST - len(self._known)):
                 return []
             self._launching += 1
         self._wake(1)  # another looks meanwhile
         try:
-            return self._launch(count, Deadline(0), cancel)
+            return self._launch(count, Deadline(0, cancel))
         except HostError:
             return []
         finally:
@@ -3720,7 +3714,7 @@ class Masters:
         """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call
         when it has ended). Escape characters are off: a pasted ~C would open forwards."""
         self.masters()  # not to give ssh a socket that is gone
-        config, slots = self.ask_config(command), self._slots(1, Deadline(SLOT_PATIENCE), None)
+        config, slots = self.ask_config(command), self._slots(1, Deadline(SLOT_PATIENCE))
         self.free(slots[1:])
         path = slots[0].master.path.replace("%", "%%")
         argv = ssh_argv(config, "-e", "none", "-S", path, "-o", "ProxyCommand=false")
@@ -3729,11 +3723,12 @@ class Masters:
         environment["TERM"] = os.environ.get("TERM", "dumb")
         return words, environment, lambda: self.free(slots[:1])
 
-    def count_sessions(self, command: str, most: int) -> int:
+    def count_sessions(self) -> int:
+        """How many one connection takes, up to 12."""
         opened: list[Session] = []
         with contextlib.suppress(HostError, OSError, IndexError):
-            while len(opened) < most:
-                opened.append(Session(self, Slot(self.masters()[0], -1), command))
+            while len(opened) < 12:
+                opened.append(Session(self, Slot(self.masters()[0], -1), BOOT))
         for session in opened:
             session.close()
         return len(opened)
@@ -3818,7 +3813,7 @@ class Forward:
 
     def _open(self, client: Any) -> Any:
         target = self.port, client.fileno()
-        return self._masters.open(target, Deadline(SLOT_PATIENCE), self._ending)[0]
+        return self._masters.open(Deadline(SLOT_PATIENCE, self._ending), command=target)[0]
 
     def _report(self, error: CmuxError) -> None:
         """Once for each kind."""
@@ -3993,24 +3988,24 @@ class Exchange:
     def answered(self) -> bool:
         return self.begun or self.out.ended
 
-    def run(self, deadline: Deadline, cancel: Cancel | None = None,
-            until: Callable[[], bool] | None = None, stall: float = 1e9) -> bool:
+    def run(self, deadline: Deadline, until: Callable[[], bool] | None = None,
+            stall: float = 1e9) -> bool:
         """Move bytes until it has ended, or ``until``: True; or until the deadline: False, and it
         can go on. Raises HostError when the session is lost, or no byte has moved for ``stall``
         seconds (for CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
-        if not deadline.over() and not (cancel and cancel.is_set):
+        if not deadline.over() and not deadline.cancelled():
             self._write()  # mostly there is room: no poll is needed
         while not (until() if until else self.ended):
             if self.lost:
                 raise self.session.failure(self.begun, self.sent)
-            if cancel:
-                cancel.check()
+            deadline.check()
             if not self.outgoing and not self.source:
                 stall = max(stall, CALL_PATIENCE)
                 if self.close_stdin:
                     self.session.close_stdin()
             patience = Deadline(self.moved + stall - time.monotonic())
-            events = self._events(deadline.capped(patience.capped(BEAT_MOST)), cancel)
+            wait = deadline.capped(patience.capped(BEAT_MOST))
+            events = poll_once(wait, deadline.cancel, *self._wanted())
             if deadline.over():  # also where output never pauses
                 return False
             if not events and patience.over():
@@ -4031,14 +4026,14 @@ class Exchange:
             with contextlib.suppress(OSError):  # full, or lost: its own events report that
                 os.write(over.session.stdin, sign + b"\n")
 
-    def _events(self, seconds: float, cancel: Cancel | None) -> dict[int, int]:
+    def _wanted(self) -> list[Any]:
         wanted: list[Any] = [stream.fd for stream in (self.out, self.err) if not stream.closed]
         wanted.append(self.session.control)
         if len(self.outgoing) > self._held and self.session.stdin >= 0:
             wanted.append((self.session.stdin, select.POLLOUT))
         elif self.source and self.begun:  # before, the operation can be tried again
             wanted.append(self.source.fd)
-        return poll_once(seconds, cancel, *wanted)
+        return wanted
 
     def _event(self, fd: int) -> None:
         if fd in (self.out.fd, self.err.fd):
@@ -4156,7 +4151,7 @@ class Host:
         first."""
         records = record("_cmux_directory", directory) + records
         return CommandRun(self, records, stdout, stderr, source).go(
-            deadline, self.ending.join(cancel))
+            Deadline(deadline.left(), self.ending.join(cancel)))
 
     def _call(self, script: str, *arguments: str, source: Source | None = None,
              direct: bool = False, cancel: Cancel | None = None, limit: int = REPLY_MAX,
@@ -4167,32 +4162,33 @@ class Host:
         ``direct`` uses a session for bulk; ``before`` are more header records; ``data`` is all of
         its stdin."""
         records, cancel = before + script_records(script, *arguments), self.ending.join(cancel)
-        patience = None if source or data else CALL_PATIENCE
+        deadline, patience = Deadline(None, cancel), None if source or data else CALL_PATIENCE
 
         def work(sessions: list[Session]) -> Reply:
             out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
             exchange = Exchange(sessions[0], records, out, err, source, data)
-            self._begin(exchange, cancel)
+            self._begin(exchange, deadline)
             trip = time.monotonic() - exchange.asked
-            if not exchange.run(Deadline(patience), cancel, stall=STALL_PATIENCE):
+            if not exchange.run(Deadline(patience, cancel), stall=STALL_PATIENCE):
                 raise RemoteFailed(f"{self.name} did not finish within {patience} seconds.")
             return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value(),
                          trip=trip)
 
         def repeat(lost: ConnectionLost) -> bool:
             return not (source and source.total or once and lost.begun)
-        return self._attempt(work, cancel, repeat, bulk=direct)
+        return self._attempt(work, deadline, repeat, bulk=direct)
 
-    def _attempt(self, work: Callable[[list[Session]], Made], cancel: Cancel | None,
-                repeat: Callable[[ConnectionLost], bool], deadline: Deadline = NEVER,
-                count: int = 1, bulk: bool = False) -> Made:
+    def _attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
+                repeat: Callable[[ConnectionLost], bool], count: int = 1,
+                bulk: bool = False) -> Made:
         """What ``work`` returns for a list of sessions of _open(). What it leaves in the list is
         closed. Where it may ``repeat``, it is tried again after a lost connection, and on a full
         host, whose other processes may end."""
         first: ConnectionLost | None = None
-        with self._operation():
+        self._count(1)
+        try:
             for number in range(10):
-                sessions = self._open(deadline, cancel, count, bulk)
+                sessions = self._open(deadline, count, bulk)
                 try:
                     return work(sessions)
                 except ConnectionLost as error:
@@ -4203,16 +4199,18 @@ class Host:
                 first = first or lost
                 pause = min(8, 0.2 * 2 ** number) * (0.5 + os.urandom(1)[0] / 255)
                 again = (number < 2 or isinstance(lost, HostFull)) and repeat(lost)
-                if isinstance(lost, HostSilent) or not again or not nap(pause, deadline, cancel):
+                if isinstance(lost, HostSilent) or not again or not nap(pause, deadline):
                     break
+        finally:
+            self._count(-1)
         raise first or AssertionError()  # the first lost connection may have done its work
 
     # -- sessions opened ahead: the shell reads, and waits for a header --
 
-    def _open(self, deadline: Deadline = NEVER, cancel: Cancel | None = None, count: int = 1,
+    def _open(self, deadline: Deadline = NEVER, count: int = 1,
               bulk: bool = False) -> list[Session]:
         """So many sessions that run BOOT, all or none."""
-        patience, found = Deadline(deadline.capped(SLOT_PATIENCE)), []  # type: Deadline, list[Session]
+        found: list[Session] = []
         with self._mutex:
             while self._ready and len(found) < count and not bulk:
                 found.append(self._ready.pop())
@@ -4221,28 +4219,21 @@ class Host:
         if len(found) < count:
             for session in found:
                 session.close()
-            found = self.masters.open(BOOT, patience, cancel, count, bulk)
+            found = self.masters.open(deadline.within(SLOT_PATIENCE), count, bulk)
         return found
 
-    @contextlib.contextmanager
-    def _operation(self) -> Iterator[None]:
-        """While one runs, no session is opened ahead; the keeper begins after the last."""
+    def _count(self, more: int) -> None:
+        """While an operation runs, no session is opened ahead; the keeper begins after the last."""
         with self._mutex:
-            self._active, self._resting = self._active + 1, False
-        try:
-            yield
-        finally:
-            with self._mutex:
-                self._active -= 1
-                if self._warm and not self._active:
-                    self._wake.set()
-                    if not self._keeper:
-                        import threading
-                        keeper = threading.Thread(target=self._keep, name="cmux-keeper",
-                                                  daemon=True)
-                        with contextlib.suppress(RuntimeError):  # the interpreter is ending
-                            keeper.start()
-                            self._keeper = keeper
+            self._active, self._resting = self._active + more, self._resting and more < 0
+            if self._warm and not self._active:
+                self._wake.set()
+                if not self._keeper:
+                    import threading
+                    keeper = threading.Thread(target=self._keep, name="cmux-keeper", daemon=True)
+                    with contextlib.suppress(RuntimeError):  # the interpreter is ending
+                        keeper.start()
+                        self._keeper = keeper
 
     def _keep(self) -> None:
         """Open sessions ahead between operations; close them after WARM_IDLE seconds unused."""
@@ -4254,7 +4245,7 @@ class Host:
             # The next operation meets the same failure, and reports it.
             with contextlib.suppress(CmuxError, OSError):
                 while not (self._active or self._resting) and len(self._ready) < self._warm:
-                    session = self.masters.open_ahead(BOOT)
+                    session = self.masters.open_ahead()
                     if session is None:
                         break
                     with self._mutex:
@@ -4276,16 +4267,14 @@ class Host:
         for session in ready:
             session.close()
 
-    def _begin(self, exchange: Exchange, cancel: Cancel | None,
-               deadline: Deadline = NEVER) -> None:
+    def _begin(self, exchange: Exchange, deadline: Deadline = NEVER) -> None:
         """Wait until an operation has begun, or the deadline has passed. Raises HostError, and
         WorkspaceMissing where its directory is missing."""
-        patience = Deadline(deadline.capped(START_PATIENCE))
-        soon, answered = Deadline(patience.capped(SHELL_PATIENCE)), exchange.answered
-        if not exchange.run(soon, cancel, answered):
+        patience = deadline.within(START_PATIENCE)
+        if not exchange.run(patience.within(SHELL_PATIENCE), exchange.answered):
             if not (patience.over() or exchange.out.ready):
-                self._see_our_shell(cancel)
-            if not exchange.run(patience, cancel, answered) and not deadline.over():
+                self._see_our_shell(deadline)
+            if not exchange.run(patience, exchange.answered) and not deadline.over():
                 self._abandon(exchange.session)
                 kind = HostSilent if exchange.sent else ConnectionFailed
                 raise kind(f"{self.name} accepted the session, but no shell answered in "
@@ -4295,13 +4284,13 @@ class Host:
         if exchange.out.refused:
             raise WorkspaceMissing(f"The directory is missing on {self.name}.")
 
-    def _see_our_shell(self, cancel: Cancel | None) -> None:
+    def _see_our_shell(self, deadline: Deadline) -> None:
         """Raise RemoteShellFailed where a foreign shell reads our stdin: in another session, with a
         closed stdin, it ends, while a slow shell is silent again."""
         try:
-            with contextlib.closing(self.masters.open(BOOT, Deadline(1), cancel)[0]) as session:
+            with contextlib.closing(self.masters.open(deadline.within(1))[0]) as session:
                 probe = Exchange(session, b"", len, len, data=b"")
-                probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
+                probe.run(deadline.within(SHELL_PATIENCE / 2))
         except HostError as error:
             if isinstance(error, RemoteShellFailed) and not probe.out.ready:
                 raise
@@ -4316,22 +4305,22 @@ class Incoming:
     """The stdout of one of our scripts, piece by piece, over a session for bulk."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.cancel = host.ending.join(cancel)
+        self.deadline = Deadline(None, host.ending.join(cancel))
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
         records = script_records(script, *arguments)
 
         def work(sessions: list[Session]) -> None:
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
-            host._begin(self.exchange, self.cancel)
+            host._begin(self.exchange, self.deadline)
             sessions.clear()  # close() closes it
-        host._attempt(work, self.cancel, lambda lost: True, bulk=True)
+        host._attempt(work, self.deadline, lambda lost: True, bulk=True)
 
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
         if not self.waiting:
-            self.exchange.run(NEVER, self.cancel, stall=CALL_PATIENCE,
-                              until=lambda: bool(self.waiting) or self.exchange.ended)
+            self.exchange.run(self.deadline, lambda: bool(self.waiting) or self.exchange.ended,
+                              CALL_PATIENCE)
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
@@ -4354,16 +4343,15 @@ class CommandRun:
         self.run_id = os.urandom(12).hex()
         self.exchange: Exchange | None = None
         self.guard: Exchange | None = None
-        self.verdict = Capture(100)  # of the guard
 
-    def go(self, deadline: Deadline, cancel: Cancel | None) -> Outcome:
+    def go(self, deadline: Deadline) -> Outcome:
         """Run it to its end. Where the session is lost before the whole header is written, nothing
         can have begun, and it is tried again."""
         def work(sessions: list[Session]) -> Outcome:
             self.exchange = self.guard = None
             reason = "timeout"
             try:
-                if self._begin(sessions, deadline, cancel).run(deadline, cancel):
+                if self._begin(sessions, deadline).run(deadline):
                     return self._outcome()
             except Cancelled:
                 reason = "cancel"
@@ -4374,7 +4362,7 @@ class CommandRun:
                 raise
             return Outcome(status=None, stopped=self._stop(), reason=reason)
         try:
-            return self.host._attempt(work, cancel, lambda lost: not lost.begun, deadline,
+            return self.host._attempt(work, deadline, lambda lost: not lost.begun,
                                       2 if self.source else 1)
         except Cancelled:  # while it waited
             return Outcome(status=None, stopped="confirmed", reason="cancel")
@@ -4389,20 +4377,23 @@ class CommandRun:
             self._tell_guard(".")
         return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
 
-    def _begin(self, sessions: list[Session], deadline: Deadline,
-               cancel: Cancel | None) -> Exchange:
+    def _begin(self, sessions: list[Session], deadline: Deadline) -> Exchange:
         """Begin the command, and for a streaming stdin the guard before it."""
         if self.source:
-            self.guard = Exchange(sessions[-1], script_records(GUARD), self.verdict, len,
-                                  run_id=self.run_id)
-            self.host._begin(self.guard, cancel, deadline)
+            self.guard = self._new_guard(sessions[-1])
+            self.host._begin(self.guard, deadline)
         self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source,
                                  run_id=self.run_id)
-        self.host._begin(self.exchange, cancel, deadline)
+        self.host._begin(self.exchange, deadline)
         if self.exchange.begun:
             self.exchange.guard = self.guard
             self._tell_guard(self.exchange.out.pid)
         return self.exchange
+
+    def _new_guard(self, session: Session, data: bytes | None = None) -> Exchange:
+        self.verdict = Capture(100)
+        return Exchange(session, script_records(GUARD), self.verdict, len, data=data,
+                        run_id=self.run_id)
 
     def _tell_guard(self, line: str) -> None:
         if self.guard:
@@ -4437,12 +4428,10 @@ class CommandRun:
     def _stop_again(self, pid: str) -> str:
         """End it over another session, and return what that reports."""
         try:
-            reply, [session] = Capture(100), self.host._open(Deadline(STOP_PATIENCE))
+            [session] = self.host._open(Deadline(STOP_PATIENCE))
             with contextlib.closing(session):
-                guard = Exchange(session, script_records(GUARD), reply, len,
-                                 data=pid.encode() + b"\n", run_id=self.run_id)
-                guard.run(Deadline(STOP_PATIENCE))
-            return "confirmed" if reply.value() == b"confirmed\n" else "requested"
+                self._new_guard(session, pid.encode() + b"\n").run(Deadline(STOP_PATIENCE))
+            return "confirmed" if self.verdict.value() == b"confirmed\n" else "requested"
         except CmuxError:
             return "unknown"
 
@@ -6314,7 +6303,7 @@ class WorkspaceBase:
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
             exchange = Exchange(session, header, ready, ready, data=encoded(text))
-            self.host._begin(exchange, None)
+            self.host._begin(exchange)
             exchange.run(Deadline(START_PATIENCE),
                          until=lambda: bool(ready.total) or exchange.ended)
             if ready.value() != b"ready\n":
@@ -7421,7 +7410,7 @@ def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel |
             if not failed:
                 Masters.tell(f"{error} Trying again for up to {FAULT_PATIENCE // 60} minutes.")
             failed = True
-            nap(0.5, deadline, cancel)
+            nap(0.5, deadline)
 
 
 def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> int:
@@ -8481,7 +8470,7 @@ class Call:
 def wait_until(done: Callable[[], bool], seconds: float, cancel: Cancel | None = None) -> None:
     """Wait, ``seconds`` at most, until ``done()``. Raises Cancelled."""
     deadline = Deadline(seconds)
-    while not done() and nap(0.05, deadline, cancel):
+    while not done() and nap(0.05, deadline):
         pass
 
 
@@ -9152,7 +9141,7 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
 
 
 def examine_speed(host: Host) -> Iterator[Finding]:
-    count = 1 if host.masters.single() else host.masters.count_sessions(BOOT, 12)
+    count = 1 if host.masters.single() else host.masters.count_sessions()
     yield finding("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions",
                   f"{count} on one connection; {min(count, SESSIONS_PER_MASTER)} of them used",
                   "MaxSessions 10 in its sshd_config is the usual.")
