@@ -3741,8 +3741,9 @@ def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, st
     ssh sends a proxy that closes its stdout a SIGHUP before it can write why: for a second that is
     ignored."""
     import tempfile
-    config, leave = masters.ask_config(command), masters.handshake(Deadline(masters.patience))
-    with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
+    config, folder = masters.ask_config(command), temporary_folder()
+    with masters.handshake(Deadline(masters.patience)), tempfile.NamedTemporaryFile(
+            prefix="cmux-doctor-", dir=folder) as log:
         argv = ["/bin/sh", "-c", "trap '' HUP; \"$@\"; code=$?; [ $code != 255 ] || sleep 1; "
                 "trap : TERM; kill 0; exit $code", "sh"]
         argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name, *options)
@@ -3751,8 +3752,6 @@ def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, st
             status, _, stderr = run(argv, scrubbed_environment(config), STATE_MAX, masters.patience)
         except CmuxError:
             status, stderr = 255, b""
-        finally:
-            leave.free()
         words = read_bytes(log.name, STATE_MAX) or b""
         return status, words.decode("utf-8", "replace"), stderr
 
@@ -3768,7 +3767,7 @@ class Forward:
         if not (0 < port < 65536 and 0 <= local < 65536):
             raise UsageError("A port is a number from 1 to 65535.")
         self._masters, self.port, self._tell, self._ending = masters, port, tell, Cancel()
-        self._reported: set[str] = set()
+        self._reported: set[type] = set()
         why = ""
         for number in [local] if local else [port, 0]:
             try:
@@ -3817,8 +3816,8 @@ class Forward:
 
     def _report(self, error: CmuxError) -> None:
         """Once for each kind."""
-        if type(error).__name__ not in self._reported and not self._ending.is_set:
-            self._reported.add(type(error).__name__)
+        if type(error) not in self._reported and not self._ending.is_set:
+            self._reported.add(type(error))
             self._tell(f"{error} {error.hint} {', '.join(error.commands)}".strip())
 
     def _accept(self) -> None:
@@ -7394,14 +7393,18 @@ def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Job]:
     return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
 
 
-def through_faults(call: Callable[[], Any], deadline: Deadline, cancel: Cancel | None) -> Any:
-    """The value of ``call``; a lost or refused connection is tried again for FAULT_PATIENCE."""
+def through_faults(call: Callable[[], Job], deadline: Deadline) -> Job:
+    """What ``call`` returns of a job; a lost or refused connection is tried again for
+    FAULT_PATIENCE. A host that does not wait before it answers is not asked again at once."""
     patience, failed = Deadline(FAULT_PATIENCE), False
     while True:
+        soon = Deadline(0.5)
         try:
             value = call()
             if failed:
                 Masters.tell("It answers again.")
+            if value["state"] == "running" and not value["output"] and not soon.over():
+                nap(0.5, deadline)
             return value
         except HostError as error:
             if isinstance(error, (HostKeyFailed, AuthenticationFailed)) \
@@ -7689,7 +7692,7 @@ class Workspace(WorkspaceBase):
                           cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         match = re.match(r"(\d{1,15}) (j[0-9a-f]{8}) (.*)", head.decode("latin-1"), re.A)
-        if not match or match[2] not in jobs:
+        if not match or match[2] not in jobs or len(data) > limit:
             raise RemoteFailed("The host's answer to logs is damaged.")
         return {**parse_state(match[3]), "job": match[2], "output": data,
                 "next_offset": offset + len(data), "size": int(match[1])}
@@ -7700,10 +7703,10 @@ class Workspace(WorkspaceBase):
         """Wait, ``timeout`` seconds at most, for the end of a job, or of the first of several,
         across lost connections: ``job`` (which one), ``state`` (running, if none has ended),
         ``exit_code``, ``size``."""
-        deadline = Deadline(timeout)
+        deadline = Deadline(timeout, cancel)
         while True:
-            status: Job = through_faults(lambda: self.logs(
-                job, 0, deadline.capped(25), 0, "end", cancel), deadline, cancel)
+            status = through_faults(lambda: self.logs(
+                job, 0, deadline.capped(25), 0, "end", cancel), deadline)
             if status["state"] != "running" or deadline.over():
                 del status["output"], status["next_offset"]
                 return status
@@ -7715,7 +7718,7 @@ class Workspace(WorkspaceBase):
         Returns what logs() did last."""
         while True:
             more = functools.partial(self.logs, job, offset, 20, cancel=cancel)
-            status: Job = through_faults(more, NEVER, cancel)
+            status = through_faults(more, Deadline(None, cancel))
             sink(status["output"])
             offset = status["next_offset"]
             if status["state"] != "running" and not status["output"]:
@@ -8469,7 +8472,7 @@ class Call:
 
 def wait_until(done: Callable[[], bool], seconds: float, cancel: Cancel | None = None) -> None:
     """Wait, ``seconds`` at most, until ``done()``. Raises Cancelled."""
-    deadline = Deadline(seconds)
+    deadline = Deadline(seconds, cancel)
     while not done() and nap(0.05, deadline):
         pass
 
