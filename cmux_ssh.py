@@ -2909,8 +2909,6 @@ FAILURES: tuple[tuple[Any, ...], ...] = (
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
 DISCONNECT = b"Received disconnect from "
-AFTER_LOGIN = re.compile(rb"(?m)^(Read from remote host |Connection to .* closed by remote host|"
-                         rb"client_loop: |Timeout, server )")
 BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b")
 
 
@@ -3015,15 +3013,10 @@ def log_head(path: str) -> bytes:
 def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
     """(ssh's own words in its log, the server's). Only the first may be believed: a server, too,
     can send "Host key verification failed", also as its reason for a disconnect, at the end."""
-    own: list[bytes] = []
     words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
-    heard = [away + reason] if away else []
-    for line in words.split(b"\n"):
-        said = HEARD.match(line)
-        if said:
-            heard.append(said.group(1))
-        elif not line.startswith((b"debug1: ", b"OpenSSH_")):
-            own.append(line)
+    lines = words.split(b"\n")
+    heard = [away + reason] * bool(away) + [said[1] for said in map(HEARD.match, lines) if said]
+    own = [line for line in lines if not line.startswith((b"debug1: ", b"OpenSSH_"))]
     return b"\n".join(own), heard
 
 
@@ -3077,7 +3070,8 @@ def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
 # strings carry their own 32-bit length. All that we send and read:
 MUX_HELLO, MUX_NEW_SESSION, MUX_TERMINATE = 0x00000001, 0x10000002, 0x10000005
 MUX_NEW_FORWARD = 0x10000008  # what `ssh -W` asks for
-MUX_DENIED, MUX_FAILURE, MUX_EXIT, MUX_OPENED = 0x80000002, 0x80000003, 0x80000004, 0x80000006
+MUX_DENIED, MUX_FAILURE, MUX_OPENED = 0x80000002, 0x80000003, 0x80000006
+MUX_ENDED = re.compile(rb"(?s)\0\0\0\x0c\x80\0\0\x04.{4}(.{4})")  # a session, and its status
 MUX_NO_ESCAPE = 0xffffffff
 
 
@@ -3183,20 +3177,14 @@ class Session:
 
     def _packet(self) -> bytes:
         while True:
-            packet = self._next()
-            if packet is not None:
+            end = 4 + int.from_bytes(self._buffer[:4], "big")
+            if len(self._buffer) >= max(end, 5):
+                packet, self._buffer = self._buffer[4:end], self._buffer[end:]
                 return packet
             data = receive(self._socket)
             if not data:
                 raise MasterGone("")
             self._buffer += data
-
-    def _next(self) -> bytes | None:
-        end = 4 + int.from_bytes(self._buffer[:4], "big")
-        if len(self._buffer) < end:
-            return None
-        packet, self._buffer = self._buffer[4:end], self._buffer[end:]
-        return packet
 
     def over(self) -> bool:
         """Whether it has ended; somebody else may hold the streams."""
@@ -3207,10 +3195,9 @@ class Session:
         except OSError:
             data = b""
         self._buffer += data
-        for packet in iter(self._next, None):
-            kind, _, status = mux_numbers(packet)
-            if kind == MUX_EXIT:
-                self._status = status
+        ended = MUX_ENDED.search(self._buffer)
+        if ended:
+            self._status = int.from_bytes(ended[1], "big")
         return not data
 
     def cut(self) -> bool:
@@ -3280,13 +3267,13 @@ class Slot(Lock):
     """The place of one session on a master, among all processes of this user."""
 
     def __init__(self, master: Master, number: int) -> None:
-        super().__init__(f"{master.path}.{number}", passing=master.own)
+        super().__init__(f"{master.path}.{number}")
         self.master = master
 
 
 class Master:
     """A connection that sessions share, and what this process has seen of it; or, where it is our
-    ``own``, the connection of one session."""
+    ``own``, the connection of one session, whose slot needs no lock."""
 
     def __init__(self, path: str, own: bool = False) -> None:
         self.path, self.own = path, own  # of its control socket
@@ -3424,7 +3411,8 @@ class Masters:
     def _new_master(self, count: int, deadline: Deadline) -> list[Slot]:
         own = not count
         master = Master(self.path(("o." if own else "m.") + os.urandom(4).hex()), own)
-        slots, usable = self._hold([master], len(master.slots)), False
+        slots = master.slots if own else self._hold([master], SESSIONS_PER_MASTER)
+        usable = False
         try:
             try:
                 self._start(master, deadline.cancel, batch=True)
@@ -3484,9 +3472,8 @@ class Masters:
         (One that is in use all the same is made again.)"""
         import shutil
         for path in paths_in(self.folder):
-            master = self.path(os.path.basename(path)[:10])
-            ended = master[-9:-8] == "." and not os.path.lexists(master)
-            if ended and age_of(path) > 3600:
+            master = re.sub(r"(/[mo]\.\w{8})\..*", r"\1", path)
+            if age_of(path) > 3600 and not os.path.lexists(master):
                 remove_file(path)
         for path in paths_in(os.path.dirname(self.folder)):
             if age_of(path) > FOLDER_KEPT:
