@@ -2426,8 +2426,8 @@ class Lock:
         if self.fd >= 0:
             if self.passing and (not self.shared or self._flock(self.fd, False)):
                 remove_file(self.path)
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1
+            os.close(fd)
             waiters = self.waiters or self._waiting.get((os.getpid(), self.path))
             if waiters:
                 waiters.wake()
@@ -2866,7 +2866,7 @@ NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_
 
 NEWER_SSH = "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND."
 # What ssh writes into its own log (-E: the host cannot), what it means, and what to do (the last is
-# a command of classify()). The first pattern that is found decides.
+# a command of failure_in()). The first pattern that is found decides.
 FAILURES: tuple[tuple[Any, ...], ...] = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
      "The key of {host} has changed: somebody may be listening in, or it was installed again.",
@@ -3075,16 +3075,14 @@ MUX_ENDED = re.compile(rb"(?s)\0\0\0\x0c\x80\0\0\x04.{4}(.{4})")  # a session, a
 MUX_NO_ESCAPE = 0xffffffff
 
 
+def mux_string(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
+
+
 @functools.lru_cache(maxsize=8)
 def mux_packet(*fields: int | str) -> bytes:
-    body = b""
-    for field in fields:
-        if isinstance(field, int):
-            body += field.to_bytes(4, "big")
-        else:
-            data = encoded(field)
-            body += len(data).to_bytes(4, "big") + data
-    return len(body).to_bytes(4, "big") + body
+    return mux_string(b"".join(field.to_bytes(4, "big") if isinstance(field, int)
+                               else mux_string(encoded(field)) for field in fields))
 
 
 def mux_numbers(packet: bytes) -> list[int]:
@@ -3242,17 +3240,22 @@ class Session:
         """The slot is free at once: a session that sshd refuses, because it has not ended this one
         yet, has not begun, and is tried again."""
         if self.control >= 0:
-            try:
-                self._forked()
-            finally:
-                self._masters.free([self._slot])
+            self._leave()
+            self._masters.free([self._slot])
+            self.control = -1  # last: what an interrupt leaves undone is done by __del__
+
+    __del__ = close
+
+    def _leave(self) -> None:
+        self._socket.close()
+        self.close_stdin()
+        fds, self.stdout, self.stderr = (self.stdout, self.stderr), -1, -1
+        drop(*fds)
 
     def _forked(self) -> None:
         """A child of ours closes its copies, and sends nothing."""
-        fds = self.stdin, self.stdout, self.stderr
-        self.control = self.stdin = self.stdout = self.stderr = -1
-        self._socket.close()
-        drop(*fds)
+        self.control = -1
+        self._leave()
 
 
 def plain_ssh() -> str:

@@ -1570,6 +1570,31 @@ def test_without_wrapper_and_proc_no_end_is_confirmed():
         assert not os.path.isdir("/proc/self") or b"\nconfirmed\n" in guard("-", "/proc")
 
 
+def test_an_interrupt_in_a_close_keeps_no_session(repo):
+    """At each line in turn but that which closes the lock's file. (From inside: no signal can be aimed at one.)"""
+    repo.new()
+    assert in_library(repo, """
+import glob, os
+workspace, sys.unraisablehook = here(warm=0), lambda _: None
+def trace(frame, event, _):
+    global left
+    if event == "line" and frame.f_code.co_name in ("close", "_leave", "_forked", "free") and frame.f_code.co_filename == cmux_ssh.__file__:
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+    return trace
+for line in range(24):
+    left = line
+    sys.settrace(trace)
+    try:
+        workspace.exec("true")
+    except KeyboardInterrupt:
+        pass
+    sys.settrace(None)
+print(workspace.exec("exit 3").exit_code, sum(not cmux_ssh.Lock(path).take() for path in glob.glob(os.environ["CMUX_SSH_HOME"] + "/m/*/m.*.[0-9]")) < 2)
+""") == "3 True\n"
+
+
 def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
     repo.new()
     (master,) = until(site.masters, "there is a master")
@@ -2688,22 +2713,6 @@ def test_a_server_that_asks_for_the_agent_is_left(repo, site):
     until(lambda: not site.masters(), "its master has ended")
     again = repo.exec("echo ran")
     assert again.code == 0 and not again.said, again
-
-
-def test_a_child_of_a_proxy_does_not_keep_a_call(site, repo):
-    server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
-    nap, work = Nap(), Nap()
-    site.host("kept", f"ProxyCommand sh -c '{nap} & exec {server}'")
-    repo.new(host="kept")
-    try:
-        child = repo.start("exec", "--json", "--", work)
-        work.runs()
-        for master in site.masters():
-            kill(master.pid)
-        ran = child.end()
-        assert ran.code == 255 and ran.json["error"]["type"] == "ConnectionLost", ran
-    finally:
-        subprocess.run(["pkill", "-f", nap])
 
 
 @each("tar", ["bsdtar", "busybox"])
@@ -9810,11 +9819,11 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site):
 def test_a_host_that_ends_long_polls_at_once_is_not_asked_at_once(site, tool):
     liar = Liar(site)
     (name,) = liar.lies(says("0 j0123abcd running\n"))
-    child = liar.repo.start(*tool.split(), "j0123abcd", "-w", name)
+    before, child = site.log("liar").count("Starting session"), liar.repo.start(*tool.split(), "j0123abcd", "-w", name)
     time.sleep(4)
     child.send_signal(signal.SIGINT)
     child.communicate()
-    assert site.log("liar").count("Starting session") < 20
+    assert 0 < site.log("liar").count("Starting session") - before < 9
 
 
 @slow
