@@ -3912,12 +3912,11 @@ class Exchange:
                 stall = max(stall, CALL_PATIENCE)
                 if self.close_stdin:
                     self.session.close_stdin()
-            patience = Deadline(self.moved + stall - time.monotonic())
-            wait = deadline.capped(patience.capped(BEAT_MOST))
-            events = poll_once(wait, deadline.cancel, *self._wanted())
+            wait = max(0.0, min(self.moved + stall - time.monotonic(), BEAT_MOST))
+            events = poll_once(deadline.capped(wait), deadline.cancel, *self._wanted())
             if deadline.over():  # also where output never pauses
                 return False
-            if not events and patience.over():
+            if not events and time.monotonic() >= self.moved + stall:
                 raise ConnectionLost(
                     f"No byte has moved to or from {self.session.host} for {stall:.0f} seconds.",
                     "Try again.", self.session.host)
