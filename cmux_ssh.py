@@ -3038,7 +3038,7 @@ class Session:
     and stderr, non-blocking. The socket, ``control``, reports its end. One for a Target has no
     streams: ssh itself reads and writes the Target's socket."""
 
-    stdin = stdout = stderr = -1
+    stdin = stdout = stderr = control = -1
 
     def __init__(self, masters: Masters, slot: Slot, command: str | Target) -> None:
         self._socket = connect(slot.master.path)
