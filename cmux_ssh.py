@@ -214,7 +214,7 @@ class UsageError(CmuxError):
 class HostError(CmuxError):
     """The host could not be reached, or was lost. Carries ``host``."""
     exit_code = 255
-    asks = True  # whether ssh may put a question to a person, to mend it
+    asks = False  # whether ssh may put a question to a person, to mend it
 
     def __init__(self, message: str, hint: str = "", host: str = "", *commands: str) -> None:
         super().__init__(message, hint, *commands)
@@ -2960,7 +2960,8 @@ def failure_in(words: bytes, config: SSHConfig, heard: Sequence[bytes] = ()) -> 
                 "forget": forget_key(config, text)}
     error: HostError = kind(sentence.format(host=host, said=said), hint, host,
                             *map(commands.__getitem__, names))
-    error.asks = not re.search("requested strict checking|Too many authentication failures", text)
+    error.asks = kind in (HostKeyFailed, AuthenticationFailed) and not re.search(
+        "requested strict checking|Too many authentication failures", text)
     return error
 
 
@@ -3235,7 +3236,6 @@ class Masters:
         self._known: dict[str, Master] = {}  # those that were seen last, by path
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0  # slots waited for; masters being started
-        self._spared = False  # a master for sessions ahead was tried
         # With authentication: ConnectTimeout ends with the banner. (0: Coder starts a machine.)
         self.patience = 600 if config.first("connecttimeout") == "0" else 60
 
@@ -3305,7 +3305,7 @@ class Masters:
                     return count and self._try_slots(count) or self._new_master(count, deadline)
                 except HostError as error:
                     failed = error
-            if not count and self._asks(failed) and not self.single():
+            if not count and failed.asks and not self.single():
                 break  # it may go over a master that a person has logged in
             pause = 0.0
             if isinstance(failed, ConnectionDropped):
@@ -3328,10 +3328,6 @@ class Masters:
             break
         raise failed
 
-    def _asks(self, error: BaseException) -> bool:
-        """Whether a person might mend a login."""
-        return isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
-
     def _new_master(self, count: int, deadline: Deadline) -> list[Slot]:
         own = not count
         master = Master(self.path(("o." if own else "m.") + os.urandom(4).hex()), own)
@@ -3341,8 +3337,8 @@ class Masters:
             try:
                 self._start(master, deadline.cancel, batch=True)
             except HostError as error:
-                ask = self._asks(error) and not own and not deadline.over()
-                if not (ask and self.interactive and self.interactive()):
+                ask = error.asks and not own and not deadline.over() and self.interactive
+                if not (ask and ask()):
                     raise
                 self._start(master, deadline.cancel, batch=False)
             usable = own or not self.single()
@@ -3491,7 +3487,7 @@ class Masters:
                     slots += self._launch(0, deadline)
             except BaseException as error:
                 self.free(slots)
-                if self.single() or not self._asks(error):
+                if self.single() or not getattr(error, "asks", False):
                     raise
                 self._mark("person")
         return slots
@@ -3510,13 +3506,12 @@ class Masters:
     def open_ahead(self) -> Session | None:
         """A session for later, in the upper half of a master's slots: the lower half is for the
         work of now. None if none is free. Where other processes hold them all, one more master is
-        started, but only once: where logging in needs a person, each try is a failed login."""
+        started, unless that failed: where logging in needs a person, each try is a failed login."""
         half = SESSIONS_PER_MASTER // 2
         if self.single():
             return None
         slots = self._try_slots(1, half)
-        if not slots and not self._spared and 0 < len(self.masters()) < SPARED_MOST:
-            self._spared = True
+        if not slots and 0 < len(self.masters()) < SPARED_MOST and not self._down()[0]:
             self.free(self._one_more(SESSIONS_PER_MASTER))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError, IndexError):
