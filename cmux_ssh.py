@@ -3392,7 +3392,7 @@ class Masters:
         (One that is in use all the same is made again.)"""
         import shutil
         for path in paths_in(self.folder):
-            master = re.sub(r"(/[mo]\.\w{8})\..*", r"\1", path)
+            master = re.sub(r"(/[mo]\.\w{8})\.[^/]*\Z", r"\1", path)
             if age_of(path) > 3600 and not os.path.lexists(master):
                 remove_file(path)
         for path in paths_in(os.path.dirname(self.folder)):
@@ -3457,16 +3457,18 @@ class Masters:
         needs a person."""
         while True:
             slots = self._slots(count, deadline, bulk)
-            new = len(slots) > count or slots[0].master.own  # with no session on it
+            own, new = slots[0].master.own, len(slots) > count  # with no session on it
             try:
                 return self._open_on(slots[:count], command)
             except SessionRefused:
-                if slots[0].master.own:
+                if own:
                     raise ConnectionFailed(f"{self.host} takes no session.", "Look closer.",
                                            self.host, look_into(self.host))
                 if new:
                     self._mark("single")
-            except MasterGone:
+            except MasterGone as error:
+                if own:
+                    raise ConnectionLost(str(error), "Try again.", self.host, False)
                 if new and not nap(1, deadline):
                     raise
             finally:
@@ -3677,14 +3679,13 @@ class Forward:
         for number in [local] if local else [port, 0]:
             try:
                 self._listener = socket.create_server(("127.0.0.1", number))
+                self._probe()
+                if not poll_once(0, self._listener):
+                    break
+                self._listener.close()  # the connection led to it, and would for ever
+                why = "the host is this machine"
             except OSError as error:
                 why = os.strerror(error.errno or 0)
-                continue
-            self._probe()
-            if not poll_once(0, self._listener):
-                break
-            self._listener.close()  # the connection led to it, and would for ever
-            why = "the host is this machine"
         else:
             raise UsageError(f"Port {number} cannot be used on this machine: {why}.",
                              "Choose another.")
