@@ -4091,8 +4091,9 @@ class Host:
         self._count(1)
         try:
             for number in range(10):
-                sessions = self._open(deadline, count, bulk)
+                sessions: list[Session] = []
                 try:
+                    sessions += self._open(deadline, count, bulk)
                     return work(sessions)
                 except ConnectionLost as error:
                     lost = error
