@@ -143,8 +143,8 @@ REFUSED_MOST = 2  # a master that refuses sessions rests for 6 ms, then ever lon
 SOCKET_PATH_MAX = 86  # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL
 LOG_MAX = 64 * 1024  # of ssh's log that is read back
 CHUNK = 128 * 1024  # one read or write
-# A larger archive gets its own connection: a proxy was seen to cut a multiplexed 646 MB upload at
-# 815,458 bytes without an error.
+# A larger archive or result gets its own connection: a proxy was seen to cut a multiplexed 646 MB
+# upload at 815,458 bytes without an error.
 BULK_FROM = 256 * 1024
 GZIP_FROM = 0.003  # of a round trip: the line to a nearer host is faster than gzip
 GZIP_LEVEL = 4  # level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %
@@ -6756,7 +6756,11 @@ class Commit:
         text = neutralise(message).replace("\0", "").encode("utf-8", "replace") or b"\n"
         self.head = f"author {author}\ncommitter {committer}\ndata {len(text)}\n".encode() + text
         self.parents: list[bytes] = re.findall(rb"(?m)^parent (.*)$", head)
-        self.changes: dict[bytes, tuple[str, str]] = {}
+        self.changes: Changes = {}
+
+
+if TYPE_CHECKING:
+    Changes = dict[bytes, tuple[str, str]]
 
 
 class Harvest:
@@ -6770,7 +6774,8 @@ class Harvest:
         self.host_base = b""  # the host's id of the base commit; none without git
         self.dirty = True     # whether the last commit is uncommitted work
         self.commits: dict[bytes, Commit] = {}
-        self.users: dict[bytes, list[tuple[Commit, bytes]]] = {}  # by the host's id of a content
+        # The changes that name a content, by the host's id of it.
+        self.users: dict[bytes, list[tuple[Changes, bytes]]] = {}
         self.left: dict[bytes, str] = {}  # path that is left out -> why
         self.total = self.spread = 0  # bytes of contents: each counted once; for each path
 
@@ -6847,7 +6852,7 @@ class Harvest:
             if not mode:
                 del self.left[path]
             return
-        users.append((commit, path))
+        users.append((commit.changes, path))
         commit.changes[path] = mode, ""
 
     def _read_contents(self, wire: Wire) -> None:
@@ -6864,11 +6869,11 @@ class Harvest:
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
             chunks: Iterable[bytes] = wire.chunks(size)
-            links = [path for commit, path in users if commit.changes[path][0] == "120000"]
+            links = [path for changes, path in users if changes[path][0] == "120000"]
             if links:
                 chunks = [self._check_links(links, size, chunks)]
             content = self.store(chunks, size)
-            for changes, path in ((commit.changes, path) for commit, path in users):
+            for changes, path in users:
                 if path in changes:  # else the link was left out
                     changes[path] = changes[path][0], content
         if self.users:
@@ -7013,7 +7018,7 @@ class Pull(Harvest):
                              + human_size(PULL_TOTAL_MAX))
         return ids
 
-    def _every(self) -> Iterator[tuple[dict[bytes, tuple[str, str]], bytes, str, str]]:
+    def _every(self) -> Iterator[tuple[Changes, bytes, str, str]]:
         """The changes of a commit, and one of them, which may be changed."""
         for commit in self.commits.values():
             for path, (mode, oid) in list(commit.changes.items()):
