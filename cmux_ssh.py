@@ -6573,16 +6573,13 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
-# Files that would run, or configure tools, on this machine after a merge.
+# Files that would run, or configure tools, on this machine after a merge: what begins with a dot,
+# and these.
 _EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
-    \.gitattributes \.gitmodules \.lfsconfig \.githooks \.husky \.pre-commit-config\.yaml \.envrc
-    \.vscode \.idea \.zed \.devcontainer \.github \.gitlab-ci\.yml \.circleci Jenkinsfile \.ci
-    (GNU)?makefile [^/]*\.mk CMakeLists\.txt justfile Rakefile Gemfile package\.json \.npmrc
-    \.yarnrc[^/]* \.pnpmfile\.cjs pyproject\.toml setup\.(py|cfg) tox\.ini noxfile\.py conftest\.py
-    sitecustomize\.py usercustomize\.py [^/]*\.pth build\.rs \.cargo \.bazelrc gradlew(\.bat)?
-    [^/]*\.gradle(\.kts)? mvnw \.mvn \.?mise\.toml \.tool-versions Dockerfile
-    (docker-)?compose\.ya?ml CLAUDE\.md AGENTS\.md GEMINI\.md \.cursor[^/]* \.mcp\.json \.claude
-    \.codex \.cmux \.clangd \.vimrc \.exrc \.nvimrc \.dir-locals\.el \.gdbinit \.lldbinit
+    \.[^/]+ Jenkinsfile (GNU)?makefile [^/]*\.mk CMakeLists\.txt justfile Rakefile Gemfile
+    package\.json pyproject\.toml setup\.(py|cfg) tox\.ini noxfile\.py conftest\.py
+    sitecustomize\.py usercustomize\.py [^/]*\.pth build\.rs gradlew(\.bat)? [^/]*\.gradle(\.kts)?
+    mvnw mise\.toml Dockerfile (docker-)?compose\.ya?ml CLAUDE\.md AGENTS\.md GEMINI\.md
     """.split()), re.I)
 _TRY_AGAIN = "Nothing was imported. Try again."
 _REMOVE_IT = "Remove it in the workspace, or let .gitignore cover it, and pull again."
