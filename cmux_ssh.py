@@ -1393,7 +1393,7 @@ small() { # most function: what it prints, unless that is more. Without most: in
 # refs. The client names the last one that it finished: later lines do not count.
 RECORDS = LIST + IN_STAGE + r"""
 pulls() { # the lines that count
-  ! grep -q "^$last_op " "$record/pull" 2>/dev/null || sed "/^$last_op /q" "$record/pull"
+  sed -n "H;/^$last_op /{g;s/^\n//;p;q;}" "$record/pull" 2>/dev/null
 }
 record_pull() { # head tree refs
   { pulls | tail -n 19; echo "$op $1 $2 $3"; } >"$record/pull.new" &&
