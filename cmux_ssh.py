@@ -1272,9 +1272,8 @@ base_in() { # repository -> $repo, $base_commit
   base_commit=${ids%%"$_cmux_newline"*} found=${ids#*"$_cmux_newline"}
   [ "${base_tree:-$found}" = "$found" ]
 }
-make_shadow() {
-  mkdir -p "$shadow/objects/info" "$shadow/objects/pack" "$shadow/refs" "$shadow/info" &&
-    echo ref: refs/heads/none >"$shadow/HEAD" &&
+make_shadow() { # by init: it finds out what the file system does with modes and case
+  git init -q --bare --template= "$shadow" && mkdir -p "$shadow/info" "$shadow/objects/info" &&
     echo "$repo/objects" >"$shadow/objects/info/alternates" &&
     echo "$raw" >"$shadow/info/attributes" && : >"$stage/list" && : >"$stage/changes"
 }
