@@ -144,8 +144,8 @@ DOWN_WAITS = (1, 2, 4, 7, 10)
 REFUSED_REST = 0.03  # of a master that refused a session, unless one of its own ends before
 LOG_MAX = 64 * 1024  # of ssh's log that is read back
 CHUNK = 128 * 1024  # one read or write
-# A larger archive gets its own connection: a proxy was seen to cut a multiplexed 646 MB upload at
-# 815,458 bytes without an error.
+# A larger archive or result gets its own connection: a proxy was seen to cut a multiplexed 646 MB
+# upload at 815,458 bytes without an error.
 BULK_FROM = 256 * 1024
 GZIP_FROM = 0.003  # of a round trip: the line to a nearer host is faster than gzip
 CAPTURE_MAX = 8 * MIB  # of stdout, and of stderr, kept in memory: head and tail
@@ -1281,9 +1281,8 @@ base_in() { # repository -> $repo, $base_commit
   base_commit=${ids%%"$_cmux_newline"*} found=${ids#*"$_cmux_newline"}
   [ "${base_tree:-$found}" = "$found" ]
 }
-make_shadow() {
-  mkdir -p "$shadow/objects/info" "$shadow/objects/pack" "$shadow/refs" "$shadow/info" &&
-    echo ref: refs/heads/none >"$shadow/HEAD" &&
+make_shadow() { # by init: it finds out what the file system does with modes and case
+  git init -q --bare --template= "$shadow" && mkdir -p "$shadow/info" "$shadow/objects/info" &&
     echo "$repo/objects" >"$shadow/objects/info/alternates" &&
     echo "$raw" >"$shadow/info/attributes" && : >"$stage/list" && : >"$stage/changes"
 }
@@ -1402,7 +1401,7 @@ small() { # most function: what it prints, unless that is more. Without most: in
 # refs. The client names the last one that it finished: later lines do not count.
 RECORDS = LIST + IN_STAGE + r"""
 pulls() { # the lines that count
-  ! grep -q "^$last_op " "$record/pull" 2>/dev/null || sed "/^$last_op /q" "$record/pull"
+  sed -n "H;/^$last_op /{g;s/^\n//;p;q;}" "$record/pull" 2>/dev/null
 }
 record_pull() { # head tree refs
   { pulls | tail -n 19; echo "$op $1 $2 $3"; } >"$record/pull.new" &&
@@ -6276,16 +6275,13 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
-# Files that would run, or configure tools, on this machine after a merge.
+# Files that would run, or configure tools, on this machine after a merge: what begins with a dot,
+# and these.
 _EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
-    \.gitattributes \.gitmodules \.lfsconfig \.githooks \.husky \.pre-commit-config\.yaml \.envrc
-    \.vscode \.idea \.zed \.devcontainer \.github \.gitlab-ci\.yml \.circleci Jenkinsfile \.ci
-    (GNU)?makefile [^/]*\.mk CMakeLists\.txt justfile Rakefile Gemfile package\.json \.npmrc
-    \.yarnrc[^/]* \.pnpmfile\.cjs pyproject\.toml setup\.(py|cfg) tox\.ini noxfile\.py conftest\.py
-    sitecustomize\.py usercustomize\.py [^/]*\.pth build\.rs \.cargo \.bazelrc gradlew(\.bat)?
-    [^/]*\.gradle(\.kts)? mvnw \.mvn \.?mise\.toml \.tool-versions Dockerfile
-    (docker-)?compose\.ya?ml CLAUDE\.md AGENTS\.md GEMINI\.md \.cursor[^/]* \.mcp\.json \.claude
-    \.codex \.cmux \.clangd \.vimrc \.exrc \.nvimrc \.dir-locals\.el \.gdbinit \.lldbinit
+    \.[^/]+ Jenkinsfile (GNU)?makefile [^/]*\.mk CMakeLists\.txt justfile Rakefile Gemfile
+    package\.json pyproject\.toml setup\.(py|cfg) tox\.ini noxfile\.py conftest\.py
+    sitecustomize\.py usercustomize\.py [^/]*\.pth build\.rs gradlew(\.bat)? [^/]*\.gradle(\.kts)?
+    mvnw mise\.toml Dockerfile (docker-)?compose\.ya?ml CLAUDE\.md AGENTS\.md GEMINI\.md
     """.split()), re.I)
 _TRY_AGAIN = "Nothing was imported. Try again."
 _REMOVE_IT = "Remove it in the workspace, or let .gitignore cover it, and pull again."
@@ -6460,7 +6456,11 @@ class Commit:
         text = neutralise(message).replace("\0", "").encode("utf-8", "replace") or b"\n"
         self.head = f"author {author}\ncommitter {committer}\ndata {len(text)}\n".encode() + text
         self.parents: list[bytes] = re.findall(rb"(?m)^parent (.*)$", head)
-        self.changes: dict[bytes, tuple[str, str]] = {}
+        self.changes: Changes = {}
+
+
+if TYPE_CHECKING:
+    Changes = dict[bytes, tuple[str, str]]
 
 
 class Harvest:
@@ -6474,7 +6474,8 @@ class Harvest:
         self.host_base = b""  # the host's id of the base commit; none without git
         self.dirty = True     # whether the last commit is uncommitted work
         self.commits: dict[bytes, Commit] = {}
-        self.users: dict[bytes, list[tuple[Commit, bytes]]] = {}  # by the host's id of a content
+        # The changes that name a content, by the host's id of it.
+        self.users: dict[bytes, list[tuple[Changes, bytes]]] = {}
         self.left: dict[bytes, str] = {}  # path that is left out -> why
         self.total = self.spread = 0  # bytes of contents: each counted once; for each path
 
@@ -6551,7 +6552,7 @@ class Harvest:
             if not mode:
                 del self.left[path]
             return
-        users.append((commit, path))
+        users.append((commit.changes, path))
         commit.changes[path] = mode, ""
 
     def _read_contents(self, wire: Wire) -> None:
@@ -6568,11 +6569,11 @@ class Harvest:
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
             chunks: Iterable[bytes] = wire.chunks(size)
-            links = [path for commit, path in users if commit.changes[path][0] == "120000"]
+            links = [path for changes, path in users if changes[path][0] == "120000"]
             if links:
                 chunks = [self._check_links(links, size, chunks)]
             content = self.store(chunks, size)
-            for changes, path in ((commit.changes, path) for commit, path in users):
+            for changes, path in users:
                 if path in changes:  # else the link was left out
                     changes[path] = changes[path][0], content
         if self.users:
@@ -6717,7 +6718,7 @@ class Pull(Harvest):
                              + human_size(PULL_TOTAL_MAX))
         return ids
 
-    def _every(self) -> Iterator[tuple[dict[bytes, tuple[str, str]], bytes, str, str]]:
+    def _every(self) -> Iterator[tuple[Changes, bytes, str, str]]:
         """The changes of a commit, and one of them, which may be changed."""
         for commit in self.commits.values():
             for path, (mode, oid) in list(commit.changes.items()):
