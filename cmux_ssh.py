@@ -411,13 +411,10 @@ class Cancel:
         if not self.is_set:
             self.is_set = True
             with self._guard:
-                self._hang_up()
+                if self._write >= 0:
+                    os.write(self._write, b"x")  # stays readable: every poller sees it
                 for other in self._joined:
                     other.set()
-
-    def _hang_up(self) -> None:  # every poller sees the end of the pipe
-        drop(self._write)
-        self._write = -1
 
     def join(self, other: Cancel | None) -> Cancel:
         """Return ``other``, which from now on is set with this one; without it, this one."""
@@ -436,7 +433,7 @@ class Cancel:
                 self._read, self._write = os.pipe()
                 fork_aware().add(self)
                 if self.is_set:
-                    self._hang_up()
+                    os.write(self._write, b"x")
             return self._read
 
     def check(self) -> None:
@@ -447,9 +444,8 @@ class Cancel:
     def close(self) -> None:
         """Free its two descriptors; nothing may use it any more."""
         with self._guard:
-            self._hang_up()
-            drop(self._read)
-            self._read = -1
+            drop(self._read, self._write)
+            self._read = self._write = -1
 
     __del__ = close
 
@@ -2046,9 +2042,9 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
     not bring its own ssh or git."""
     if "/" in name:
         return os.path.abspath(name)
-    for entry in (*os.get_exec_path(), *more):
+    for entry in filter(os.path.isabs, (*os.get_exec_path(), *more)):
         path = os.path.join(entry, name)
-        if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
+        if os.access(path, os.X_OK) and os.path.isfile(path):
             return path
     raise UsageError(f"The program {name} is not installed on this machine.",
                      "Install it (git openssh-client openssh-server), or set CMUX_SSH_COMMAND.")
@@ -2115,7 +2111,6 @@ def kill_group(process: Process) -> None:
 
 
 def await_end(process: Process, seconds: float) -> int:
-    """The status of a process that is about to end."""
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -2126,17 +2121,15 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
         patience: float = 60, cancel: Cancel | None = None,
         stderr: Any = -1) -> tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes. With our
-    own ``stderr`` (2) it may use this terminal.
-
-    Raises UsageError when it cannot start, CmuxError when it is too slow or prints too much,
-    Cancelled."""
+    own ``stderr`` (2) it may use this terminal. Raises UsageError when it cannot start, CmuxError
+    when it is too slow or prints too much, Cancelled."""
     deadline, out, err = Deadline(patience), bytearray(), bytearray()
     with spawn(argv, env, stdout=-1, stderr=stderr, own_group=stderr != 2) as process:
         streams = (process.stdout, out), (process.stderr, err)
         sinks = {stream.fileno(): sink for stream, sink in streams if stream}
         try:
             while sinks:
-                for fd in poll_once(deadline.capped(3600), cancel, *sinks):
+                for fd in poll_once(deadline.left(), cancel, *sinks):
                     if cancel:
                         cancel.check()
                     chunk = os.read(fd, CHUNK)
@@ -2147,7 +2140,7 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
                         del sinks[fd]
                 if sinks and deadline.over():
                     raise CmuxError("A local command did not end in time.")
-            return await_end(process, deadline.capped(3600)), bytes(out), bytes(err)
+            return await_end(process, deadline.capped(patience)), bytes(out), bytes(err)
         except BaseException:
             kill_group(process)
             raise
@@ -2250,8 +2243,7 @@ def private_directory(path: str) -> str:
         make_private(path)
         status = os.lstat(path)
     except OSError as error:
-        raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.",
-                          mend)
+        raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.", mend)
     private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
     if not private or status.st_uid != os.geteuid():
         raise StateFailed(f"The directory {show(path)} is open to others.",
@@ -2315,7 +2307,6 @@ class Lock:
         self.fd = -1
 
     def wait(self, deadline: Deadline, cancel: Cancel | None = None) -> bool:
-        """take() until the deadline."""
         pause, silence = LOOK_FIRST, Deadline(1)
         while not self.take():
             if not nap(pause, deadline, cancel):
@@ -2570,7 +2561,6 @@ class Registry:
         return Lock(f"{self.running}/name.{name}", "works on the workspace " + name)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
-        """Held to upload a tree to a host."""
         place = f"{self.running}/tree.{sha256_of(f'{tree} {host} {root}')}"
         return Lock(place, "sends the same files to " + host)
 
@@ -2616,9 +2606,8 @@ def editing_secrets(path: str) -> Iterator[Secrets]:
 
 
 def read_secrets(path: str) -> Secrets:
-    """The secrets of a file. Checked, since people edit files."""
     stored: Fields = (read_json(path, {"secrets?": dict}) or {}).get("secrets", {})
-    for name, entry in stored.items():
+    for name, entry in stored.items():  # people edit files
         check_variable(name, secret=True)
         if not fits(entry, SECRET):
             raise damaged(path, f"holds a damaged secret {name}")
@@ -2693,10 +2682,10 @@ def all_projects(report: Callable[[StateFailed], Any]) -> Iterator[Fields]:
 
 def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
     """The values of secrets; their commands are run now (by a shell, as the user typed them).
-
     Raises CmuxError, which names the secret, never its value; Cancelled."""
     values: dict[str, bytes] = {}
     for name, entry in secrets.items():
+        value = encoded(entry.get("value", ""))
         if "command" in entry:
             try:
                 status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX,
@@ -2704,22 +2693,21 @@ def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, b
             except CmuxError as error:
                 error.args = f"The command for the secret {name}: {error}",
                 raise
-            if status != 0:
+            if status:
                 raise CmuxError(f"The command for the secret {name} failed with status {status}.",
                                 "Run it by hand, or set another.", f"secrets set {name}")
-            values[name] = out.rstrip(b"\n")
-        else:
-            values[name] = encoded(entry["value"])
-        check_secret(name, values[name])
+            value = out.rstrip(b"\n")
+        values[name] = check_secret(name, value)
     return values
 
 
-def check_secret(name: str, value: bytes) -> None:
+def check_secret(name: str, value: bytes) -> bytes:
     if b"\0" in value:
         raise UsageError(f"The secret {name} holds a NUL byte, which no variable can.")
     if len(value) > SECRET_MAX:
         raise UsageError(f"The secret {name} is larger than {human_size(SECRET_MAX)}.",
                          "Linux limits an environment variable to 128 KiB.")
+    return value
 
 
 # === 9. SSH ===
