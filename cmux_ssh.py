@@ -676,9 +676,8 @@ class TerminalText:
         text, self.held = (text[:cut.start()], cut.group()) if cut else (text, "")
         for at, part in enumerate(re.split(r"(\r|\x1b\[[0-9;:]{0,40}m)", text)):
             if at % 2 and part != "\r":
-                reset = re.match(r"\x1b\[0*([;m])", part)
-                self.colour = ("" if reset or len(self.colour) > 200 else self.colour) + (
-                    "" if reset and reset.group(1) == "m" else part)
+                before = "" if len(self.colour) > 200 else self.colour
+                self.colour = "" if re.match(r"\x1b\[0*m", part) else before + part
             shown.append(part if at % 2 else part.translate(_harmless()))
         return "".join(shown) + ("\x1b[m" if self.colour else "") if text else ""
 
