@@ -153,10 +153,8 @@ STATE_MAX = 16 * MIB  # a registry or secrets file larger than this is damaged
 READ_MAX = 10 * MIB  # a file larger than this is read by lines
 TOOL_CAPTURE = MIB  # of each stream of one exec of batch or MCP: a hundred run at once
 SEARCH_MAX = 4 * MIB  # bytes of paths or matches of one search
-SEARCH_PATIENCE = 120
 LINE_MAX = 500  # characters of one grep match: minified files have long lines
 DIFF_MAX = 20000  # characters of the diff that an edit returns
-EDIT_TRIES = 60  # of read, apply, compare-and-swap, when others edit the same file
 LOGS_MAX = MIB  # bytes of a job's output per call
 HISTORY_MAX = 2 * MIB  # of a history; then it becomes the older of two files
 FAULT_PATIENCE = 300  # logs -f and wait try so long to connect again
@@ -165,12 +163,8 @@ TOP_EVERY = 2  # between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
 MCP_SOFT = 45  # desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
-MCP_AT_ONCE = 32  # calls that run and are not answered yet; others wait in a queue
-MCP_PENDING = 512  # calls that run or wait, each in its thread
-MCP_PENDING_BYTES = 64 * MIB  # the sum of their lines
 MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
 MCP_LOG_MAX = 2 * MIB  # of output kept of each of them, which hosts may flood
-MCP_PROGRESS = 2  # between notifications of progress
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
 KEEPER_PAUSE = 0.001  # after an operation: what its caller does with the result comes first
@@ -186,7 +180,6 @@ PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of local memory
 PULL_COMMITS_MAX = 1000  # more than an agent makes; beyond it one commit holds the result
 PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes of its own
 PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
-WIRE_LINE_MAX = 8 * 1024  # of a line in a result's stream: a path is the longest
 
 
 # === 3. Errors ===
@@ -5536,7 +5529,7 @@ class ProjectBase:
             raise UsageError("A secret is for all projects, or for one workspace.")
         path = secrets_file() if everywhere else self.registry.secrets_path
         self.registry.read()  # makes it on first use, under the lock that is taken next
-        with self.registry.editing() if workspace else contextlib.nullcontext():  # none removes it
+        with self.registry.editing():  # none removes the workspace
             if workspace:
                 path = self.registry.own_secrets(self._entry(workspace)["op"])
             with editing_secrets(path) as stored:
@@ -6579,7 +6572,7 @@ class Wire:
         while line[-1:] != end:
             self._more()
             line += self._upto(self.buffer.find(end, self.at) + 1 or len(self.buffer))
-            if len(line) > WIRE_LINE_MAX:
+            if len(line) > 8 * 1024:  # a path is the longest
                 raise refuse("its stream has a line without an end")
         return line[:-1]
 
@@ -6860,7 +6853,6 @@ class Pull(Harvest):
 
     def store(self, chunks: Iterable[bytes], size: int) -> str:
         """Pass a content to git, and look for secrets in it. Returns its id."""
-        import hashlib
         digest = hashlib.new(self.importer.form, b"blob %d\0" % size)
         pointers, plain = self.pointers.get(size), hashlib.sha256()
         overlap, before = max(map(len, self.wanted), default=1) - 1, b""
@@ -7563,7 +7555,7 @@ class Workspace(WorkspaceBase):
             raise UsageError("The list edits is empty.")
         for edit in edits:
             EDIT.check(edit)
-        for attempt in range(EDIT_TRIES):
+        for attempt in range(60):  # others edit the same file
             before = self.read(path, cancel=cancel)
             if sha256 and before.sha256 != sha256.lower():
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
@@ -7581,11 +7573,11 @@ class Workspace(WorkspaceBase):
         out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
         records = command_records(["sh", "-c", script, "sh", *arguments], False, False)
         outcome = self.host.run(
-            records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
+            records, self.path, out, err, None, Deadline(120), cancel)
         if outcome.reason == "cancel":
             raise Cancelled("Cancelled.")
         if outcome.reason:
-            raise ToolFailed(f"The search was stopped after {SEARCH_PATIENCE} s.", "Narrow it.")
+            raise ToolFailed("The search was stopped after 120 s.", "Narrow it.")
         tool_reply(self, Reply(status=outcome.exit_code, stdout=b"", stderr=err.value(), trip=0.0))
         return out.value()
 
@@ -8524,7 +8516,7 @@ class McpServer:
             self.tools = {name: Verb(tool.name, tool.text, *tool.args, other, **tool.settings)
                           for name, tool in TOOLS.items()}
             self.tools.update(MANAGE_TOOLS)
-        self.slots = threading.Semaphore(MCP_AT_ONCE)  # held from a call's begin to its answer
+        self.slots = threading.Semaphore(32)  # held from a call's begin to its answer
         self.mutex = threading.Lock()  # of the name and id above, and of what follows
         self.calls: set[Call] = set()  # not answered yet
         self.kept: dict[str, Call] = {}  # answered with a job
@@ -8637,7 +8629,7 @@ class McpServer:
         if tool is None:
             raise ProtocolError(-32602, f"There is no tool {show(str(name))}.")
         calls, call = list(self.calls), Call(number, tool, params, size, reply)
-        if len(calls) < MCP_PENDING and sum(one.bytes for one in calls) <= MCP_PENDING_BYTES:
+        if len(calls) < 512 and sum(one.bytes for one in calls) <= 64 * MIB:  # a thread each
             self.calls.add(call)
             with contextlib.suppress(RuntimeError):  # the system has no room for one more thread
                 return threading.Thread(target=self._serve, args=(call,), daemon=True).start()
@@ -8667,7 +8659,7 @@ class McpServer:
     def _in_time(self, call: Call, happens: Callable[[float], bool]) -> bool:
         """Report progress until something happens; False at the soft timeout."""
         patience = Deadline(call.arrived + self.soft - time.monotonic())
-        while not happens(patience.capped(MCP_PROGRESS)):
+        while not happens(patience.capped(2)):
             seconds = time.monotonic() - call.arrived
             if patience.over():
                 return False
@@ -9178,7 +9170,6 @@ class Terminal(Report):
     current: Terminal | None = None  # of this process
 
     def __init__(self, verbosity: int, verb: str = "") -> None:
-        import threading
         self.verbosity, self.many = verbosity, False
         person = verbosity >= 0 and os.isatty(2)
         self.notes = person or verb in ("new", "push") or verbosity > 0
@@ -9238,7 +9229,6 @@ class Terminal(Report):
             self.line(advised(text) if isinstance(text, CmuxError) else text)
 
     def step(self, what: str, doing: str) -> None:
-        import threading
         self.lanes[what] = doing, time.monotonic()
         if self.redraws and not self.drawing:
             self.drawing = True
