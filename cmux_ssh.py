@@ -156,7 +156,6 @@ SEARCH_MAX = 4 * MIB  # bytes of paths or matches of one search
 LINE_MAX = 500  # characters of one grep match: minified files have long lines
 DIFF_MAX = 20000  # characters of the diff that an edit returns
 LOGS_MAX = MIB  # bytes of a job's output per call
-HISTORY_MAX = 2 * MIB  # of a history; then it becomes the older of two files
 FAULT_PATIENCE = 300  # logs -f and wait try so long to connect again
 BATCH_LINE_MAX = 16 * MIB
 TOP_EVERY = 2  # between two looks at the hosts
@@ -2636,14 +2635,12 @@ class History:
     def append(self, row: Mapping[str, Any]) -> None:
         line = json.dumps(row).encode() + b"\n"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        with contextlib.suppress(OSError, StateFailed):
+        with contextlib.suppress(OSError):
             with open(os.open(self.path, flags, 0o600), "ab") as stream:
                 stream.write(line)
-                full = stream.tell() > HISTORY_MAX
-            if full:
-                with Lock(self.path + ".lock"):
-                    if os.stat(self.path).st_size > HISTORY_MAX:  # no other process was faster
-                        os.rename(self.path, self.path + ".1")
+                full = stream.tell() > 2 * MIB
+            if full:  # unless another process was faster
+                os.rename(self.path, self.path + ".1")
 
     def rows(self) -> Iterator[Fields]:
         """Oldest first, without damaged lines."""
