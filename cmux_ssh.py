@@ -2223,15 +2223,13 @@ def state_home() -> str:
 
 def _trusted(status: os.stat_result) -> bool:
     """Whether only this user and root can replace the entries of a directory."""
-    if status.st_uid not in (0, os.geteuid()):
-        return False
-    loose = status.st_mode & 0o022
-    if loose == 0o020 and status.st_uid == os.geteuid():  # a user's private group (umask 002)
+    mine, loose = status.st_uid == os.geteuid(), status.st_mode & 0o022
+    if mine and loose == 0o020:  # a user's private group (umask 002)
         import grp
         import pwd
         with contextlib.suppress(KeyError):
             loose *= grp.getgrgid(status.st_gid).gr_name != pwd.getpwuid(os.geteuid()).pw_name
-    return not loose or bool(status.st_mode & 0o1000)
+    return (mine or status.st_uid == 0) and (not loose or status.st_mode & 0o1000 != 0)
 
 
 def make_private(path: str) -> None:
@@ -2252,8 +2250,8 @@ def private_directory(path: str) -> str:
         status = os.lstat(path)
     except OSError as error:
         raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.", mend)
-    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
-    if not private or status.st_uid != os.geteuid():
+    mode = status.st_mode
+    if not stat.S_ISDIR(mode) or mode & 0o077 or status.st_uid != os.geteuid():
         raise StateFailed(f"The directory {show(path)} is open to others.",
                           mend, f"chmod 700 {quote(path)}")
     parent = os.path.realpath(path)
