@@ -153,6 +153,7 @@ STATE_MAX = 16 * MIB  # a registry or secrets file larger than this is damaged
 READ_MAX = 10 * MIB  # a file larger than this is read by lines
 TOOL_CAPTURE = MIB  # of each stream of one exec of batch or MCP: a hundred run at once
 SEARCH_MAX = 4 * MIB  # bytes of paths or matches of one search
+SEARCH_PATIENCE = 120
 LINE_MAX = 500  # characters of one grep match: minified files have long lines
 DIFF_MAX = 20000  # characters of the diff that an edit returns
 LOGS_MAX = MIB  # bytes of a job's output per call
@@ -2313,6 +2314,7 @@ class Lock:
         self.fd = -1
 
     def wait(self, deadline: Deadline, cancel: Cancel | None = None) -> bool:
+        """take() until the deadline."""
         pause, silence = LOOK_FIRST, Deadline(1)
         while not self.take():
             if not nap(pause, deadline, cancel):
@@ -7568,11 +7570,11 @@ class Workspace(WorkspaceBase):
         out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
         records = command_records(["sh", "-c", script, "sh", *arguments], False, False)
         outcome = self.host.run(
-            records, self.path, out, err, None, Deadline(120), cancel)
+            records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
         if outcome.reason == "cancel":
             raise Cancelled("Cancelled.")
         if outcome.reason:
-            raise ToolFailed("The search was stopped after 120 s.", "Narrow it.")
+            raise ToolFailed(f"The search was stopped after {SEARCH_PATIENCE} s.", "Narrow it.")
         tool_reply(self, Reply(status=outcome.exit_code, stdout=b"", stderr=err.value(), trip=0.0))
         return out.value()
 
