@@ -641,11 +641,11 @@ def number(text: str) -> int:
 # parser is needed.
 @functools.cache
 def _harmless() -> dict[int, str]:
-    odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
-           *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000),
-           *range(0xE0000, 0xE01F0)]
+    odd = [*range(0x80, 0xA0), 0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010),
+           *range(0x2028, 0x202F), *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC),
+           *range(0xD800, 0xE000), *range(0xE0000, 0xE01F0)]
     return {**{c: "^" + chr(c ^ 64) for c in (*range(32), 127) if c not in (9, 10)},
-            **{c: f"\\x{c:02x}" for c in range(0x80, 0xA0)}, **{c: f"\\u{c:04x}" for c in odd}}
+            **{c: ascii(chr(c))[1:-1] for c in odd}}
 
 
 def neutralise(data: bytes | str) -> str:
