@@ -157,21 +157,15 @@ SEARCH_MAX = 4 * MIB  # bytes of paths or matches of one search
 SEARCH_PATIENCE = 120
 LINE_MAX = 500  # characters of one grep match: minified files have long lines
 DIFF_MAX = 20000  # characters of the diff that an edit returns
-EDIT_TRIES = 60  # of read, apply, compare-and-swap, when others edit the same file
 LOGS_MAX = MIB  # bytes of a job's output per call
-HISTORY_MAX = 2 * MIB  # of a history; then it becomes the older of two files
 FAULT_PATIENCE = 300  # logs -f and wait try so long to connect again
 BATCH_LINE_MAX = 16 * MIB
 TOP_EVERY = 2  # between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
 MCP_SOFT = 45  # desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
-MCP_AT_ONCE = 32  # calls that run and are not answered yet; others wait in a queue
-MCP_PENDING = 512  # calls that run or wait, each in its thread
-MCP_PENDING_BYTES = 64 * MIB  # the sum of their lines
 MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
 MCP_LOG_MAX = 2 * MIB  # of output kept of each of them, which hosts may flood
-MCP_PROGRESS = 2  # between notifications of progress
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
 KEEPER_PAUSE = 0.001  # after an operation: what its caller does with the result comes first
@@ -187,7 +181,6 @@ PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of local memory
 PULL_COMMITS_MAX = 1000  # more than an agent makes; beyond it one commit holds the result
 PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes of its own
 PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
-WIRE_LINE_MAX = 8 * 1024  # of a line in a result's stream: a path is the longest
 
 
 # === 3. Errors ===
@@ -422,13 +415,10 @@ class Cancel:
         if not self.is_set:
             self.is_set = True
             with self._guard:
-                self._hang_up()
+                if self._write >= 0:
+                    os.write(self._write, b"x")  # stays readable: every poller sees it
                 for other in self._joined:
                     other.set()
-
-    def _hang_up(self) -> None:  # every poller sees the end of the pipe
-        drop(self._write)
-        self._write = -1
 
     def join(self, other: Cancel | None) -> Cancel:
         """Return ``other``, which from now on is set with this one; without it, this one."""
@@ -447,7 +437,7 @@ class Cancel:
                 self._read, self._write = os.pipe()
                 fork_aware().add(self)
                 if self.is_set:
-                    self._hang_up()
+                    os.write(self._write, b"x")
             return self._read
 
     def check(self) -> None:
@@ -458,9 +448,8 @@ class Cancel:
     def close(self) -> None:
         """Free its two descriptors; nothing may use it any more."""
         with self._guard:
-            self._hang_up()
-            drop(self._read)
-            self._read = -1
+            drop(self._read, self._write)
+            self._read = self._write = -1
 
     __del__ = close
 
@@ -661,11 +650,11 @@ def number(text: str) -> int:
 # parser is needed.
 @functools.cache
 def _harmless() -> dict[int, str]:
-    odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
-           *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000),
-           *range(0xE0000, 0xE01F0)]
+    odd = [*range(0x80, 0xA0), 0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010),
+           *range(0x2028, 0x202F), *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC),
+           *range(0xD800, 0xE000), *range(0xE0000, 0xE01F0)]
     return {**{c: "^" + chr(c ^ 64) for c in (*range(32), 127) if c not in (9, 10)},
-            **{c: f"\\x{c:02x}" for c in range(0x80, 0xA0)}, **{c: f"\\u{c:04x}" for c in odd}}
+            **{c: ascii(chr(c))[1:-1] for c in odd}}
 
 
 def neutralise(data: bytes | str) -> str:
@@ -689,9 +678,8 @@ class TerminalText:
         text, self.held = (text[:cut.start()], cut.group()) if cut else (text, "")
         for at, part in enumerate(re.split(r"(\r|\x1b\[[0-9;:]{0,40}m)", text)):
             if at % 2 and part != "\r":
-                reset = re.match(r"\x1b\[0*([;m])", part)
-                self.colour = ("" if reset or len(self.colour) > 200 else self.colour) + (
-                    "" if reset and reset.group(1) == "m" else part)
+                before = "" if len(self.colour) > 200 else self.colour
+                self.colour = "" if re.match(r"\x1b\[0*m", part) else before + part
             shown.append(part if at % 2 else part.translate(_harmless()))
         return "".join(shown) + ("\x1b[m" if self.colour else "") if text else ""
 
@@ -2071,9 +2059,9 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
     not bring its own ssh or git."""
     if "/" in name:
         return os.path.abspath(name)
-    for entry in (*os.get_exec_path(), *more):
+    for entry in filter(os.path.isabs, (*os.get_exec_path(), *more)):
         path = os.path.join(entry, name)
-        if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
+        if os.access(path, os.X_OK) and os.path.isfile(path):
             return path
     raise UsageError(f"The program {name} is not installed on this machine.",
                      "Install it (git openssh-client openssh-server), or set CMUX_SSH_COMMAND.")
@@ -2140,7 +2128,6 @@ def kill_group(process: Process) -> None:
 
 
 def await_end(process: Process, seconds: float) -> int:
-    """The status of a process that is about to end."""
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -2151,17 +2138,15 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
         patience: float = 60, cancel: Cancel | None = None,
         stderr: Any = -1) -> tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes. With our
-    own ``stderr`` (2) it may use this terminal.
-
-    Raises UsageError when it cannot start, CmuxError when it is too slow or prints too much,
-    Cancelled."""
+    own ``stderr`` (2) it may use this terminal. Raises UsageError when it cannot start, CmuxError
+    when it is too slow or prints too much, Cancelled."""
     deadline, out, err = Deadline(patience), bytearray(), bytearray()
     with spawn(argv, env, stdout=-1, stderr=stderr, own_group=stderr != 2) as process:
         streams = (process.stdout, out), (process.stderr, err)
         sinks = {stream.fileno(): sink for stream, sink in streams if stream}
         try:
             while sinks:
-                for fd in poll_once(deadline.capped(3600), cancel, *sinks):
+                for fd in poll_once(deadline.left(), cancel, *sinks):
                     if cancel:
                         cancel.check()
                     chunk = os.read(fd, CHUNK)
@@ -2172,7 +2157,7 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
                         del sinks[fd]
                 if sinks and deadline.over():
                     raise CmuxError("A local command did not end in time.")
-            return await_end(process, deadline.capped(3600)), bytes(out), bytes(err)
+            return await_end(process, deadline.capped(patience)), bytes(out), bytes(err)
         except BaseException:
             kill_group(process)
             raise
@@ -2247,15 +2232,13 @@ def state_home() -> str:
 
 def _trusted(status: os.stat_result) -> bool:
     """Whether only this user and root can replace the entries of a directory."""
-    if status.st_uid not in (0, os.geteuid()):
-        return False
-    loose = status.st_mode & 0o022
-    if loose == 0o020 and status.st_uid == os.geteuid():  # a user's private group (umask 002)
+    mine, loose = status.st_uid == os.geteuid(), status.st_mode & 0o022
+    if mine and loose == 0o020:  # a user's private group (umask 002)
         import grp
         import pwd
         with contextlib.suppress(KeyError):
             loose *= grp.getgrgid(status.st_gid).gr_name != pwd.getpwuid(os.geteuid()).pw_name
-    return not loose or bool(status.st_mode & 0o1000)
+    return (mine or status.st_uid == 0) and (not loose or status.st_mode & 0o1000 != 0)
 
 
 def make_private(path: str) -> None:
@@ -2275,8 +2258,7 @@ def private_directory(path: str) -> str:
         make_private(path)
         status = os.lstat(path)
     except OSError as error:
-        raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.",
-                          mend)
+        raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.", mend)
     if not stat.S_ISDIR(status.st_mode):
         raise StateFailed(f"{show(path)} is not a directory.", mend)
     if status.st_mode & 0o077 or status.st_uid != os.geteuid():
@@ -2596,7 +2578,6 @@ class Registry:
         return Lock(f"{self.running}/name.{name}", "works on the workspace " + name)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
-        """Held to upload a tree to a host."""
         place = f"{self.running}/tree.{sha256_of(f'{tree} {host} {root}')}"
         return Lock(place, "sends the same files to " + host)
 
@@ -2642,9 +2623,8 @@ def editing_secrets(path: str) -> Iterator[Secrets]:
 
 
 def read_secrets(path: str) -> Secrets:
-    """The secrets of a file. Checked, since people edit files."""
     stored: Fields = (read_json(path, {"secrets?": dict}) or {}).get("secrets", {})
-    for name, entry in stored.items():
+    for name, entry in stored.items():  # people edit files
         check_variable(name, secret=True)
         if not fits(entry, SECRET):
             raise damaged(path, f"holds a damaged secret {name}")
@@ -2664,14 +2644,12 @@ class History:
     def append(self, row: Mapping[str, Any]) -> None:
         line = json.dumps(row).encode() + b"\n"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        with contextlib.suppress(OSError, StateFailed):
+        with contextlib.suppress(OSError):
             with open(os.open(self.path, flags, 0o600), "ab") as stream:
                 stream.write(line)
-                full = stream.tell() > HISTORY_MAX
-            if full:
-                with Lock(self.path + ".lock"):
-                    if os.stat(self.path).st_size > HISTORY_MAX:  # no other process was faster
-                        os.rename(self.path, self.path + ".1")
+                full = stream.tell() > 2 * MIB
+            if full:  # unless another process was faster
+                os.rename(self.path, self.path + ".1")
 
     def rows(self) -> Iterator[Fields]:
         """Oldest first, without damaged lines."""
@@ -2719,10 +2697,10 @@ def all_projects(report: Callable[[StateFailed], Any]) -> Iterator[Fields]:
 
 def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
     """The values of secrets; their commands are run now (by a shell, as the user typed them).
-
     Raises CmuxError, which names the secret, never its value; Cancelled."""
     values: dict[str, bytes] = {}
     for name, entry in secrets.items():
+        value = encoded(entry.get("value", ""))
         if "command" in entry:
             try:
                 status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX,
@@ -2730,22 +2708,21 @@ def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, b
             except CmuxError as error:
                 error.args = f"The command for the secret {name}: {error}",
                 raise
-            if status != 0:
+            if status:
                 raise CmuxError(f"The command for the secret {name} failed with status {status}.",
                                 "Run it by hand, or set another.", f"secrets set {name}")
-            values[name] = out.rstrip(b"\n")
-        else:
-            values[name] = encoded(entry["value"])
-        check_secret(name, values[name])
+            value = out.rstrip(b"\n")
+        values[name] = check_secret(name, value)
     return values
 
 
-def check_secret(name: str, value: bytes) -> None:
+def check_secret(name: str, value: bytes) -> bytes:
     if b"\0" in value:
         raise UsageError(f"The secret {name} holds a NUL byte, which no variable can.")
     if len(value) > SECRET_MAX:
         raise UsageError(f"The secret {name} is larger than {human_size(SECRET_MAX)}.",
                          "Linux limits an environment variable to 128 KiB.")
+    return value
 
 
 # === 9. SSH ===
@@ -5344,7 +5321,7 @@ class ProjectBase:
             raise UsageError("A secret is for all projects, or for one workspace.")
         path = secrets_file() if everywhere else self.registry.secrets_path
         self.registry.read()  # makes it on first use, under the lock that is taken next
-        with self.registry.editing() if workspace else contextlib.nullcontext():  # none removes it
+        with self.registry.editing():  # none removes the workspace
             if workspace:
                 path = self.registry.own_secrets(self._entry(workspace)["op"])
             with editing_secrets(path) as stored:
@@ -6392,7 +6369,7 @@ class Wire:
         while line[-1:] != end:
             self._more()
             line += self._upto(self.buffer.find(end, self.at) + 1 or len(self.buffer))
-            if len(line) > WIRE_LINE_MAX:
+            if len(line) > 8 * 1024:  # a path is the longest
                 raise refuse("its stream has a line without an end")
         return line[:-1]
 
@@ -6678,7 +6655,6 @@ class Pull(Harvest):
 
     def store(self, chunks: Iterable[bytes], size: int) -> str:
         """Pass a content to git, and look for secrets in it. Returns its id."""
-        import hashlib
         digest = hashlib.new(self.importer.form, b"blob %d\0" % size)
         pointers, plain = self.pointers.get(size), hashlib.sha256()
         overlap, before = max(map(len, self.wanted), default=1) - 1, b""
@@ -7381,7 +7357,7 @@ class Workspace(WorkspaceBase):
             raise UsageError("The list edits is empty.")
         for edit in edits:
             EDIT.check(edit)
-        for attempt in range(EDIT_TRIES):
+        for attempt in range(60):  # others edit the same file
             before = self.read(path, cancel=cancel)
             if sha256 and before.sha256 != sha256.lower():
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
@@ -8360,7 +8336,7 @@ class McpServer:
             self.tools = {name: Verb(tool.name, tool.text, *tool.args, other, **tool.settings)
                           for name, tool in TOOLS.items()}
             self.tools.update(MANAGE_TOOLS)
-        self.slots = threading.Semaphore(MCP_AT_ONCE)  # held from a call's begin to its answer
+        self.slots = threading.Semaphore(32)  # held from a call's begin to its answer
         self.mutex = threading.Lock()  # of the name and id above, and of what follows
         self.calls: set[Call] = set()  # not answered yet
         self.kept: dict[str, Call] = {}  # answered with a job
@@ -8473,7 +8449,7 @@ class McpServer:
         if tool is None:
             raise ProtocolError(-32602, f"There is no tool {show(str(name))}.")
         calls, call = list(self.calls), Call(number, tool, params, size, reply)
-        if len(calls) < MCP_PENDING and sum(one.bytes for one in calls) <= MCP_PENDING_BYTES:
+        if len(calls) < 512 and sum(one.bytes for one in calls) <= 64 * MIB:  # a thread each
             self.calls.add(call)
             with contextlib.suppress(RuntimeError):  # the system has no room for one more thread
                 return threading.Thread(target=self._serve, args=(call,), daemon=True).start()
@@ -8503,7 +8479,7 @@ class McpServer:
     def _in_time(self, call: Call, happens: Callable[[float], bool]) -> bool:
         """Report progress until something happens; False at the soft timeout."""
         patience = Deadline(call.arrived + self.soft - time.monotonic())
-        while not happens(patience.capped(MCP_PROGRESS)):
+        while not happens(patience.capped(2)):
             seconds = time.monotonic() - call.arrived
             if patience.over():
                 return False
@@ -9013,7 +8989,6 @@ class Terminal(Report):
     current: Terminal | None = None  # of this process
 
     def __init__(self, verbosity: int, verb: str = "") -> None:
-        import threading
         self.verbosity, self.many = verbosity, False
         person = verbosity >= 0 and os.isatty(2)
         self.notes = person or verb in ("new", "push") or verbosity > 0
@@ -9073,7 +9048,6 @@ class Terminal(Report):
             self.line(advised(text) if isinstance(text, CmuxError) else text)
 
     def step(self, what: str, doing: str) -> None:
-        import threading
         self.lanes[what] = doing, time.monotonic()
         if self.redraws and not self.drawing:
             self.drawing = True
