@@ -5448,10 +5448,10 @@ def masked_detail(what: object, masks: Sequence[tuple[bytes, bytes]]) -> str:
     return show(" ".join(words), 200)[1:-1]
 
 
-def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
+def logged(operation: str, size: str = "",
            code: Callable[[Any], int] = lambda result: 0) -> Callable[[AnyFunction], AnyFunction]:
-    """Record a method of a workspace with its first argument. ``size`` is computed from the result
-    and the arguments, the exit ``code`` from the result."""
+    """Record a method of a workspace with its first argument. ``size``: the member of the result
+    that is the bytes, or their number; the exit ``code`` is computed from the result."""
     def decorate(function: AnyFunction) -> AnyFunction:
         named = "".join(function.__code__.co_varnames[1:2])
 
@@ -5461,7 +5461,10 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
             with noted(workspace.project, operation, workspace.name, workspace.host.name, what,
                        workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
-                entry.size, entry.code = size(result, *args), code(result)
+                entry.code = code(result)
+                if size:
+                    moved = vars(result)[size] if isinstance(result, Value) else result[size]
+                    entry.size = moved if isinstance(moved, int) else len(moved)
                 return result
         return call  # type: ignore[return-value]
     return decorate
@@ -7533,7 +7536,7 @@ class Workspace(WorkspaceBase):
         """The reply of Host._call(), unless it failed. ``about``: a path or a job."""
         return tool_reply(self, self.host._call(script, *arguments, **more), about)
 
-    @logged("read", lambda found, *args: len(found.content))
+    @logged("read", "content")
     def read(self, path: str, offset: int = 1, limit: int = 0,
              cancel: Cancel | None = None) -> FileContent:
         """A file's bytes, 10 MiB at most; or ``limit`` lines (0: all) from line ``offset`` (1 is
@@ -7564,20 +7567,19 @@ class Workspace(WorkspaceBase):
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
         symlink is followed, missing directories are made. Returns ``created``, ``size`` (bytes),
         ``sha256``."""
-        data = encoded(content)
-        created = self._replace(path, data, "", cancel)
-        return {"created": created, "size": len(data), "sha256": sha256_of(data)}
+        return self._replace(path, encoded(content), "", cancel)
 
-    @logged("write", lambda created, path, data, *args: len(data))
-    def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> bool:
-        """Write a file; True if it is new. ``old``: the cksum that it must still have, or ""."""
+    @logged("write", "size")
+    def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> Written:
+        """write(). ``old``: the cksum that the file must still have, or ""."""
         where = absolute(self, path)
         lock = cksum_of(encoded(where + "\n")).replace(" ", "-")
         reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
                            self.path, lock, about=path, data=data, once=True, cancel=cancel)
-        return reply.stdout.strip() == b"created"
+        return {"created": reply.stdout == b"created\n", "size": len(data),
+                "sha256": sha256_of(data)}
 
-    @logged("edit", lambda result, *args: len(result["diff"]))
+    @logged("edit", "diff")
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
              cancel: Cancel | None = None) -> Edited:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
@@ -7594,8 +7596,8 @@ class Workspace(WorkspaceBase):
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
-                self._replace(path, after, cksum_of(before.content), cancel)
-                return {"sha256": sha256_of(after),
+                written = self._replace(path, after, cksum_of(before.content), cancel)
+                return {"sha256": written["sha256"],
                         "diff": unified_diff(before.content, after, path)}
             except FileChanged:
                 time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
@@ -7652,7 +7654,7 @@ class Workspace(WorkspaceBase):
                 matches.append({"path": path, "line": line, "text": text})
         return {"matches": matches[:limit], "truncated": len(matches) > limit or cut}
 
-    @logged("upload", lambda result, *args: result["size"])
+    @logged("upload", "size")
     def upload(self, local: str, path: str = "", force: bool = False,
                report: Report | None = None, cancel: Cancel | None = None) -> Copied:
         """Copy a local file or directory to ``path`` in the workspace, or into that directory,
@@ -7677,7 +7679,7 @@ class Workspace(WorkspaceBase):
         into = reply.stdout == b"into\n"
         return {"path": place + f"/{name}" * into, "size": size, "notes": left_out(left)}
 
-    @logged("download", lambda result, *args: result["size"])
+    @logged("download", "size")
     def download(self, path: str, local: str, force: bool = False,
                  report: Report | None = None, cancel: Cancel | None = None) -> Copied:
         """Copy from the workspace to ``local`` in the same way, 2 GiB at most, never through a
@@ -7754,7 +7756,7 @@ class Workspace(WorkspaceBase):
         rows.sort(key=lambda row: (row["started"] or 0, row["job"]))
         return int(changed[1]) if changed else None, rows
 
-    @logged("logs", lambda status, *args: len(status["output"]))
+    @logged("logs", "output")
     def logs(self, job: str | Sequence[str], offset: int = 0, wait: float = 0,
              limit: int = LOGS_MAX, until: str = "more", cancel: Cancel | None = None) -> Job:
         """Output of a job from byte ``offset`` on, 1 MiB at most: ``output`` (bytes),
