@@ -5316,9 +5316,10 @@ _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 class Cksum:
     """The checksum of POSIX cksum, which every host has."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: bytes = b"") -> None:
         self.register = 0xFFFFFFFF
         self.length = 0
+        self.update(data)
 
     def update(self, data: bytes) -> None:
         import zlib
@@ -7288,12 +7289,6 @@ def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
     return reply
 
 
-def cksum_of(data: bytes) -> str:
-    digest = Cksum()
-    digest.update(data)
-    return digest.line()
-
-
 def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> bytes:
     """``data`` with every edit applied in order. Raises ToolFailed."""
     for index, edit in enumerate(edits, 1):
@@ -7573,8 +7568,8 @@ class Workspace(WorkspaceBase):
     def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> Written:
         """write(). ``old``: the cksum that the file must still have, or ""."""
         where = absolute(self, path)
-        lock = cksum_of(encoded(where + "\n")).replace(" ", "-")
-        reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
+        lock = Cksum(encoded(where + "\n")).line().replace(" ", "-")
+        reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), Cksum(data).line(), old,
                            self.path, lock, about=path, data=data, once=True, cancel=cancel)
         return {"created": reply.stdout == b"created\n", "size": len(data),
                 "sha256": sha256_of(data)}
@@ -7596,7 +7591,8 @@ class Workspace(WorkspaceBase):
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
-                written = self._replace(path, after, cksum_of(before.content), cancel)
+                seen = Cksum(before.content).line()
+                written = self._replace(path, after, seen, cancel)
                 return {"sha256": written["sha256"],
                         "diff": unified_diff(before.content, after, path)}
             except FileChanged:
