@@ -7292,7 +7292,7 @@ def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
 def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> bytes:
     """``data`` with every edit applied in order. Raises ToolFailed."""
     for index, edit in enumerate(edits, 1):
-        which = f"Edit {index} of {len(edits)}: the text" if len(edits) > 1 else "The text"
+        which = f"Edit {index} of {len(edits)}: the text"
         old, new, count = encoded(edit["old"]), encoded(edit["new"]), edit.get("count", 1)
         if not old or old == new:
             raise ToolFailed(f"{which} to replace is empty, or the same as the new one.")
@@ -7527,9 +7527,9 @@ class Workspace(WorkspaceBase):
     as surrogateescape has them.
     """
 
-    def _tool(self, script: str, *arguments: str, about: str = "", **more: Any) -> Reply:
+    def _tool(self, script: str, *arguments: str | int, about: str = "", **more: Any) -> Reply:
         """The reply of Host._call(), unless it failed. ``about``: a path or a job."""
-        return tool_reply(self, self.host._call(script, *arguments, **more), about)
+        return tool_reply(self, self.host._call(script, *map(str, arguments), **more), about)
 
     @logged("read", "content")
     def read(self, path: str, offset: int = 1, limit: int = 0,
@@ -7538,9 +7538,8 @@ class Workspace(WorkspaceBase):
         the first)."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
-        reply = self._tool(
-            READ, absolute(self, path), str(READ_MAX), str(offset), str(limit), self.path,
-            about=path, cancel=cancel, limit=READ_MAX + 4096)
+        reply = self._tool(READ, absolute(self, path), READ_MAX, offset, limit, self.path,
+                           about=path, cancel=cancel, limit=READ_MAX + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         match = re.match(r"(\d{1,15}) (all|lines) ?([0-9a-f]{64}\Z)?", head.decode("latin-1"))
         if not match:
@@ -7761,7 +7760,7 @@ class Workspace(WorkspaceBase):
         jobs: Any = job if isinstance(job, (list, tuple)) else [job]
         if offset < 0 or not jobs:
             raise UsageError("No job was named, or the offset is below 0.")
-        reply = self._tool(LOGS, str(offset), str(limit), str(int(min(wait, 30) * 10)), until,
+        reply = self._tool(LOGS, offset, limit, int(min(wait, 30) * 10), until,
                            *(job_directory(self, one) for one in jobs),
                            about=" or ".join(jobs), cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
