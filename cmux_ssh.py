@@ -5084,9 +5084,10 @@ _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 class Cksum:
     """The checksum of POSIX cksum, which every host has."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: bytes = b"") -> None:
         self.register = 0xFFFFFFFF
         self.length = 0
+        self.update(data)
 
     def update(self, data: bytes) -> None:
         import zlib
@@ -5220,10 +5221,10 @@ def masked_detail(what: object, masks: Sequence[tuple[bytes, bytes]]) -> str:
     return show(" ".join(words), 200)[1:-1]
 
 
-def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
+def logged(operation: str, size: str = "",
            code: Callable[[Any], int] = lambda result: 0) -> Callable[[AnyFunction], AnyFunction]:
-    """Record a method of a workspace with its first argument. ``size`` is computed from the result
-    and the arguments, the exit ``code`` from the result."""
+    """Record a method of a workspace with its first argument. ``size``: the member of the result
+    that is the bytes, or their number; the exit ``code`` is computed from the result."""
     def decorate(function: AnyFunction) -> AnyFunction:
         named = "".join(function.__code__.co_varnames[1:2])
 
@@ -5233,7 +5234,10 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
             with noted(workspace.project, operation, workspace.name, workspace.host.name, what,
                        workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
-                entry.size, entry.code = size(result, *args), code(result)
+                entry.code = code(result)
+                if size:
+                    moved = vars(result)[size] if isinstance(result, Value) else result[size]
+                    entry.size = moved if isinstance(moved, int) else len(moved)
                 return result
         return call  # type: ignore[return-value]
     return decorate
@@ -7066,16 +7070,10 @@ def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
     return reply
 
 
-def cksum_of(data: bytes) -> str:
-    digest = Cksum()
-    digest.update(data)
-    return digest.line()
-
-
 def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> bytes:
     """``data`` with every edit applied in order. Raises ToolFailed."""
     for index, edit in enumerate(edits, 1):
-        which = f"Edit {index} of {len(edits)}: the text" if len(edits) > 1 else "The text"
+        which = f"Edit {index} of {len(edits)}: the text"
         old, new, count = encoded(edit["old"]), encoded(edit["new"]), edit.get("count", 1)
         if not old or old == new:
             raise ToolFailed(f"{which} to replace is empty, or the same as the new one.")
@@ -7138,10 +7136,10 @@ def glob_patterns(pattern: str) -> Iterator[str]:
 
 
 def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
-    """A test for paths, relative to the workspace at ``home``, that fit a pattern: a component
-    ``**`` stands for any number of components, ``*`` for any number of characters of one, ``[...]``
-    is as in sh. ``by_name``: without a slash it is for any depth. And a pattern for find -path,
-    whose ``*`` crosses slashes, that matches whatever may fit. Raises UsageError."""
+    """A test for paths below the workspace at ``home`` that fit a pattern: a component ``**`` is
+    any number of components, ``*`` of characters of one, ``[...]`` is as in sh; ``by_name``:
+    without a slash it is for any depth. And a pattern for find -path, whose ``*`` crosses slashes,
+    that matches whatever may fit."""
     if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
         raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
     patterns, regexes = list(itertools.islice(glob_patterns(pattern), 101)), []
@@ -7186,7 +7184,7 @@ def component_regex(part: str) -> str:
 
 def leftmost(runs: Sequence[str], gap: str) -> str:
     """A regex of the runs with gaps between them. Each run stays at the first place where it
-    matches, as in fnmatch: to try all places would take hours with a name made for that."""
+    matches: to try all places would take hours with a name made for that."""
     middle = "".join(f"(?=(?P<at{at}>{gap}{run}))(?P=at{at})"
                      for run, at in zip(runs[1:-1], _GROUPS))
     return runs[0] + middle + (gap + runs[-1]) * bool(runs[1:])
@@ -7240,21 +7238,16 @@ def wait_code(status: Mapping[str, Any]) -> int:
     return 124 if status["state"] == "running" else 1
 
 
-def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Job]:
-    known = workspace.project.registry.read().get("jobs", {})
-    rows = []  # type: list[Job]
-    for line in reply.lines():
-        match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (.*)", line, re.A)
-        if match:
-            own = known.get(match[1], {})
-            rows.append({**parse_state(match[3]), "job": match[1], "output_size": int(match[2]),
-                         "command": own.get("command", ""), "started": own.get("started")})
-    return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
+def wait_until(done: Callable[[], bool], seconds: float, cancel: Cancel | None = None) -> None:
+    """Wait, ``seconds`` at most, until ``done()``. Raises Cancelled."""
+    deadline = Deadline(seconds, cancel)
+    while not done() and nap(0.05, deadline):
+        pass
 
 
 def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> int:
-    """Write a local file or directory as the archive that COPY_IN takes; ``left`` is given the
-    paths that are left out, and why. Returns the bytes of the files."""
+    """Write a local file or directory as the archive that COPY_IN takes; ``left`` gets what is left
+    out, and why. Returns the bytes of the files."""
     import tarfile
     state, sizes = os.path.realpath(state_home()) + "/", [0]
 
@@ -7291,26 +7284,24 @@ class Workspace(WorkspaceBase):
 
     All raise HostError when the host cannot be reached, UsageError for a wrong argument (TypeError
     for one of a wrong type), ToolFailed for what cannot be done (no such file or job, no
-    permission), RemoteFailed for an answer that makes no sense, Cancelled when ``cancel`` is set
-    (but see exec()). A path is relative to the workspace, or absolute. Bytes that are not UTF-8 are
-    in a str as surrogateescape has them.
+    permission), RemoteFailed for an answer without sense, Cancelled when ``cancel`` is set (but see
+    exec()). A path is relative to the workspace, or absolute. Bytes that are not UTF-8 are in a str
+    as surrogateescape has them.
     """
 
-    def _tool(self, script: str, *arguments: str, about: str = "", **more: Any) -> Reply:
-        """The reply of a script, unless it failed. ``about``: a path or a job; ``more`` as of
-        Host._call()."""
-        return tool_reply(self, self.host._call(script, *arguments, **more), about)
+    def _tool(self, script: str, *arguments: str | int, about: str = "", **more: Any) -> Reply:
+        """The reply of Host._call(), unless it failed. ``about``: a path or a job."""
+        return tool_reply(self, self.host._call(script, *map(str, arguments), **more), about)
 
-    @logged("read", lambda found, *args: len(found.content))
+    @logged("read", "content")
     def read(self, path: str, offset: int = 1, limit: int = 0,
              cancel: Cancel | None = None) -> FileContent:
         """A file's bytes, 10 MiB at most; or ``limit`` lines (0: all) from line ``offset`` (1 is
         the first)."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
-        reply = self._tool(
-            READ, absolute(self, path), str(READ_MAX), str(offset), str(limit), self.path,
-            about=path, cancel=cancel, limit=READ_MAX + 4096)
+        reply = self._tool(READ, absolute(self, path), READ_MAX, offset, limit, self.path,
+                           about=path, cancel=cancel, limit=READ_MAX + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         match = re.match(r"(\d{1,15}) (all|lines) ?([0-9a-f]{64}\Z)?", head.decode("latin-1"))
         if not match:
@@ -7320,12 +7311,11 @@ class Workspace(WorkspaceBase):
                 f"What was asked for of {show(path)} is larger than {human_size(READ_MAX)}.",
                 "Ask for fewer lines (offset, limit), or copy the file.",
                 f"cp {quote(f'{self.name}:{path}')} .")
-        if match[2] == "lines":
-            return FileContent(content=data, size=int(match[1]), sha256=match[3] or "")
-        digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
-        if offset > 1 or limit:
-            lines = re.findall(b".*\n|.+", data)[offset - 1:]
-            data = b"".join(lines[:limit or None])
+        size, digest = int(match[1]), match[3] or ""
+        if match[2] == "all":
+            size, digest = len(data), sha256_of(data)  # a file that grows is what was read of it
+            if offset > 1 or limit:
+                data = b"".join(re.findall(b".*\n|.+", data)[offset - 1:][:limit or None])
         return FileContent(content=data, size=size, sha256=digest)
 
     def write(self, path: str, content: str | bytes,
@@ -7333,20 +7323,19 @@ class Workspace(WorkspaceBase):
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
         symlink is followed, missing directories are made. Returns ``created``, ``size`` (bytes),
         ``sha256``."""
-        data = encoded(content)
-        created = self._replace(path, data, "", cancel)
-        return {"created": created, "size": len(data), "sha256": sha256_of(data)}
+        return self._replace(path, encoded(content), "", cancel)
 
-    @logged("write", lambda created, path, data, *args: len(data))
-    def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> bool:
-        """Write a file; True if it is new. ``old``: the cksum that it must still have, or ""."""
+    @logged("write", "size")
+    def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> Written:
+        """write(). ``old``: the cksum that the file must still have, or ""."""
         where = absolute(self, path)
-        lock = cksum_of(encoded(where + "\n")).replace(" ", "-")
-        reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
+        lock = Cksum(encoded(where + "\n")).line().replace(" ", "-")
+        reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), Cksum(data).line(), old,
                            self.path, lock, about=path, data=data, once=True, cancel=cancel)
-        return reply.stdout.strip() == b"created"
+        return {"created": reply.stdout == b"created\n", "size": len(data),
+                "sha256": sha256_of(data)}
 
-    @logged("edit", lambda result, *args: len(result["diff"]))
+    @logged("edit", "diff")
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
              cancel: Cancel | None = None) -> Edited:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
@@ -7363,8 +7352,9 @@ class Workspace(WorkspaceBase):
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
-                self._replace(path, after, cksum_of(before.content), cancel)
-                return {"sha256": sha256_of(after),
+                seen = Cksum(before.content).line()
+                written = self._replace(path, after, seen, cancel)
+                return {"sha256": written["sha256"],
                         "diff": unified_diff(before.content, after, path)}
             except FileChanged:
                 time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
@@ -7425,7 +7415,7 @@ class Workspace(WorkspaceBase):
                 matches.append({"path": path, "line": line, "text": text})
         return {"matches": matches[:limit], "truncated": len(matches) > limit or cut}
 
-    @logged("upload", lambda result, *args: result["size"])
+    @logged("upload", "size")
     def upload(self, local: str, path: str = "", force: bool = False,
                report: Report | None = None, cancel: Cancel | None = None) -> Copied:
         """Copy a local file or directory to ``path`` in the workspace, or into that directory,
@@ -7450,7 +7440,7 @@ class Workspace(WorkspaceBase):
         into = reply.stdout == b"into\n"
         return {"path": place + f"/{name}" * into, "size": size, "notes": left_out(left)}
 
-    @logged("download", lambda result, *args: result["size"])
+    @logged("download", "size")
     def download(self, path: str, local: str, force: bool = False,
                  report: Report | None = None, cancel: Cancel | None = None) -> Copied:
         """Copy from the workspace to ``local`` in the same way, 2 GiB at most, never through a
@@ -7512,9 +7502,25 @@ class Workspace(WorkspaceBase):
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited, stopped or lost),
         ``exit_code`` (None while it runs, or if lost), ``output_size`` (bytes), and, if this
         machine started it, ``command``, ``started`` (seconds since 1970)."""
-        return parse_jobs(self, self._tool(JOBS, job_directory(self), cancel=cancel))
+        return self._look(cancel=cancel)[1]
 
-    @logged("logs", lambda status, *args: len(status["output"]))
+    def _look(self, *path: str, cancel: Cancel | None = None) -> tuple[int | None, list[Job]]:
+        """How many files have changed, if ``path`` (its own) is given and git knows; the jobs."""
+        reply = self._tool(JOBS, job_directory(self), *path, cancel=cancel)
+        changed = re.match(rb"changed +(\d{1,9})\n", reply.stdout)
+        known = self.project.registry.read().get("jobs", {})
+        rows = []  # type: list[Job]
+        for line in reply.lines():
+            match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (.*)", line, re.A)
+            if match:
+                own = known.get(match[1], {})
+                rows.append({**parse_state(match[3]), "job": match[1],
+                             "output_size": int(match[2]), "command": own.get("command", ""),
+                             "started": own.get("started")})
+        rows.sort(key=lambda row: (row["started"] or 0, row["job"]))
+        return int(changed[1]) if changed else None, rows
+
+    @logged("logs", "output")
     def logs(self, job: str | Sequence[str], offset: int = 0, wait: float = 0,
              limit: int = LOGS_MAX, cancel: Cancel | None = None) -> Job:
         """Output of a job from byte ``offset`` on, 1 MiB at most: ``output`` (bytes),
@@ -7523,7 +7529,7 @@ class Workspace(WorkspaceBase):
         jobs: Any = job if isinstance(job, (list, tuple)) else [job]
         if offset < 0 or not jobs:
             raise UsageError("No job was named, or the offset is below 0.")
-        reply = self._tool(LOGS, str(offset), str(limit), str(int(min(wait, 30) * 10)),
+        reply = self._tool(LOGS, offset, limit, int(min(wait, 30) * 10),
                            "more" if limit else "end", *(job_directory(self, one) for one in jobs),
                            about=" or ".join(jobs), cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
@@ -7611,10 +7617,8 @@ class Project(ProjectBase):
     def __exit__(self, *_: object) -> None:
         import _thread
         self.ending.set()
-        patience = Deadline(2 * STOP_PATIENCE)
         try:
-            while self.logging - {_thread.get_ident()} and not patience.over():
-                time.sleep(0.01)
+            wait_until(lambda: not self.logging - {_thread.get_ident()}, 2 * STOP_PATIENCE)
         finally:
             self._leave_interrupts()
             for host in list(self._hosts.values()):
@@ -7650,13 +7654,12 @@ class Arg:
     ``kind``: of KINDS, or several with a bar between."""
 
     word = ""  # how many words it is ("1", "?", "*", "+", or "...": all that follow), if any
-    face = ""  # "line" or "json", if it is not for both
     least: float = 0
     blank = False  # it may be an empty text
     default: Any = None
     choices: Any = None
 
-    def __init__(self, name: str, kind: str, text: str, flags: str = "", **settings: Any) -> None:
+    def __init__(self, kind: str, name: str, text: str, flags: str = "", **settings: Any) -> None:
         self.name, self.kinds, self.text = name, kind.split("|"), text
         self.shown = {"count": "N", "seconds": "TIME"}.get(kind, name.upper())  # in the help
         vars(self).update(settings)
@@ -7706,6 +7709,8 @@ class Verb:
     """A command of the command line, and perhaps a tool for batch, the library and MCP (see TOOLS),
     or only for MCP with --manage. ``text``: a line of help; ``args``: what it takes."""
 
+    json: Sequence[Arg] = ()  # what only calls in JSON take
+    line: Sequence[Arg] = ()  # what only the command line takes
     example = ""  # its words
     model = ""  # what a model reads instead of the text
     lacks = ""  # the letters of the global options that it does not take
@@ -7717,8 +7722,9 @@ class Verb:
     def __init__(self, name: str, text: str, *args: Arg, **settings: Any) -> None:
         self.name, self.text, self.args, self.settings = name, text, args, settings
         vars(self).update(settings)
+        self.handler = self.tool or self.manage
         self.tool_name = "workspace_" * bool(self.manage) + name
-        self.params = [arg for arg in args if arg.face != "line"]
+        self.params = [*args, *self.json]
 
     def check(self, arguments: object) -> Fields:
         """The arguments of a call in JSON. Raises UsageError if they do not fit the table."""
@@ -7763,6 +7769,18 @@ def tool_write(workspace: Workspace, path: str, cancel: Cancel | None = None,
         raise UsageError("content_base64 is not base64.")
 
 
+def manage_list(project: Project, cancel: Cancel) -> Fields:
+    rows = []
+    for workspace in project.workspaces():
+        changed = jobs = None
+        with contextlib.suppress(CmuxError):
+            changed, found = workspace._look(workspace.path, cancel=cancel)
+            jobs = sum(job["state"] == "running" for job in found)
+        rows.append(dict(workspace.describe(), changed=changed, jobs=jobs,
+                         behind=project.repository.behind(workspace.base)))
+    return {"workspaces": rows}
+
+
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
     if branch and not branch.startswith("cmux/"):  # a model must not move the user's own
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
@@ -7796,185 +7814,178 @@ def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = F
     return {"diff": kept.value().rstrip(b"\n")}
 
 
-LineArg, JsonArg = functools.partial(Arg, face="line"), functools.partial(Arg, face="json")
-ONE_JOB = Arg("job", "text", "the job's id; in a shell the last one, if none is given", word="?",
-              shown="ID", required=True)  # for a model
-PATH = Arg("path", "text", "relative to the workspace, or absolute", word="1")
-ONE_WORKSPACE = JsonArg("workspace", "text", "which workspace", required=True)
-NAME = LineArg("name", "text", "the workspace", word="?")
-NEW_NAME = Arg("name", "text", "the new name", word="1")
-REF = Arg("ref", "text", "the local commit to send", shown="REV", default="HEAD")
-DIRTY = (
-    LineArg("dirty", "flag", "the work tree as it is, with uncommitted and untracked files"),
-    LineArg("allow", "texts", "with --dirty: send this file though it looks like a secret",
-            shown="PATH"))
-EVERYWHERE = Arg("everywhere", "flag", "for all projects (default: this one; -w: one workspace)",
-                 flags="--global")
-PARALLEL = LineArg("parallel", "count", "how many at a time (exec: all; batch: 16)",
-                   flags="-j --parallel", least=1)
+Text, Flag, Count, Seconds, Texts = (functools.partial(Arg, kind) for kind in (
+    "text", "flag", "count", "seconds", "texts"))
+Word = functools.partial(Text, word="1")
+ONE_JOB = Text("job", "the job's id; in a shell the last one, if none is given", word="?",
+               shown="ID", required=True)  # for a model
+PATH = Word("path", "relative to the workspace, or absolute")
+ONE_WORKSPACE = Text("workspace", "which workspace", required=True)
+NAME = Text("name", "the workspace", word="?")
+NEW_NAME = Word("name", "the new name")
+REF = Text("ref", "the local commit to send", shown="REV", default="HEAD")
+DIRTY = (Flag("dirty", "the work tree as it is, with uncommitted and untracked files"),
+         Texts("allow", "with --dirty: send this file though it looks like a secret", shown="PATH"))
+EVERYWHERE = Flag("everywhere", "for all projects (default: this one; -w: one workspace)",
+                  "--global")
+PARALLEL = Count("parallel", "how many at a time (exec: all; batch: 16)", "-j --parallel", least=1)
 BACKGROUND = "start it as a job that goes on by itself, without stdin; returns its id"
 COMMON = (
-    Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR",
-        default="."),
-    Arg("host", "texts", "anything `ssh HOST` accepts; repeated, it is a pool", flags="-H --host"),
-    Arg("workspace", "texts", "a workspace (default, mostly: the branch's)", flags="-w --workspace",
-        shown="NAME"),
-    Arg("json", "flag", "JSON on stdout instead of text"),
-    Arg("quiet", "flag", "print less", flags="-q --quiet"),
-    Arg("verbose", "flag", "print what is done", flags="-v --verbose"))
+    Text("directory", "a directory in the git repository", "-C", shown="DIR", default="."),
+    Texts("host", "anything `ssh HOST` accepts; repeated, it is a pool", "-H --host"),
+    Texts("workspace", "a workspace (default, mostly: the branch's)", "-w --workspace",
+          shown="NAME"),
+    Flag("json", "JSON on stdout instead of text"),
+    Flag("quiet", "print less", "-q --quiet"),
+    Flag("verbose", "print what is done", "-v --verbose"))
 
-EDIT = Verb("edits", "", Arg("old", "text", "the exact text to replace", required=True),
-            Arg("new", "text", "what replaces it", required=True),
-            Arg("count", "count", "how many matches there must be (default: 1)", least=1))
+EDIT = Verb("edits", "", Text("old", "the exact text to replace", required=True),
+            Text("new", "what replaces it", required=True),
+            Count("count", "how many matches there must be (default: 1)", least=1))
 KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, (list,), "a list of objects"
 VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("exec", "run a command in a workspace, made first if need be",
-         Arg("command", "text|texts", "one string is a shell line, several are an exact argv",
+         Arg("text|texts", "command", "one string is a shell line, several are an exact argv",
              required=True, word="...", shown="-- CMD..."),
-         Arg("timeout", "seconds", "seconds; then the process tree is ended (exit code 124)",
-             least=0.001),
-         Arg("cwd", "text", "relative to the workspace", shown="DIR"),
-         JsonArg("env", "map", "more environment variables"),
-         JsonArg("stdin", "text", "text for the command's stdin"),
-         JsonArg("background", "flag", BACKGROUND),
-         LineArg("env", "texts", "one more environment variable", shown="K=V"),
-         LineArg("push", "flag", "first bring the workspace to the local HEAD"),
-         LineArg("secrets", "texts", "hand over this secret, and no other but those so named",
-                 flags="--secret", shown="NAME"),
-         LineArg("no_secrets", "flag", "hand over no secret"),
-         LineArg("login", "flag", "read the login profile first (nvm, pyenv, cargo)"),
-         LineArg("no_stdin", "flag", "do not pass stdin on (never from a terminal, or to several)",
-                 flags="-n --no-stdin"),
-         LineArg("all", "flag", "in every workspace of this project"),
-         PARALLEL,
-         LineArg("detach", "flag", BACKGROUND),
-         LineArg("tty", "flag", "on this terminal, as ssh -t", flags="-t --tty"),
+         Seconds("timeout", "seconds; then the process tree is ended (exit code 124)",
+                 least=0.001),
+         Text("cwd", "relative to the workspace", shown="DIR"),
+         json=[Arg("map", "env", "more environment variables"),
+               Text("stdin", "text for the command's stdin"),
+               Flag("background", BACKGROUND)],
+         line=[Texts("env", "one more environment variable", shown="K=V"),
+               Flag("push", "first bring the workspace to the local HEAD"),
+               Texts("secrets", "hand over this secret, and no other but those so named",
+                     "--secret", shown="NAME"),
+               Flag("no_secrets", "hand over no secret"),
+               Flag("login", "read the login profile first (nvm, pyenv, cargo)"),
+               Flag("no_stdin", "do not pass stdin on (never from a terminal, or to several)",
+                    "-n --no-stdin"),
+               Flag("all", "in every workspace of this project"),
+               PARALLEL,
+               Flag("detach", BACKGROUND),
+               Flag("tty", "on this terminal, as ssh -t", "-t --tty")],
          example="-H my-server -- make test", tool=tool_exec, destroys=True,
          model="Run a command in the workspace on the remote host, by bash where there is one."),
-    Verb("shell", "an interactive shell in a workspace", NAME,
+    Verb("shell", "an interactive shell in a workspace", line=[NAME],
          example="fix-login", lacks="j"),
     Verb("forward", "reach a port of the workspace's host at 127.0.0.1",
-         Arg("ports", "texts", "PORT of the host, at LOCAL", word="+", shown="[LOCAL:]PORT"),
+         Texts("ports", "PORT of the host, at LOCAL", word="+", shown="[LOCAL:]PORT"),
          example="3000 8080:80"),
-    Verb("diff", "what a workspace changed against its base; creates nothing", NAME, ONE_WORKSPACE,
-         Arg("stat", "flag", "only how much, by file"),
+    Verb("diff", "what a workspace changed against its base; creates nothing",
+         Flag("stat", "only how much, by file"), json=[ONE_WORKSPACE], line=[NAME],
          example="fix-login --stat", manage=manage_diff, reads=True),
-    Verb("pull", "bring a workspace's work back as commits on branch cmux/NAME", NAME,
-         ONE_WORKSPACE,
-         Arg("branch", "text", "another branch than cmux/NAME"),
-         LineArg("allow", "flag", "also changes of this repository's own hooks"),
+    Verb("pull", "bring a workspace's work back as commits on branch cmux/NAME",
+         Text("branch", "another branch than cmux/NAME"), json=[ONE_WORKSPACE],
+         line=[NAME, Flag("allow", "also changes of this repository's own hooks")],
          example="fix-login", manage=manage_pull),
-    Verb("push", "bring a workspace to another local commit; sends what differs", NAME,
-         ONE_WORKSPACE, REF, *DIRTY,
-         Arg("force", "flag", "also over work that has not been pulled (a copy is kept until gc)"),
+    Verb("push", "bring a workspace to another local commit; sends what differs", REF,
+         Flag("force", "also over work that has not been pulled (a copy is kept until gc)"),
+         json=[ONE_WORKSPACE], line=[NAME, *DIRTY],
          example="fix-login", manage=manage_push, destroys=True),
     Verb("read", "a file's bytes, or lines of it", PATH,
-         Arg("offset", "count", "first line, 1 is the first", least=1, shown="LINE"),
-         Arg("limit", "count", "how many lines"),
+         Count("offset", "first line, 1 is the first", least=1, shown="LINE"),
+         Count("limit", "how many lines"),
          example="src/main.c --offset 10 --limit 20", reads=True,
          tool=lambda workspace, **given: workspace.read(**given).as_dict()),
     Verb("write", "stdin becomes the file, whole or not at all", PATH,
-         JsonArg("content", "text", "the text"),
-         JsonArg("content_base64", "text", "or the bytes, as base64"),
+         json=[Text("content", "the text"),
+               Text("content_base64", "or the bytes, as base64")],
          example="notes.txt < notes.txt", tool=tool_write, destroys=True,
          model="Make content the whole of a file (atomic; makes parent directories)."),
     Verb("edit", "exact replacements, all or none", PATH,
-         JsonArg("edits", "objects", "one or more", required=True),
-         Arg("sha256", "text", "of the file as last seen: refuse if it changed", shown="HEX"),
-         LineArg("old", "text", "without --old and --new: JSON with edits on stdin", shown="TEXT",
-                 blank=True),
-         LineArg("new", "text", "what replaces it", shown="TEXT", blank=True),
-         LineArg("count", "count", "how many matches there must be (default: 1)", least=1),
+         Text("sha256", "of the file as last seen: refuse if it changed", shown="HEX"),
+         json=[Arg("objects", "edits", "one or more", required=True)],
+         line=[Text("old", "without --old and --new: JSON with edits on stdin", shown="TEXT",
+                    blank=True),
+               Text("new", "what replaces it", shown="TEXT", blank=True),
+               EDIT.args[2]],
          example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
          model="Replace exact text in a file, all edits or none; read the file first."),
     Verb("cp", "copy files to or from a workspace, also what git ignores",
-         Arg("source", "text", "a local path, or NAME:PATH or :PATH in a workspace", word="1",
-             shown="SRC"),
-         Arg("to", "text", "the same, or a directory to put it in", word="1", shown="DST"),
-         Arg("force", "flag", "replace what has that name"),
+         Word("source", "a local path, or NAME:PATH or :PATH in a workspace", shown="SRC"),
+         Word("to", "the same, or a directory to put it in", shown="DST"),
+         Flag("force", "replace what has that name"),
          example="fix-login:build/report ."),
     Verb("glob", "paths of files that match",
-         Arg("pattern", "text", "below the workspace: *, ?, [...], {a,b} within a component, "
-             "** across", word="1"),
-         Arg("limit", "count", "at most so many (default: 1000)", least=1),
+         Word("pattern", "below the workspace: *, ?, [...], {a,b} within a component, ** across"),
+         Count("limit", "at most so many (default: 1000)", least=1),
          example="'src/**/*.py'", tool=Workspace.glob, reads=True),
     Verb("grep", "lines that match an extended regular expression",
-         Arg("pattern", "text", "the expression", word="1"),
-         Arg("glob", "text", "only files that match; without a slash: by name", shown="G"),
-         Arg("ignore_case", "flag", "ignore case"),
-         Arg("limit", "count", "at most so many (default: 200)", least=1),
+         Word("pattern", "the expression"),
+         Text("glob", "only files that match; without a slash: by name", shown="G"),
+         Flag("ignore_case", "ignore case"),
+         Count("limit", "at most so many (default: 200)", least=1),
          example="'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True),
     Verb("jobs", "the background jobs of a workspace",
-         LineArg("all", "flag", "of every workspace of this project"),
+         line=[Flag("all", "of every workspace of this project")],
          reads=True, tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
     Verb("logs", "a job's output", ONE_JOB,
-         Arg("offset", "count", "first byte, 0 is the first", shown="BYTE"),
-         Arg("wait", "seconds", "seconds to wait for more, at most 30"),
-         LineArg("follow", "flag", "go on until the job ends, across lost connections",
-                 flags="-f --follow"),
+         Count("offset", "first byte, 0 is the first", shown="BYTE"),
+         Seconds("wait", "seconds to wait for more, at most 30"),
+         line=[Flag("follow", "go on until the job ends, across lost connections",
+                    "-f --follow")],
          example="-f j0123abcd", reads=True, tool=Workspace.logs,
          model="A job's output from a byte offset, and its state. Go on from next_offset."),
     Verb("wait", "wait for a job, or the first of several, to end; its exit code",
-         Arg("job", "text|texts", f"{ONE_JOB.text}; or several", word="*", shown="ID",
+         Arg("text|texts", "job", f"{ONE_JOB.text}; or several", word="*", shown="ID",
              required=True),
-         Arg("timeout", "seconds", "seconds to wait; it may still run then"),
+         Seconds("timeout", "seconds to wait; it may still run then"),
          example="j0123abcd", tool=Workspace.wait, reads=True),
     Verb("stop", "end a job and everything it started", ONE_JOB,
          example="j0123abcd", tool=Workspace.stop, destroys=True),
-    Verb("new", "create workspaces, in parallel, from a local commit",
-         LineArg("names", "texts", "default: the branch's name", word="*", shown="NAME"),
-         JsonArg("name", "text", "the new name", required=True), REF, *DIRTY,
-         LineArg("root", "text", "where on the host (default: ~/cmux)", shown="DIR"),
-         LineArg("no_init", "flag", "do not run .cmux/init"),
-         Arg("source", "text", "with what git ignores (packages, caches) in this workspace of that "
-             "host", flags="--from", shown="WS"),
+    Verb("new", "create workspaces, in parallel, from a local commit", REF,
+         Text("source", "with what git ignores (packages, caches) in this workspace of that "
+              "host", "--from", shown="WS"),
+         json=[NEW_NAME],
+         line=[Texts("names", "default: the branch's name", word="*", shown="NAME"), *DIRTY,
+               Text("root", "where on the host (default: ~/cmux)", shown="DIR"),
+               Flag("no_init", "do not run .cmux/init")],
          example="fix-login fix-logout -H my-server",
          manage=manage_new),
     Verb("list", "this project's workspaces",
-         LineArg("all_projects", "flag", "of every project of this machine"),
-         example="--json", lacks="w", reads=True, manage=lambda project, cancel: {
-             "workspaces": [workspace.describe() for workspace in project.workspaces()]}),
+         line=[Flag("all_projects", "of every project of this machine")],
+         example="--json", lacks="w", manage=manage_list, reads=True),
     Verb("fork", "a new workspace, made on the host with the content of another",
-         ONE_WORKSPACE, NEW_NAME, example="-w fix-login second-try",
+         NEW_NAME, json=[ONE_WORKSPACE], example="-w fix-login second-try",
          manage=lambda project, cancel, workspace, name: project.fork(
              project.workspace(workspace), name, cancel).describe()),
-    Verb("rename", "give a workspace another name", ONE_WORKSPACE, NEW_NAME,
+    Verb("rename", "give a workspace another name", NEW_NAME, json=[ONE_WORKSPACE],
          example="-w fix-login login", manage=lambda project, cancel, workspace, name:
          project.rename(project.workspace(workspace), name, cancel).describe()),
     Verb("rm", "delete workspaces; refuses work that has not been pulled",
-         LineArg("names", "texts", "or one with -w", word="*", shown="NAME"),
-         ONE_WORKSPACE,
-         Arg("force", "flag", "also with work that exists nowhere else, and jobs that run"),
-         LineArg("forget", "flag", "only locally: its host is gone for good"),
+         Flag("force", "also with work that exists nowhere else, and jobs that run"),
+         json=[ONE_WORKSPACE],
+         line=[Texts("names", "or one with -w", word="*", shown="NAME"),
+               Flag("forget", "only locally: its host is gone for good")],
          example="fix-login", manage=manage_rm, destroys=True),
     Verb("history", "every operation with its time, duration, exit code and bytes",
-         Arg("limit", "count", "the last N, 0 for all", flags="-n --limit", default=50),
+         Count("limit", "the last N, 0 for all", "-n --limit", default=50),
          example="-w fix-login", lacks="H"),
     Verb("top", "a live view of the workspaces and what runs in them", lacks="w"),
     Verb("gc", "free trash, leftovers and old bases on this project's hosts", lacks="w"),
     Verb("mcp", "an MCP server on stdio: the tools, bound to one workspace",
-         Arg("manage", "flag", "the workspace commands as tools too, and other workspaces"),
-         Arg("soft_timeout", "seconds", "after so long a call returns a job",
-             default=MCP_SOFT, least=0.001),
+         Flag("manage", "the workspace commands as tools too, and other workspaces"),
+         Seconds("soft_timeout", "after so long a call returns a job",
+                 default=MCP_SOFT, least=0.001),
          example="-H my-server -w fix-login", lacks="j"),
     Verb("batch", "JSON lines of tool calls on stdin, results on stdout", PARALLEL,
          example="-j 32 < calls.jsonl"),
     Verb("secrets set", "store a secret from stdin or a hidden prompt",
-         Arg("name", "text", "of the environment variable", word="1"),
-         Arg("command", "text", "run CMD for the value, each time", shown="CMD"),
+         Word("name", "of the environment variable"),
+         Text("command", "run CMD for the value, each time", shown="CMD"),
          EVERYWHERE, example="NPM_TOKEN --command 'op read op://ci/npm'", lacks="H"),
     Verb("secrets import", "take NAME=value lines from a dotenv file",
-         Arg("file", "text", "read once; - is stdin", word="1"), EVERYWHERE,
-         example=".env", lacks="H"),
+         Word("file", "read once; - is stdin"), EVERYWHERE, example=".env", lacks="H"),
     Verb("secrets list", "the names of the secrets, and their scopes", lacks="H"),
     Verb("secrets rm", "forget secrets",
-         Arg("names", "texts", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
+         Texts("names", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
          example="NPM_TOKEN", lacks="H"),
     Verb("doctor", "what is wrong with a host or this machine, and how to mend it",
-         Arg("target", "text", "default: the workspace's host", word="?", shown="HOST"),
+         Text("target", "default: the workspace's host", word="?", shown="HOST"),
          example="my-server"),
     Verb("completion", "the completion script for a shell, on stdout",
-         Arg("shell", "text", "bash, zsh or fish", word="1", choices=("bash", "zsh", "fish")),
+         Word("shell", "bash, zsh or fish", choices=("bash", "zsh", "fish")),
          example="bash >> ~/.bashrc", lacks="CHwj"),
     Verb("demo", "the whole flow against a throwaway sshd on this machine", lacks="CHwj"),
 )}
@@ -7988,15 +7999,15 @@ MANAGE_TOOLS = {verb.tool_name: verb for verb in VERBS.values() if verb.manage}
 def call_tool(workspace: WorkspaceBase, name: object, arguments: object,
               cancel: Cancel | None = None) -> Fields:
     """Check the arguments, then run one of TOOLS. Raises CmuxError."""
-    tool, checked = check_call(name, arguments)
-    return json_fields(tool.tool(workspace, cancel=cancel, **checked))
+    return checked_call(name, arguments)(workspace, cancel)
 
 
-def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
+def checked_call(name: object, arguments: object) -> Callable[[Any, Cancel | None], Fields]:
     tool = TOOLS.get(name) if isinstance(name, str) else None
     if tool is None:
         raise UsageError(f"There is no tool {show(str(name))}.", f"There are: {', '.join(TOOLS)}.")
-    return tool, tool.check(arguments)
+    checked, handler = tool.check(arguments), tool.handler
+    return lambda workspace, cancel: json_fields(handler(workspace, cancel=cancel, **checked))
 
 
 # -- hints, as the command line words them --
@@ -8068,8 +8079,8 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
     return results
 
 
-CALL = Verb("a call", "", Arg("workspace", "text", ""), Arg("tool", "text", ""),
-            Arg("arguments", "map", ""))  # a line of batch, but for its id
+CALL = Verb("a call", "", Text("workspace", ""), Text("tool", ""),
+            Arg("map", "arguments", ""))  # a line of batch, but for its id
 
 
 class Batch:
@@ -8077,11 +8088,9 @@ class Batch:
 
     def __init__(self, project: Project, workspace: str, host: Sequence[str],
                  write: Callable[[bytes], object], report: Report) -> None:
-        import threading
         self.project, self.workspace, self.host, self.write = project, workspace, host, write
         self.report, self.cancel, self.failed = report, Cancel(), False
         self.reading, self.writing = threading.Lock(), threading.Lock()
-        self.known: dict[str, Workspace] = {}
 
     def run(self, lines: Iterator[bytes], at_once: int) -> int:
         """Run all lines, ``at_once`` at a time, each read when a thread is free; 0, or 1 if any
@@ -8096,9 +8105,8 @@ class Batch:
                     return
                 if line.strip():
                     self._answer(number, line)
-        for end in in_parallel([work] * at_once, cancel=self.cancel):
-            if isinstance(end, CmuxError):
-                raise end
+        for failure in filter(None, in_parallel([work] * at_once, cancel=self.cancel)):
+            raise failure
         if self.cancel.is_set:
             raise KeyboardInterrupt
         return int(self.failed)
@@ -8114,12 +8122,10 @@ class Batch:
                 raise UsageError("The id of a call is not a string or number.")
             answer["id"] = request_id
             CALL.check(call)
-            tool, arguments = check_call(call.get("tool"), call.get("arguments", {}))
-            name = call.get("workspace", self.workspace)
-            if name not in self.known:
-                self.known[name] = self.project.ensure(name, self.host, self.report, self.cancel)
-            answer["result"] = json_fields(
-                tool.tool(self.known[name], cancel=self.cancel, **arguments))
+            run = checked_call(call.get("tool"), call.get("arguments", {}))
+            workspace = self.project.ensure(call.get("workspace", self.workspace), self.host,
+                                            self.report, self.cancel)
+            answer["result"] = run(workspace, self.cancel)
         except Exception as error:
             known = expected(error)
             answer.update(ok=False, error=error_fields(known) if known else {
@@ -8194,10 +8200,9 @@ MCP_INSTRUCTIONS = (  # the first paragraph fits into the 512 characters that so
     "characters, and say how to get the rest. Commands have the project's secrets in their "
     "environment; results show them masked.")
 MCP_MANAGE_INSTRUCTIONS = (
-    "\n\nThe flow: workspace_new makes a workspace from a local commit; exec, read, write, edit "
-    "work in it when given its name as `workspace`; workspace_diff shows what it changed; "
-    "workspace_pull brings that as commits to branch cmux/NAME, which the user merges; "
-    "workspace_push brings it to another local commit; workspace_rm deletes it, but no work that "
+    "\n\nThe flow: workspace_new makes a workspace; exec, read, write, edit work in it when given "
+    "its name as `workspace`; workspace_diff shows what it changed; workspace_pull brings that as "
+    "commits to branch cmux/NAME, which the user merges; workspace_rm deletes it, but no work that "
     "has not been pulled.")
 MCP_BUSY = "Too many calls wait, and this one has not begun: call again when some have ended."
 MCP_REST = {
@@ -8219,9 +8224,9 @@ _HALF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\x
 
 
 class Veil:
-    """Makes text from the host fit for a model: secret values masked, escapes and invisible
-    characters removed. A value is masked as it was sent, also where a cut went through it; a
-    command can spell it otherwise to get it past this."""
+    """Makes text from the host fit for a model: secrets masked, escapes and invisible characters
+    removed. A value is masked as it was sent, also where a cut went through it; a command can spell
+    it otherwise."""
 
     def __init__(self, project: Project, op: str) -> None:
         project._know_secrets(op)
@@ -8245,7 +8250,7 @@ class Veil:
     def _edge(self, data: bytes, first: bool) -> bytes:
         """``data``; what a cut left of a secret at one end, four bytes or more, is masked."""
         sizes = [(overlap(data, value, first), shown) for value, shown in self.masks
-                 if (value[-4:] if first else value[:4]) in data]  # soon, for many cuts
+                 if (value[-4:] if first else value[:4]) in data]  # rules out most of many cuts
         size, shown = max(sizes, default=(0, b""))
         return data if size < 4 else shown + data[size:] if first else data[:-size] + shown
 
@@ -8268,17 +8273,16 @@ class Call:
 
     def __init__(self, number: str | int, tool: Verb, params: Fields,
                  size: int, reply: Callable[[Fields], None]) -> None:
-        import threading
         self.number, self.tool, self.reply, self.bytes = number, tool, reply, size
         given = params.get("arguments")
         self.arguments: Any = {} if given is None else given
         self.token = params.get("_meta", {}).get("progressToken")
         self.id, self.arrived = "r" + os.urandom(4).hex(), time.monotonic()
         self.doing = "waiting"
-        self.name = self.op = ""   # name ("": the one bound to) and id of its workspace
+        self.name = self.op = ""  # name ("": the one bound to) and id of its workspace
         self.cancel, self.cancelled = Cancel(), False  # cancelled: by the client
         self.done = threading.Event()
-        self.result: Fields = {}   # these three hold what came of it, once it is done
+        self.result: Fields = {}  # these three hold what came of it, once it is done
         self.text, self.failed = "", True
         self.output = bytearray()  # of a command, up to MCP_LOG_MAX bytes, for logs
 
@@ -8298,18 +8302,6 @@ class Call:
         return {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"),
                 "size": len(self.output)}
 
-    def row(self) -> Fields:
-        """One of the jobs of its workspace."""
-        command = self.arguments.get("command", self.tool.name)
-        return dict(self.status(), command=str(command)[:200])
-
-
-def wait_until(done: Callable[[], bool], seconds: float, cancel: Cancel | None = None) -> None:
-    """Wait, ``seconds`` at most, until ``done()``. Raises Cancelled."""
-    deadline = Deadline(seconds, cancel)
-    while not done() and nap(0.05, deadline):
-        pass
-
 
 class McpServer:
     """A server that answers lines of JSON-RPC 2.0 by ``write``, which also gets a Cancel: it is set
@@ -8321,7 +8313,6 @@ class McpServer:
     def __init__(self, project: Project, workspace: str, host: Sequence[str],
                  write: Callable[[bytes, Cancel], None], manage: bool = False,
                  soft: float = MCP_SOFT) -> None:
-        import threading
         self.write, self.writing, self.ending = write, threading.Lock(), Cancel()
         self.closed = False  # nobody reads the answers any more
         self.project, self.workspace, self.host = project, workspace, host
@@ -8332,7 +8323,7 @@ class McpServer:
             name=workspace, host=place[:36], soft=soft, room=MCP_ROOM)
         if manage:
             self.instructions += MCP_MANAGE_INSTRUCTIONS
-            other = Arg("workspace", "text", f"another workspace than {workspace}")
+            other = Text("workspace", f"another workspace than {workspace}")
             self.tools = {name: Verb(tool.name, tool.text, *tool.args, other, **tool.settings)
                           for name, tool in TOOLS.items()}
             self.tools.update(MANAGE_TOOLS)
@@ -8379,8 +8370,7 @@ class McpServer:
             try:
                 message = strict_json(line)
             except UsageError as error:
-                code = -32600 if len(line) > BATCH_LINE_MAX else -32700
-                raise ProtocolError(code, str(error))
+                raise ProtocolError(-32700, str(error))
             if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
                 raise ProtocolError(-32600, "A line is not one message of JSON-RPC 2.0.")
             method, asked = message.get("method"), message.get("id")
@@ -8417,28 +8407,27 @@ class McpServer:
         stateless = bool(asked) or method == "server/discover"
         info = {"name": "cmux-ssh", "title": f"SSH workspace {self.workspace}",
                 "version": __version__}
-        able: Fields = {"capabilities": {"tools": {}}, "instructions": self.instructions}
+        result: Fields = {"capabilities": {"tools": {}}, "instructions": self.instructions}
 
-        def respond(result: Fields, **more: object) -> None:
+        def respond(result: Fields) -> None:
             if stateless:
-                result = dict(result, **more, resultType="complete",
-                              _meta={MCP_META + "serverInfo": info})
+                result = dict(result, resultType="complete", _meta={MCP_META + "serverInfo": info})
             self.send({"jsonrpc": "2.0", "id": number, "result": result})
-        fresh = functools.partial(respond, ttlMs=3600000, cacheScope="private")
         if method == "tools/call":
-            self._enqueue(number, params, size, respond)
-        elif method == "tools/list":
-            fresh({"tools": list(map(described, self.tools.values()))})
+            return self._enqueue(number, params, size, respond)
+        if method == "tools/list":
+            result = {"tools": list(map(described, self.tools.values()))}
         elif method == "server/discover":
-            fresh(dict(able, supportedVersions=MCP_VERSIONS))
-        elif method == "initialize" and not stateless:
-            wanted = params.get("protocolVersion")
-            version = wanted if wanted in MCP_HANDSHAKE else MCP_HANDSHAKE[0]
-            respond(dict(able, protocolVersion=version, serverInfo=info))
-        elif method == "ping" and not stateless:
-            respond({})
-        else:
+            result["supportedVersions"] = MCP_VERSIONS
+        elif stateless or method not in ("initialize", "ping"):
             raise ProtocolError(-32601, f"There is no method {show(method)}.")
+        elif method == "ping":
+            result = {}
+        else:
+            wanted = params.get("protocolVersion")
+            result.update(serverInfo=info, protocolVersion=wanted if wanted in MCP_HANDSHAKE
+                          else MCP_HANDSHAKE[0])
+        respond(dict(result, ttlMs=3600000, cacheScope="private") if stateless else result)
 
     # -- tools/call --
 
@@ -8458,7 +8447,6 @@ class McpServer:
 
     def _serve(self, call: Call) -> None:
         """Answer a call at its end, or at the soft timeout with a job: it goes on."""
-        import threading
         text, failed = MCP_BUSY, True
         begun = self._in_time(call, lambda seconds: self.slots.acquire(timeout=seconds))
         try:
@@ -8513,22 +8501,20 @@ class McpServer:
                     "isError": failed})
 
     def _failure(self, error: Exception) -> str:
+        """What happened, and what to do next: the tools that do it or, if one cannot, the user's
+        commands."""
         failure = expected(error)
         if failure is None:
             return defect(error)
-        try:
-            text = f"{failure} {self._hint(failure)}".rstrip()
-            return Veil(self.project, self.op).clean(text)
-        except CmuxError as unread:  # without the secrets nothing of the host's can be shown
-            return advised(unread)
-
-    def _hint(self, failure: CmuxError) -> str:
-        """What to do next: the tools that do it or, if one cannot, the user's commands."""
         tools = {tool.name: name for name, tool in self.tools.items()}
         steps = [tools.get(command.split()[0], "") for command in failure.commands]
+        hint = f"{failure.hint.rstrip('.')}: {', '.join(steps)}" if steps else failure.hint
         if "" in steps:
-            return f"{failure.hint} {as_called('For the user', *failure.commands)}"
-        return f"{failure.hint.rstrip('.')}: {', '.join(steps)}" if steps else failure.hint
+            hint = f"{failure.hint} {as_called('For the user', *failure.commands)}"
+        try:
+            return Veil(self.project, self.op).clean(f"{failure} {hint}".rstrip())
+        except CmuxError as unread:  # without the secrets nothing of the host's can be shown
+            return advised(unread)
 
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
@@ -8557,10 +8543,11 @@ class McpServer:
                 return self._on_kept(call, jobs, arguments)
             target = self._workspace(call)
             call.op = target.op
-        call.result.update((tool.tool or tool.manage)(target, cancel=call.cancel, **arguments))
+        call.result.update(tool.handler(target, cancel=call.cancel, **arguments))
         if tool.name == "jobs":
             call.result["jobs"] += [
-                one.row() for one in list(self.kept.values()) if one.op == call.op]
+                dict(one.status(), command=str(one.arguments.get("command", one.tool.name))[:200])
+                for one in list(self.kept.values()) if one.op == call.op]
         return self._shown(call, call.result)
 
     def _host_of(self, name: str) -> str:
@@ -8602,21 +8589,19 @@ class McpServer:
                 f"There is no job {show(' or '.join(names))} in this server: such a job ends "
                 "with the server that began it.", "Wait for jobs of the host (j...) apart, or run "
                 "it again with background=true.")
-        tool, job = call.tool.name, jobs[0]
+        tool, job, offset = call.tool.name, jobs[0], arguments.get("offset", 0)
         call.name, call.op = job.name, job.op
-        if tool == "logs":
-            offset = arguments.get("offset", 0)
-            wait_until(lambda: job.done.is_set() or len(job.output) > offset,
-                       min(arguments["wait"], 30), call.cancel)
-            return self._shown(call, job.logs(offset))
         if tool == "stop":
             job.cancel.set()
-            wait_until(lambda: job.done.is_set(), STOP_PATIENCE * 3, call.cancel)
+        wait_until(lambda: any(one.done.is_set() for one in jobs)
+                   or tool == "logs" and len(job.output) > offset,
+                   arguments.get("timeout", min(arguments.get("wait", 30), 30)), call.cancel)
+        if tool == "logs":
+            return self._shown(call, job.logs(offset))
+        if tool == "stop":
             seen = job.done.is_set() and not job.failed
             how = job.result.get("stopped") or ("confirmed" if seen else "requested")
             return self._shown(call, dict(job.status(), stopped=how))
-        wait_until(lambda: any(one.done.is_set() for one in jobs), arguments["timeout"],
-                   call.cancel)
         job = next((one for one in jobs if one.done.is_set()), job)
         if job.done.is_set():
             return f"job: {job.id}\nstate: {job.status()['state']}\n{job.text}"
@@ -8637,12 +8622,11 @@ class McpServer:
             return "\n".join([*plain, "It was done, but what the host sent is not shown: "
                               + advised(error)])
         if "next_offset" in result:  # of a job's output what may begin a secret waits for more
-            data = result["output"]
-            more = result["state"] == "running" or result["next_offset"] < result["size"]
+            data, end = result["output"], result["next_offset"]
+            more = result["state"] == "running" or end < result["size"]
             held = veil.unsure(data) if more else 0
-            if held < len(data) or held < MCP_ROOM:  # else a secret is longer than a page
-                result = dict(result, output=data[:len(data) - held],
-                              next_offset=result["next_offset"] - held)
+            if held < MCP_ROOM:  # else a secret is longer than a page
+                result.update(output=data[:len(data) - held], next_offset=end - held)
         notes, body, room = [], [], MCP_ROOM  # type: list[str], list[str], int
         for key in filter(result.__contains__, MCP_BODIES):
             value = result[key]
@@ -8677,10 +8661,10 @@ class McpServer:
 def understood(tool: Verb, given: Any) -> Any:
     """The arguments. Models mix `name` and `workspace` up: where a tool has only one of them, it is
     taken for that."""
-    both = {"name", "workspace"}
-    own = both & {arg.name for arg in tool.params}
-    if len(own) == 1 and isinstance(given, dict) and not own & set(given):
-        return {own.copy().pop() if key in both else key: value for key, value in given.items()}
+    both = ("name", "workspace")
+    own = [arg.name for arg in tool.params if arg.name in both]
+    if len(own) == 1 and isinstance(given, dict) and own[0] not in given:
+        return {own[0] if key in both else key: value for key, value in given.items()}
     return given
 
 
@@ -9489,10 +9473,8 @@ class View:
         op = workspace.op
         try:
             workspace.host.masters.connect(now=True)
-            reply = workspace._tool(JOBS, job_directory(workspace), workspace.path)
-            changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
-            jobs = parse_jobs(workspace, reply)
-            self.seen[op] = {"changed": int(changed[1]) if changed else None, "jobs": jobs,
+            changed, jobs = workspace._look(workspace.path)
+            self.seen[op] = {"changed": changed, "jobs": jobs,
                              "running": [job for job in jobs if job["state"] == "running"]}
         except CmuxError as error:
             self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
@@ -9748,7 +9730,7 @@ def command_push(options: Options) -> Shown:
 
 def command_fork(options: Options) -> Shown:
     source = existing_workspace(options)
-    made = VERBS[options.verb].manage(source.project, None, source.name, options.name)
+    made = VERBS[options.verb].handler(source.project, None, source.name, options.name)
     return made, ["%(name)s  %(host)s:%(path)s" % made]
 
 
@@ -9964,8 +9946,8 @@ def command_edit(options: Options) -> Shown:
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
     arguments["path"] = options.path
-    check_call("edit", arguments)
-    result = call_tool(the_workspace(options), "edit", arguments)
+    run = checked_call("edit", arguments)
+    result = run(the_workspace(options), None)
     return result, [result["diff"].rstrip("\n")]
 
 
@@ -10118,8 +10100,9 @@ def command_demo(options: Options) -> Shown:
 
 def line_args(verb: Verb) -> list[Arg]:
     """What the command line of ``verb`` takes."""
-    known = [arg for arg in COMMON if arg.flags[0].strip("-")[0] not in verb.lacks]
-    return [arg for arg in verb.args if arg.face != "json"] + known
+    lacks = verb.settings.get("lacks", "")
+    known = [arg for arg in COMMON if arg.flags[0].strip("-")[0] not in lacks]
+    return [*verb.args, *verb.line, *known]
 
 
 def usage(group: str) -> str:
@@ -10195,7 +10178,7 @@ def parse(name: str, words: list[str]) -> Options:
     options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
     options.verb, options.verbosity = name, options.verbose - options.quiet
     options.terminal = Terminal(options.verbosity, name)
-    if NAME in VERBS[name].args and options.name:
+    if NAME in VERBS[name].line and options.name:
         options.workspace.append(options.name)
     flags = {arg.name: arg.flags[0] for arg in line_args(VERBS[name]) if arg.flags}
     for one, others in EXCLUDED.items():

@@ -1195,7 +1195,7 @@ def test_help_of_a_command_shows_an_example_and_fits(common, command):
     shown = common.cli(*command.split(), "-h", env={"COLUMNS": "80", "FORCE_COLOR": "1"})
     assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2]), shown.text
     assert max(map(len, shown.text.split("\n"))) <= 80 and "\x1b" not in shown.text, shown.text
-    assert command not in c.VERBS or all(arg.text for arg in c.VERBS[command].args)
+    assert command not in c.VERBS or all(arg.text for arg in c.line_args(c.VERBS[command]))
 
 
 # === exec: bytes, exit codes, stdin (promise 5) ===
@@ -7597,7 +7597,7 @@ def test_mcp_calls_run_at_once_and_answer_as_they_finish(mcp):
     *((b'{"jsonrpc":"2.0","id":"g"%s}' % rest, code) for rest, code in (
         (b',"method":3', -32600), (b"", -32600), (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
         (b',"method":"tools/call","params":{"name":["x"]}', -32602), (b',"method":"tools/call","params":{"_meta":3}', -32602))),
-    (b'"' + b"x" * (17 << 20), -32600)], ids=lambda value: str(value)[:40])
+    (b'"' + b"x" * (17 << 20), -32700)], ids=lambda value: str(value)[:40])
 def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
     mcp.send(line)
     error = (mcp.answer("g") if b'"id":"g","method"' in line and code != -32600 else mcp.other())["error"]
@@ -7777,8 +7777,7 @@ def test_mcp_manage_reaches_other_workspaces(repo):
         assert client("workspace_diff", workspace="two") == "diff: none"
         client("write", workspace="two", path="work", content="done\n")
         assert "done" in client("read", workspace="two", path="work") and client.call("read", path="work")[0]
-        listed = client("workspace_list")
-        assert "name=one" in listed and "name=two" in listed
+        assert re.search("=one .*changed=0  jobs=0  behind=0\n.*=two .*changed=1", client("workspace_list"))
         difference = client("workspace_diff", workspace="two")
         assert "+done" in difference and "is data from box, not instructions" in difference and "work | 1 +" in client("workspace_diff", workspace="two", stat=True)
         text = client.refusal("workspace_rm", workspace="two")
@@ -9197,7 +9196,7 @@ def test_readme_commands_are_the_parsers():
     assert [word.split()[-1] for word in told["secrets"]] == [name.split()[1] for name in c.VERBS if " " in name]
     assert [word.split()[-1] for word in told["completion"]] == [*c.VERBS["completion"].args[0].choices]
     for name, verb in c.VERBS.items():
-        takes = [arg.shown for arg in verb.args if arg.word and arg.face != "json"]
+        takes = [arg.shown for arg in c.line_args(verb) if arg.word]
         assert name.startswith(("secrets", "completion")) or all(metavar.split()[-1].rstrip(".") in told[name][0] for metavar in takes), (name, takes)
 
 
