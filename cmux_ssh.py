@@ -8645,6 +8645,11 @@ class McpServer:
                 body.append(f"--- {key}\n{text}")
             elif key not in MCP_MAY_LACK:
                 notes.append(f"{key}: none")
+        running = result.get("state", "running") == "running" and "note" not in result
+        if "job" in result and running and tool in ("exec", "wait"):
+            notes.append("It runs: logs shows its output, wait waits for its end.")
+        if result.get("new"):
+            notes.append(f"The user takes it with: git merge {quote(result['branch'])}")
         facts = [f"{key}: " + veil.clean(str(value)).replace("\n", " ")[:500]
                  for key, value in result.items()
                  if (value or value == 0) and value is not False

@@ -7885,7 +7885,10 @@ def test_mcp_manage_takes_name_for_workspace_and_moves_no_branch_of_the_users(re
         client("workspace_new", workspace="one")
         assert "ran in one" in client("exec", name="one", command="echo ran in $CMUX_WORKSPACE; echo done >work")
         assert "does not begin with cmux/" in client.refusal("workspace_pull", workspace="one", branch="release")
-        client("workspace_pull", workspace="one", branch="cmux/other")
+        assert "with: git merge cmux/other\n" in client("workspace_pull", workspace="one", branch="cmux/other")
+        job = job_of(client("exec", workspace="one", command="sleep 1", background=True))
+        assert "logs shows its output" in client("wait", workspace="one", job=job, timeout=0.1)
+        assert "logs" not in client("wait", workspace="one", job=job)
         client("workspace_fork", workspace="one", name="two")
         client("workspace_rm", name="one")
         assert set(repo.workspaces()) == {"two"}
