@@ -2115,13 +2115,6 @@ def kill_group(process: Process) -> None:
         process.wait()
 
 
-def await_end(process: Process, seconds: float) -> int:
-    try:
-        return process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise CmuxError("A local command did not end in time.")
-
-
 def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = REPLY_MAX,
         patience: float = 60, cancel: Cancel | None = None,
         stderr: Any = -1) -> tuple[int, bytes, bytes]:
@@ -2144,11 +2137,12 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
                     if not chunk:
                         del sinks[fd]
                 if sinks and deadline.over():
-                    raise CmuxError("A local command did not end in time.")
-            return await_end(process, deadline.capped(patience)), bytes(out), bytes(err)
-        except BaseException:
+                    raise subprocess.TimeoutExpired(argv, patience)
+            return process.wait(deadline.left()), bytes(out), bytes(err)
+        except subprocess.TimeoutExpired:
+            raise CmuxError("A local command did not end in time.")
+        finally:
             kill_group(process)
-            raise
 
 
 def raise_descriptor_limit() -> None:
