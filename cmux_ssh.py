@@ -117,31 +117,21 @@ MIB = 1024 * 1024
 # refused 26 % of its opens; with 8, 1 to 3 %.
 SESSIONS_PER_MASTER = 8
 MASTERS_PER_HOST = 64  # 512 sessions; started as they are needed
-SPARED_MOST = 6  # masters; with so many none is started for sessions opened ahead
 HANDSHAKES_AT_ONCE = 8  # stock MaxStartups 10:30:100 drops at random from the 10th on
-CONTROL_PERSIST = 600  # an idle master ends itself
-OWN_PERSIST = 30  # one for a single session, whose client was killed
 CONNECT_TIMEOUT = 20  # for ssh, where the user's config has none
-INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5  # a live master answers hello in under a millisecond
 SLOT_PATIENCE = 600  # waiting for one of the 512 sessions
 LOCK_PATIENCE = 1800  # for what another process works on: it may send gigabytes, slowly
 LOOK_FIRST = 0.003  # between two looks for what other processes free; then ever longer
 SHELL_PATIENCE = 2.5  # for the first output of our wrapper; then another session is tried
-FORK_FAILED = (1, 2, 254)  # status of mksh, dash and busybox, bash that cannot make a process
 START_PATIENCE = 60  # from the header sent to the start mark: slow rc files run meanwhile
 STOP_PATIENCE = 10  # for the host to report that a tree has ended
-STOP_SILENCE = 5  # of the session that carries the stop; then another one is tried
 CALL_PATIENCE = 600  # for one script of ours: it may unpack a large tree, or hash gigabytes
 STALL_PATIENCE = 60  # a transfer that moves no byte for so long is dead
 BEAT_MOST, BEAT_LEAST = 20, 1  # between signs of life in a silent session (ChannelTimeout), or not
 # OpenSSH 9.8 and later print the same for MaxStartups, which drops at random, and for a penalty of
 # 15 s or more. Being turned away adds none. Where they do not print it, four waits will do.
 DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)
-# After 1, 2, ... failures to connect in a row. A refused key costs 5 s of penalty, enforced from
-# 15 s on: these waits keep it below.
-DOWN_WAITS = (1, 2, 4, 7, 10)
-REFUSED_REST = 0.03  # of a master that refused a session, unless one of its own ends before
 LOG_MAX = 64 * 1024  # of ssh's log that is read back
 CHUNK = 128 * 1024  # one read or write
 # A larger archive or result gets its own connection: a proxy was seen to cut a multiplexed 646 MB
@@ -157,8 +147,6 @@ SEARCH_MAX = 4 * MIB  # bytes of paths or matches of one search
 SEARCH_PATIENCE = 120
 LINE_MAX = 500  # characters of one grep match: minified files have long lines
 DIFF_MAX = 20000  # characters of the diff that an edit returns
-LOGS_MAX = MIB  # bytes of a job's output per call
-FAULT_PATIENCE = 300  # logs -f and wait try so long to connect again
 BATCH_LINE_MAX = 16 * MIB
 TOP_EVERY = 2  # between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
@@ -2127,13 +2115,6 @@ def kill_group(process: Process) -> None:
         process.wait()
 
 
-def await_end(process: Process, seconds: float) -> int:
-    try:
-        return process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise CmuxError("A local command did not end in time.")
-
-
 def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = REPLY_MAX,
         patience: float = 60, cancel: Cancel | None = None,
         stderr: Any = -1) -> tuple[int, bytes, bytes]:
@@ -2156,11 +2137,12 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
                     if not chunk:
                         del sinks[fd]
                 if sinks and deadline.over():
-                    raise CmuxError("A local command did not end in time.")
-            return await_end(process, deadline.capped(patience)), bytes(out), bytes(err)
-        except BaseException:
+                    raise subprocess.TimeoutExpired(argv, patience)
+            return process.wait(deadline.left()), bytes(out), bytes(err)
+        except subprocess.TimeoutExpired:
+            raise CmuxError("A local command did not end in time.")
+        finally:
             kill_group(process)
-            raise
 
 
 def raise_descriptor_limit() -> None:
@@ -2502,14 +2484,6 @@ def read_json(path: str, shape: Any = dict) -> Fields | None:
     if not fits(value, shape):
         raise damaged(path, "has parts that are not as they should be")
     return value
-
-
-def recall(path: str, shape: Any) -> Fields:
-    """read_json() of a file that may be lost; {} where it is missing or damaged."""
-    try:
-        return read_json(path, shape) or {}
-    except StateFailed:
-        return {}
 
 
 def write_json(path: str, value: Mapping[str, Any]) -> None:
@@ -3111,7 +3085,7 @@ class Session:
                 f"{self.host} accepted the session, but did not run our command with a POSIX sh.",
                 "Look for a ForceCommand, and for a shell that a start-up file runs.", self.host,
                 f"{plain_ssh()} {quote(self.host)} exec sh -c :")
-        if self._status in FORK_FAILED:  # the wrapper gave up, as only where a fork fails
+        if self._status in (1, 2, 254):  # of mksh, dash and busybox, bash that cannot fork
             return HostFull(
                 f"{self.host} could not start a process; your account may have too many.",
                 "End some, or run fewer at once (-j).", self.host, False)
@@ -3239,14 +3213,18 @@ class Masters:
 
     def _down(self) -> tuple[int, float, HostError]:
         """How often in a row connecting has failed, seconds until the next try, and why."""
-        known, age = recall(self.path("down.json"), DOWN), age_of(self.path("down.json"))
+        known: Fields = {}
+        with contextlib.suppress(StateFailed):  # it may be lost
+            known = read_json(self.path("down.json"), DOWN) or {}
+        age = age_of(self.path("down.json"))
         count = max(0, known.get("count", 0))
         name, message, hint, commands = known.get("why") or (
             "", f"{self.host} could not be reached a moment ago.", "Try again.", [])
         kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
         kind = {kind.__name__: kind for kind in kinds}.get(name, ConnectionFailed)
-        return (count, DOWN_WAITS[:count][-1] - age if count and age >= 0 else 0.0,
-                kind(message, hint, self.host, *commands))
+        # A refused key costs 5 s of penalty, enforced from 15 s on: these waits keep it below.
+        wait = (1, 2, 4, 7, 10)[:count][-1] if count and age >= 0 else age
+        return count, wait - age, kind(message, hint, self.host, *commands)
 
     def _wait_out(self, deadline: Deadline) -> None:
         _, rest, why = self._down()
@@ -3336,10 +3314,11 @@ class Masters:
         other = {"SessionType=default": "SessionType=none"}  # ssh dies where it contradicts -N
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
-        persist = f"ControlPersist={OWN_PERSIST if master.own else CONTROL_PERSIST}"
+        # Of an idle one; of one for a single session, where its client was killed.
+        persist = f"ControlPersist={30 if master.own else 600}"
         argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", path.replace("%", "%%"), "-E", log)
         argv = [other.get(word, word) for word in argv] + ["--", self.host]
-        patience = self.patience if batch else INTERACTIVE_PATIENCE
+        patience = self.patience if batch else 300  # a person types a passphrase
         try:
             with open(os.open(errors, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as stderr:
                 status, _, _ = run(argv, scrubbed_environment(config), patience=patience,
@@ -3490,7 +3469,7 @@ class Masters:
         if self.single():
             return None
         slots = self._try_slots(1, half)
-        if not slots and 0 < len(self.masters()) < SPARED_MOST and not self._down()[0]:
+        if not slots and 0 < len(self.masters()) < 6 and not self._down()[0]:
             self.free(self._one_more(SESSIONS_PER_MASTER))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError, IndexError):
@@ -3511,7 +3490,7 @@ class Masters:
             self.free(slots[len(opened):])
             master, known = slot.master, expected(error)
             if isinstance(error, SessionRefused):  # it takes fewer, or has not seen one's end yet
-                master.until = time.monotonic() + REFUSED_REST
+                master.until = time.monotonic() + 0.03
             elif isinstance(error, MasterGone) or not known and isinstance(error, OSError):
                 self.abandon(master)
                 raise MasterGone(f"The connection to {self.host} was just closed.", "", self.host)
@@ -4307,7 +4286,7 @@ class CommandRun:
             exchange.outgoing = memoryview(b"")
         with contextlib.suppress(HostError):
             asked.session.close_stdin()
-            confirmed = asked.run(Deadline(STOP_SILENCE)) and exchange.out.stop == "confirmed"
+            confirmed = asked.run(Deadline(5)) and exchange.out.stop == "confirmed"
             if self.guard:
                 exchange.run(Deadline(1))
                 confirmed = self.verdict.value() == b"confirmed\n"
@@ -7522,7 +7501,7 @@ class Workspace(WorkspaceBase):
 
     @logged("logs", "output")
     def logs(self, job: str | Sequence[str], offset: int = 0, wait: float = 0,
-             limit: int = LOGS_MAX, cancel: Cancel | None = None) -> Job:
+             limit: int = MIB, cancel: Cancel | None = None) -> Job:
         """Output of a job from byte ``offset`` on, 1 MiB at most: ``output`` (bytes),
         ``next_offset``, ``size``, ``job``, ``state``, ``exit_code``. Waits ``wait`` seconds (30 at
         most) for more, or, with ``limit`` 0, for the end of the first of several jobs."""
@@ -7540,9 +7519,9 @@ class Workspace(WorkspaceBase):
                 "next_offset": offset + len(data), "size": int(match[1])}
 
     def _logs(self, deadline: Deadline, **more: Any) -> Job:
-        """logs(); a lost or refused connection is tried again for FAULT_PATIENCE. A host that does
+        """logs(); a lost or refused connection is tried again for five minutes. A host that does
         not wait before it answers is not asked again at once."""
-        patience, failed = Deadline(FAULT_PATIENCE), False
+        patience, failed = Deadline(300), False
         while True:
             soon = Deadline(0.5)
             try:
@@ -7557,7 +7536,7 @@ class Workspace(WorkspaceBase):
                         or patience.over() or deadline.over():
                     raise
                 if not failed:
-                    Masters.tell(f"{error} Trying again for up to {FAULT_PATIENCE // 60} minutes.")
+                    Masters.tell(f"{error} Trying again for up to 5 minutes.")
                 failed = True
                 nap(0.5, deadline)
 
