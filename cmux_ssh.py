@@ -8465,11 +8465,12 @@ class McpServer:
     def _in_time(self, call: Call, happens: Callable[[float], bool]) -> bool:
         """Report progress until something happens; False at the soft timeout."""
         patience = Deadline(call.arrived + self.soft - time.monotonic())
-        while not happens(patience.capped(2)):
+        asked = isinstance(call.token, (str, int))
+        while not happens(patience.capped(2 if asked else 3600)):
             seconds = time.monotonic() - call.arrived
             if patience.over():
                 return False
-            if isinstance(call.token, (str, int)):
+            if asked:
                 self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": {
                     "progressToken": call.token, "progress": round(seconds, 1),
                     "message": f"{call.doing} for {seconds:.0f} s"}})
