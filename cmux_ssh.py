@@ -8164,9 +8164,8 @@ def read_lines(fd: int, cancel: Cancel | None = None) -> Iterator[bytes]:
 # the host sends is masked, neutralised, bounded and marked as data before a model sees it; without
 # --manage nothing reaches another workspace, and nothing ever reaches a local file.
 
-MCP_STATELESS = "2026-07-28"
-MCP_HANDSHAKE = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")  # newest first
-MCP_VERSIONS = (MCP_STATELESS, *MCP_HANDSHAKE)
+MCP_VERSIONS = (  # newest first; the first is the stateless one
+    "2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 MCP_META = "io.modelcontextprotocol/"
 MCP_INSTRUCTIONS = (  # the first paragraph fits into the 512 characters that some clients show
     "These tools work in the workspace {name} on the remote host {host}, a copy of this project; "
@@ -8377,7 +8376,7 @@ class McpServer:
         if not isinstance(meta, dict):
             raise ProtocolError(-32602, "The parameters are not an object.")
         asked = meta.get(MCP_META + "protocolVersion")
-        if asked not in (None, MCP_STATELESS):
+        if asked not in (None, MCP_VERSIONS[0]):
             raise ProtocolError(-32022, "This server does not speak this protocol version.", data={
                 "supported": MCP_VERSIONS,
                 "requested": asked[:64] if isinstance(asked, str) else ""})
@@ -8403,9 +8402,8 @@ class McpServer:
         elif method == "ping":
             result = {}
         else:
-            wanted = params.get("protocolVersion")
-            result.update(serverInfo=info, protocolVersion=wanted if wanted in MCP_HANDSHAKE
-                          else MCP_HANDSHAKE[0])
+            wanted, known = params.get("protocolVersion"), MCP_VERSIONS[1:]
+            result.update(serverInfo=info, protocolVersion=wanted if wanted in known else known[0])
         respond(dict(result, ttlMs=3600000, cacheScope="private") if stateless else result)
 
     # -- tools/call --
@@ -8446,11 +8444,12 @@ class McpServer:
     def _in_time(self, call: Call, happens: Callable[[float], bool]) -> bool:
         """Report progress until something happens; False at the soft timeout."""
         patience = Deadline(call.arrived + self.soft - time.monotonic())
-        while not happens(patience.capped(2)):
+        asked = isinstance(call.token, (str, int))
+        while not happens(patience.capped(2 if asked else 3600)):
             seconds = time.monotonic() - call.arrived
             if patience.over():
                 return False
-            if isinstance(call.token, (str, int)):
+            if asked:
                 self.send({"jsonrpc": "2.0", "method": "notifications/progress", "params": {
                     "progressToken": call.token, "progress": round(seconds, 1),
                     "message": f"{call.doing} for {seconds:.0f} s"}})
