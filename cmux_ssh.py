@@ -9225,8 +9225,10 @@ def exec_row(options: Options, name: str) -> Fields:
         workspace = exec_workspace(options, name)
         host = workspace.host.name
         if options.detach:
-            return {"job": workspace.start(cancel=options.cancel, **options.call),
-                    "workspace": name}
+            job = workspace.start(cancel=options.cancel, **options.call)
+            if not options.no_stdin and data_waits():  # of a slow writer
+                options.terminal.warn("The job does not read what came on stdin.")
+            return {"job": job, "workspace": name}
         if options.many:
             options.terminal.step(name, "running")
         else:
