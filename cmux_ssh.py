@@ -3024,8 +3024,9 @@ class Session:
         with contextlib.suppress(*[OSError, MasterGone] if port else []):
             answer = mux_numbers(self._packet())[0]
         if answer in (MUX_FAILURE, MUX_DENIED):
-            raise PortRefused(f"Nothing takes connections to port {port} of {self.host} (yet)."
-                              ) if port else SessionRefused("")
+            if not port:
+                raise SessionRefused("")
+            raise PortRefused(f"Nothing takes connections to port {port} of {self.host} (yet).")
         if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
             raise MasterGone("")
 
@@ -3436,7 +3437,7 @@ class Masters:
         """So many slots on live masters, or all of a new one; or those of own masters."""
         slots: list[Slot] = []
         while not slots:
-            if not self.single() and not (bulk and not self._seen("person")):
+            if not (self.single() or bulk and not self._seen("person")):
                 slots = self._take_slots(count, deadline)
                 continue
             try:
@@ -3513,7 +3514,7 @@ class Masters:
 
     def _take_slots(self, count: int, deadline: Deadline) -> list[Slot]:
         """So many free slots on live masters, or all slots of a new one, which is started where it
-        is needed. [] where the host turns out to take one session a connection."""
+        is needed. [] where each session turns out to need a connection of its own."""
         slots = self._try_slots(count)
         if slots:
             return slots
