@@ -6628,6 +6628,8 @@ class Pull(Harvest):
                     self.read(wire)
                 check_reply(incoming.reply(), self.workspace.host.name,
                             f"give the result of {self.name}", name=self.name)
+                if not wire.total:
+                    raise refuse("its stream ends early", _TRY_AGAIN)
                 return self._grow()
             except ResultRefused as error:
                 if self.host_base and "Try again" not in error.hint:
