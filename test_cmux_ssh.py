@@ -1032,23 +1032,6 @@ def test_rig_login_shells_are_the_real_ones_and_noisy(site, shell):
     assert os.path.basename(last) == os.path.basename(os.path.realpath(program(shell)))
 
 
-def test_rig_line_counts_delays_cuts_and_refuses(site, line):
-    assert site.ssh("far", "echo hi").stdout == b"hi\n"
-    assert line.connections == 1 and line.up > 500 and line.down > 500
-    line.cut["up"] = 100_000
-    cut = site.ssh("far", "cat >/dev/null; echo whole", stdin=os.urandom(1 << 20))
-    assert cut.returncode == 255 and cut.stdout == b""
-    line.cut["up"], line.delay = None, 0.025
-    began = monotonic()
-    assert site.ssh("far", "cat | wc -c", stdin=bytes(1 << 20)).stdout.strip() == b"1048576"
-    assert monotonic() - began > 0.2
-    line.delay, line.rate, began = 0.0, 1e6, monotonic()
-    assert site.ssh("far", "cat | wc -c", stdin=bytes(1 << 20)).stdout.strip() == b"1048576"
-    assert monotonic() - began > 1
-    line.refuse, before = True, line.connections
-    assert site.ssh("far", "true").returncode == 255 and line.connections == before + 1
-
-
 # === The file: rooms and doors ===
 
 class Source:
@@ -1176,12 +1159,6 @@ print(world() == before, all(hasattr(cmux_ssh, n) for n in cmux_ssh.__all__), le
     assert not site.state.exists() and not list(site.tmp.iterdir())
 
 
-def test_assertions_do_no_work(source):
-    """They tell mypy what is known; what a host or a user can bring about is raised."""
-    calls = [call for node in source.find(ast.Assert) for call in ast.walk(node.test) if isinstance(call, (ast.Call, ast.NamedExpr, ast.Compare))]
-    assert all(isinstance(call, ast.Call) and getattr(call.func, "id", "") == "isinstance" for call in calls), [call.lineno for call in calls]
-
-
 def test_the_head_names_version_licence_and_rooms(source):
     assert re.search(r"cmux_ssh(.|\n)*\d+\.\d+(.|\n)*MIT", "\n".join(source.text.splitlines()[:8]))
     rows = re.findall(r"(?:^ {4}| {2})([ \d]\d) (\w+(?: \w+)?) {2,}\S", source.text.split('"""')[1], re.M)
@@ -1263,18 +1240,6 @@ def test_a_megabyte_on_both_streams_arrives_whole(shared):
     ran = shared.exec("dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' a & "
         "dd if=/dev/zero bs=1024 count=1024 2>/dev/null | tr '\\0' b >&2; wait")
     assert ran.code == 0 and ran.out == b"a" * (1 << 20) and ran.err == b"b" * (1 << 20)
-
-
-def test_what_an_output_lacks_is_told():
-    for size in (100, 101, 70_000):
-        kept = c.Capture(100)
-        kept(bytes(size))
-        assert kept.truncated == (b"left out" in kept.value()) == (size > 100)
-
-
-def test_output_streams_as_it_is_written(shared):
-    child = shared.start("exec --", "echo first; read x; echo $x", stdin=PIPE)
-    assert child.stdout.readline() == b"first\n" and child.end(b"second\n").ended == (0, b"second\n", b"")
 
 
 @promise(5)
@@ -1474,7 +1439,6 @@ def sent_whole(line, more):
 
 @each("how", ["exec", "job", "one connection each"])
 def test_a_command_that_was_sent_runs_no_second_time(site, how):
-    """The line is lost before the host's first word about it comes back."""
     gate, waits = gated(site, "slow")
     line, repo, log = site.line("far", to="slow"), Repo(site), site.dir / "ran"
     if how == "one connection each":
@@ -1617,8 +1581,6 @@ def test_a_hung_master_is_stopped_over_another(repo, stdin, site, nap):
 
 
 def test_a_timeout_comes_also_while_output_never_pauses(shared):
-    """Somebody reads, slowly: there is always something to pass on."""
-    assert in_library(shared, 'print(Project(".").workspace("main").exec("yes", 1, tee=lambda _: time.sleep(1)).exit_code)') == "124\n"
     child, began = shared.start("exec --timeout 1 -- yes"), monotonic()
     while os.read(child.stdout.fileno(), 4096):
         assert monotonic() - began < 15
@@ -1952,7 +1914,6 @@ def test_only_the_tree_leaves(repo, site):
 
 
 def test_every_ssh_gets_its_host_behind_a_double_dash(repo, site):
-    """And none of the options that undo the user's own."""
     log, shim = site.dir / "argv", site.dir / "ssh-shim"
     script(shim, f'for a in "$@"; do printf "%s\\n" "$a"; done >>{log}\necho ---- >>{log}\nexec {program("ssh")} -F {site.config} "$@"')
     assert repo.exec("true", env={"CMUX_SSH_COMMAND": str(shim)}).code == 0
@@ -2068,7 +2029,6 @@ def test_secrets_are_stored_0600_and_listed_by_name_only(repo, site):
     repo.secret("A_TOKEN", b"value-of-a")
     listed = repo.cli("secrets list")
     assert listed.out == b"A_TOKEN\nB_TOKEN\n" and listed.err == b""
-    assert [row["name"] for row in repo.cli("secrets list --json").json] == ["A_TOKEN", "B_TOKEN"]
     assert repo.cli("secrets set C --json", stdin=b"c").json == ["C"] == repo.cli("secrets rm C --json").json
     holders = [Path(p) for p in files_holding(site.dir, b"value-of-a")]
     assert all(site.state in p.parents and mode_of(p) == 0o600 for p in holders) and holders
@@ -2079,7 +2039,6 @@ def test_secrets_are_stored_0600_and_listed_by_name_only(repo, site):
 
 def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     """Those of one workspace are its id's: a rename and a fork have them, the next of that name has not."""
-    refused(repo.cli("secrets set X -w a", stdin=b"v", seconds=30), 1, words="no workspace 'a'")
     repo.new("a", "b")
     site.cli("secrets set T --global", cwd=site.dir, stdin=b"global-1")  # outside a repository, too
     for words, data in (("set G --global", b"global-2"), ("set T", b"project-1"), ("import - -w a", b"T=own-of-a\nG=own-2-of-a\n")):
@@ -2091,7 +2050,6 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     assert repo.cli("secrets list").text == "G  (global)\nG  (workspace a)\nT  (global)\nT\nT  (workspace a)\n"
     assert [(r["scope"], r.get("workspace"), r["kind"]) for r in repo.cli("secrets list --json").json if r["name"] == "T"] == [
         ("global", None, "value"), ("project", None, "value"), ("workspace", "a", "value")]
-    assert repo.cli("secrets list -q -w b").text == "G\nT\nT\n"
     repo.ok("rename -w a d")
     repo.ok("fork -w d e")
     repo.new("a")
@@ -2127,16 +2085,14 @@ def test_exec_hands_over_the_named_secrets(repo, site):
     assert in_library(repo, """
 project = Project(".")
 project.set_secret("A", "own", workspace="w1")
-project.set_secret("C", "all", everywhere=True)
 w = project.workspace("w1")
-print(w.exec("echo $A $B $C", secrets=["A", "C"]).stdout, w.exec("echo $A $B", secrets=[]).stdout)
+print(w.exec("echo $A $B", secrets=["A"]).stdout, w.exec("echo $A $B", secrets=[]).stdout)
 w.wait(w.start("echo $A $B >j", secrets=["B"]))
 print(w.read("j").content, project.create("v", "box", secrets=()).read("init").content)
-""") == "b'own all\\n' b'\\n'\nb'2\\n' b'\\n'\n"
+""") == "b'own\\n' b'\\n'\nb'2\\n' b'\\n'\n"
 
 
 def test_secrets_of_every_scope_are_masked(repo, site):
-    """Also what a narrower scope hides by now; of other workspaces no command is run."""
     repo.new("w", "other")
     ran = site.dir / "ran"
     repo.ok("secrets set T --global --command", "echo glo''bal-value")
@@ -2158,8 +2114,6 @@ def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
     store.unlink()
     refused(repo.exec("echo ran"), 125, "TOKEN")
     repo.ok("secrets rm TOKEN")
-    repo.secret("LOUD", command="head -c 200000 /dev/zero >&2; echo v")
-    refused(repo.exec("true"), 125, "The command for the secret LOUD")
     repo.secret("LOUD", command="echo abcdefg; exit 7")
     refused(repo.exec("echo ran", sh='''exec bash -c 'trap "" CHLD; exec "$@"' sh "$@"'''), 125, "failed with status 7")
 
@@ -2223,9 +2177,9 @@ def test_secrets_set_on_a_terminal_asks_without_echo(repo, typed, words):
 
 def test_secrets_that_no_file_could_hold_are_refused(repo):
     value = b"\x01" * 122000
-    stored = [repo.cli(f"secrets set S{n}", stdin=value).code for n in range(24)]
-    assert stored[:20] == [0] * 20 and stored[-1] == 1
-    refused(repo.cli("secrets set MORE", stdin=value), 1, "would become larger")
+    stored = [repo.cli(f"secrets set S{n}", stdin=value) for n in range(24)]
+    assert [done.code for done in stored[:20]] == [0] * 20
+    refused(stored[-1], 1, "would become larger")
     repo.ok("secrets rm", *(f"S{n}" for n in range(20)))
 
 
@@ -2294,12 +2248,10 @@ def change(*words, value=None):
     subprocess.run([sys.executable, sys.argv[1], "secrets", *words], input=value, check=True, stdout=subprocess.DEVNULL)
 for value in (b"first-value", b"second-value"):
     change("set", "TOKEN", value=value)
-    print(workspace.exec("printf %s $TOKEN; : " + value.decode()).stdout.decode())
+    print(workspace.exec("printf %s $TOKEN").stdout.decode())
 change("rm", "TOKEN")
 print(repr(workspace.exec("printf %s $TOKEN").stdout))
 """, str(PROGRAM)) == "first-value\nsecond-value\nb''\n"
-    told = repo.cli("history --json").text
-    assert told.count("[secret TOKEN]") == 2 and "-value" not in told
 
 
 @promise(1)
@@ -2310,10 +2262,9 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo):
     repo.write("ignored", b"i")
     (repo.dir / "src/main.c").unlink()
     index = (repo.dir / ".git/index").read_bytes()
-    clean = repo.new("clean")
-    assert "2 uncommitted" in clean.said
+    assert "2 uncommitted" in repo.new("clean").said
     repo.new("main", "--dirty")
-    assert {p for p in tree_of(repo.path())} == {b".gitignore", b"README", b"untracked", b"nonce"}
+    assert set(tree_of(repo.path())) == {b".gitignore", b"README", b"untracked", b"nonce"}
     assert (repo.dir / ".git/index").read_bytes() == index
     repo.write("config/.env", b"SECRET=1")
     repo.write("id_rsa", b"KEY")
@@ -2322,8 +2273,7 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo):
     assert (repo.path("clean") / "config/.env").exists()
     do(repo, "echo agent >>README")
     repo.ok("pull")
-    assert repo.pulled("README") == "edited\nagent"
-    assert (repo.dir / ".git/index").read_bytes() == index
+    assert repo.pulled("README") == "edited\nagent" and (repo.dir / ".git/index").read_bytes() == index
 
 
 def test_a_part_of_a_long_secret_is_found_in_linear_time(repo, client):
@@ -2479,8 +2429,8 @@ def test_an_init_hook_on_a_noexec_file_system_is_said(repo, site):
 def test_a_readonly_home_on_the_host_is_said(repo, site):
     """A file where the directory should be fails for root, too."""
     (site.far_home() / "cmux").write_text("in the way")
-    made = repo.cli("new -H box a")
-    assert made.code == 1 and "cmux" in made.said and repo.workspaces() == {}
+    refused(repo.cli("new -H box a"), 1, "cmux")
+    assert repo.workspaces() == {}
 
 
 @each("shell", ["dash", "bash", "mksh"])
@@ -2559,7 +2509,6 @@ def test_honest_host_strings_reach_ssh(repo, site):
 
 
 def test_hosts_and_users_that_openssh_allows_work(repo, site):
-    """From the option to the state file and back, and in a hint."""
     user = getpass.getuser()
     for n, host in enumerate(["k8s/pod=1", "h\u00e4us", "a~b", f"{user}@web+1"]):
         site.at(host.rpartition("@")[2])
@@ -2674,8 +2623,7 @@ def test_contract_a_tilde_is_the_home_over_there(repo, root, site):
     path = repo.workspaces()["main"]["path"]
     home = str(site.far_home())
     assert path.startswith((root.replace("~", home, 1) if root.startswith("~") else f"{home}/{root}") + "/") and Path(path, "README").is_file()
-    assert repo.exec("cat README").out == b"hello\n"
-    assert repo.cli("read README").out == b"hello\n" and repo.cli("write w", stdin=b"w").code == 0 and repo.cli("edit w --old w --new v").code == 0
+    assert repo.exec("cat README").out == repo.cli("read README").out == b"hello\n"
 
 
 def test_a_server_that_asks_for_the_agent_is_left(repo, site):
@@ -2765,7 +2713,6 @@ def test_a_full_disk_on_the_host_leaves_nothing_half(site, what):
 
 @each("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
 def test_a_full_disk_on_this_machine_is_said(repo, verb, room, site):
-    """TMPDIR, where a shadow repository and a command's stdin lie, is a small tmpfs in a namespace of its own."""
     assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
     repo.save("large", os.urandom(300000))
     small = site.dir / "small"
@@ -2867,7 +2814,6 @@ def test_50_processes_keep_to_the_budget(repo, site):
 
 
 def test_a_dropped_handshake_is_forgotten(repo, site, line):
-    """While the line is stalled the connections that came are the handshakes under way."""
     ssh_without_masters(site)
     repo.new(host="far")
     line.away = (1, b"")
@@ -3144,14 +3090,6 @@ def test_a_hung_master_costs_one_wait(repo, tuned, site):
 # === new: uploads and the init hook ===
 
 
-def test_new_takes_a_revision(repo):
-    first = repo.id("HEAD")
-    repo.save("README", b"changed\n")
-    repo.new("old", "--ref", "HEAD~1")
-    assert repo.workspaces()["old"]["base"] == first and repo.far("README", "old") == b"hello\n"
-    assert repo.cli("exec -H box -w new --", "cat README").out == b"changed\n"
-
-
 def test_two_projects_of_one_name_never_meet(site):
     one, two = Repo(site, "a/project", files={"who": b"one"}), Repo(site, "b/project", files={"who": b"two"})
     assert one.exec("cat who").out == b"one" and two.exec("cat who").out == b"two"
@@ -3267,7 +3205,6 @@ def test_files_are_as_old_as_the_host_says(site, host):
 
 
 def test_a_bar_tells_bytes_rate_and_time(repo, line):
-    """Of an upload, and of a pull; neither in a pipe."""
     name = "a-rather-long-name-of-a-workspace-that-somebody-gave-it-in-1999"
     repo.save("big", os.urandom(5 << 20))
     line.rate = 2e6
@@ -3783,7 +3720,6 @@ def test_dirty_knows_unchanged_lfs_content(repo):
 
 
 def test_dirty_reads_line_ends_and_modes_as_git_add_does(repo):
-    """And a split index."""
     repo.write(".gitattributes", b"* text=auto\n")
     repo.save("text", b"a\nb\n")
     repo.git("config core.splitIndex true")
@@ -3995,7 +3931,6 @@ def lab(keys):
 
 @pytest.fixture
 def new_lab(keys):
-    """Labs of this test's own: with other limits, or a base of their own."""
     with ExitStack() as stack:
         yield lambda **limits: stack.enter_context(contextlib.closing(Lab(keys, **limits)))
 
@@ -4151,7 +4086,6 @@ def test_lying_exports_are_refused(lab, stream):
 
 
 def test_more_commits_need_no_more_looks_at_the_tree(new_lab):
-    """The git here says how often."""
     lab, seen = new_lab(), []
     lab.site.env.update(replaced(lab.site, git=f'case " $* " in *" ls-tree "*) echo look >>{lab.site.dir}/looks;; esac'))
     for count in (2, 1, 9):
@@ -4226,7 +4160,6 @@ def test_a_hundred_thousand_files_in_flat_memory(new_lab):
 
 
 def test_leaks_are_seen_across_chunks(new_lab):
-    """One chunk ends in each file, in every place of the value."""
     lab, data = new_lab(), {cut: b"x%03d" % cut + b"x" * 96 + b"s3cr3t-value" + b"y" * 100 for cut in range(90, 125)}
     for name, value in (("TOKEN", b"s3cr3t-value"), ("SHORT", b"x")):
         lab.secret(name, value)
@@ -4315,7 +4248,6 @@ def test_pull_survives_what_agents_do_to_git(repo, harm):
 
 
 def nobody(site, path):
-    """A host where one logs in as another user than root, with this PATH."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to log in as somebody else")
     (site.dir / "nobody").mkdir()
@@ -4327,7 +4259,6 @@ def nobody(site, path):
 
 
 def bare_host(site, busybox=False):
-    """A host that has POSIX commands only, and no git."""
     folder = site.dir / "posix-bin"
     return site.inetd("nogit", env={"PATH": str(folder) if folder.is_dir() else posix_tools(folder, busybox=busybox)})
 
@@ -4516,7 +4447,6 @@ def test_branches_and_stashes_are_told_without_history(repo, first):
 
 
 def test_pull_and_push_with_sha256_repositories(repo, site):
-    """As git 3 does, unless it is told."""
     host = site.inetd("git3", env=replaced(site, git="""
 case "$1,$GIT_DEFAULT_HASH,$*" in init,,*--object-format*) ;; init,,*) shift; set -- init --object-format=sha256 "$@";; esac"""))
     repo.new(host=host)
@@ -4638,18 +4568,6 @@ def test_pull_names_what_it_does_not_bring(repo, harm):
     do(repo, "git checkout -q -f main || git checkout -q -f -b main refs/cmux/base")
     again = repo.ok("pull --branch third")
     assert "check it out" not in again.said
-    repo.ok("rm main")
-
-
-def test_rm_knows_what_only_a_reflog_has(repo):
-    repo.new()
-    do(repo, AGENT + "echo x >>README; git commit -qam lonely; git commit -q --amend -m other")
-    repo.save("more", b"user")
-    refused(repo.cli("push"), 1, "other")
-    repo.ok("pull")
-    repo.ok("push")
-    refused(repo.cli("rm main"), 1, "(lonely)")
-    do(repo, "git reflog expire --expire=now --all")
     repo.ok("rm main")
 
 
@@ -5542,7 +5460,6 @@ def test_a_write_stopped_half_way_changes_nothing(repo, how, exists, line):
 
 
 def test_a_reader_sees_the_old_or_the_new_file(talker, area):
-    """One after the other, and many at once."""
     versions = [bytes([n]) * 300_000 for n in range(65, 87)]
     file, stop, seen = area.put("f", versions[0]), Event(), set()
 
@@ -5703,7 +5620,6 @@ def test_edits_at_once_under_several_names_are_kept(talker, area):
 
 
 def copied(repo, *words, code=0):
-    """What a cp left out."""
     done = repo.cli("cp", *map(str, words))
     assert done.code == code
     return sorted(row.split(" (")[0] for row in re.findall(r"left out: (.*)", done.said))
@@ -6027,7 +5943,6 @@ def test_impossible_arguments_are_refused(talker):
 
 
 def test_answers_to_a_search_are_read_in_linear_time(site):
-    """Megabytes, for which a pattern with two ways to match would take days."""
     size, answer, plain = 400_000, site.dir / "answer", site.dir / "plain"
     site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat",
         grep=f'[ ! -e {plain} ] || case "$*" in *--null*) exit 2;; esac'))
@@ -6649,8 +6564,8 @@ class Agent(Client):
     def code(self):
         return int(any(not json.loads(line)["ok"] for line in self.lines))
 
-    def __init__(self, repo, *options):
-        super().__init__(repo, "batch", *options)
+    def __init__(self, repo, line="", *options):
+        super().__init__(repo, "batch " + line, *options)
 
     def post(self, tool, arguments, **more):
         self.count += 1
@@ -6747,10 +6662,10 @@ def test_batch_answers_every_line_also_the_bad_ones(shared):
     true = {"command": "true"}
     for n, bad in enumerate((
             {}, {"tool": "rm -rf"}, {"tool": ["exec"]}, {"arguments": None}, {"arguments": []},
-            {"arguments": {"command": []}}, {"arguments": {"command": ""}}, {"workspace": 5, "arguments": true}, {"tool": "read", "workspace": "../x", "arguments": {"path": "README"}},
-            {"arguments": {**true, "timeout": 0}}, {"arguments": {**true, "cwd": "no/such"}}, {"arguments": {**true, "env": {"A B": "x"}}}, {"arguments": {**true, "env": {"_cmux_life": "x"}}}, {"arguments": {"command": ["a\0b"]}},
-            {"arguments": {"command": "\ud800"}}, {"arguments": {"command": "cat", "stdin": "\ud800"}}, {"arguments": {**true, "env": {"A": None}}},
-            {"arguments": {**true, "timeout": 10 ** 400}}, {"tool": "write", "arguments": {"path": "x", "content_base64": "!"}}, {"tool": "write", "arguments": {"path": "x"}},
+            {"workspace": 5, "arguments": true}, {"tool": "read", "workspace": "../x", "arguments": {"path": "README"}},
+            {"arguments": {**true, "timeout": 0}}, {"arguments": {**true, "env": {"A B": "x"}}}, {"arguments": {**true, "env": {"_cmux_life": "x"}}}, {"arguments": {"command": ["a\0b"]}},
+            {"arguments": {"command": "\ud800"}}, {"arguments": {**true, "env": {"A": None}}},
+            {"arguments": {**true, "timeout": 10 ** 400}}, {"tool": "write", "arguments": {"path": "x", "content_base64": "!"}},
             {"tool": "write", "arguments": {"path": "x", "content": "a", "content_base64": "YQ=="}}, {"host": "nohost", "arguments": true})):
         call = {"id": f"e{n}", **({"tool": "exec"} if n else {}), **bad}
         lines.append((json.dumps({key: value for key, value in call.items() if value is not None}).encode(), f"e{n}", False))
@@ -6870,29 +6785,25 @@ def test_12_batch_processes_of_10_each_all_succeed(repo, site):
 
 
 def test_contract_exec(talker, workspace, area, nap):
-    for command, out, err in (
-            ("echo out; echo err >&2", "out\n", "err\n"), ("yes | head -n 3", "y\ny\ny\n", ""), ("cat <<'E'\nmulti 'line' \"$x\"\n  kept\nE", "multi 'line' \"$x\"\n  kept\n", ""),
-            ("echo 'single' \"double\" \\$HOME `echo tick` $(echo sub) $((6*7)) \\\\ '$x' '!' '*' ';' '&' '|'", "single double $HOME tick sub 42 \\ $x ! * ; & |\n", "")):
-        ran = talker("exec", command=command)
-        assert (ran["exit_code"], ran["stdout"], ran["stderr"], ran["timed_out"], ran["truncated"]) == (0, out, err, False, False) and ran["duration"] > 0
+    ran = talker("exec", command="echo 'single' \"double\" \\$HOME `echo tick` $((6*7)) '$x' '*' ';'; cat <<'E' >&2\nmulti 'line' \"$x\"\n  kept\nE")
+    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (0, "single double $HOME tick 42 $x * ;\n", "multi 'line' \"$x\"\n  kept\n")
+    assert (ran["timed_out"], ran["truncated"]) == (False, False) and ran["duration"] > 0
     began = monotonic()
     ran = talker("exec", command=f"echo early; {nap}", timeout=1)
     assert (ran["exit_code"], ran["timed_out"], ran["stdout"], ran["stopped"]) == (124, True, "early\n", "confirmed")
     assert 0.9 < ran["duration"] <= monotonic() - began + 0.001 < 10  # it is rounded
     assert talker("exec", command="cat; printf end", stdin="line one\nümläut 🐙\n")["stdout"] == "line one\nümläut 🐙\nend"
-    assert talker("exec", command=["cat"], stdin="")["stdout"] == ""
     assert talker("exec", command="cat")["stdout"] == "", "no stdin is an empty one, and does not hang"
     assert talker("exec", command='printf "%s|" "$A" "$B"', env={"A": "it's \"$x\"\n`y`", "B": ""})["stdout"] == "it's \"$x\"\n`y`||"
+    assert talker("exec", command=["printf", "<%s>", "a b", "", "it's", "*", "\n"], cwd="src")["stdout"] == "<a b><><it's><*><\n>"
     assert talker("exec", command=["pwd"], cwd="src")["stdout"] == f"{workspace}/src\n"
-    assert talker("exec", command=["printf", "<%s>", "a b", "", "it's", "$x", "*", "-n", "\n"])["stdout"] == "<a b><><it's><$x><*><-n><\n>"
     area.put("script", b"#!/bin/sh\n", 0o644)
     denied = talker("exec", command=[f"./{area.p('script')}"])
     assert denied["exit_code"] == 126 and "ermission denied" in denied["stderr"]
 
 
 @each("data", [
-    b"Hello, World!\nsecond\n", b"", b"\0\1\2\xff\xfe\xfd", BINARY, b"no newline", b"\n", "Grüße 日本 🐙\t\r\nx".encode(),
-    b"Special: \"quotes\", 'single', $VAR, `ticks`, \\back\\\r\nnew\tline\n", b"\xef\xbb\xbfbom\n", b"\r", b"%s%n\\c\\0",
+    b"", BINARY, b"\n", "Grüße 日本 🐙\t\r\nx".encode(), b"\"quotes\", 'single', $VAR, `ticks`, \\back\\\r\nnew\tline\n", b"\xef\xbb\xbfbom\n", b"%s%n\\c\\0",
 ], ids=repr)
 def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
     file = area.put("there", data)
@@ -6910,14 +6821,9 @@ def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
 
 def test_contract_a_file_of_a_megabyte(shared, area):
     data = os.urandom(1 << 20)
-    wrote = shared.cli("write", area.p("large"), stdin=data)
-    assert wrote.ended == (0, b"", b"") and (area.dir / "large").read_bytes() == data
-    assert shared.cli("read", area.p("large")).out == data
-    told = shared.cli("read", area.p("large"), "--json").json
-    assert base64.b64decode(told["content_base64"]) == data and told["size"] == 1 << 20 and "content" not in told
-    assert content(area.talker("read", path=area.p("large"))) == data
-    assert shared.cli("write", area.p("by-json"), "--json", stdin=b"x").json == {
-        "size": 1, "sha256": digest(b"x"), "created": True}
+    assert shared.cli("write", area.p("large"), stdin=data).ended == (0, b"", b"") and (area.dir / "large").read_bytes() == data
+    assert shared.cli("read", area.p("large")).out == content(shared.cli("read --json", area.p("large")).json) == data
+    assert shared.cli("write --json", area.p("small"), stdin=b"x").json == {"size": 1, "sha256": digest(b"x"), "created": True}
 
 
 CONTRACT = {  # the arguments of each tool, + where it must be given
@@ -7001,28 +6907,6 @@ def in_library(repo, text, *args, seconds=60):
     return done.stdout.decode()
 
 
-def test_library_cancel_from_another_thread(shared, nap):
-    assert in_library(shared, """
-workspace, cancel, seen = here(), Cancel(), threading.Event()
-def sink(data):
-    seen.set()
-def watch():
-    seen.wait(30)
-    cancel.set()
-threading.Thread(target=watch).start()
-with ThreadPoolExecutor(3) as pool:
-    runs = [pool.submit(workspace.run, "echo on; " + sys.argv[1], sink, sink, cancel=cancel) for _ in range(3)]
-    for run in runs:
-        try:
-            outcome = run.result(30)
-            assert outcome.reason == "cancel" and outcome.stopped == "confirmed", outcome
-        except CmuxError as error:
-            assert type(error).__name__ == "Cancelled", error
-print("cancelled")
-""", nap) == "cancelled\n"
-    nap.gone()
-
-
 @each("how", ["left", "interrupted"])
 @promise(6)
 def test_library_with_and_ctrl_c_end_all_but_jobs(repo, how, nap):
@@ -7065,23 +6949,18 @@ print(type(raised(project.pull, "main")).__name__)
 
 def test_library_results_and_projects(repo):
     assert in_library(repo, r"""
-import pickle
 project = Project(".")
 workspace = project.create("main", "box")
-assert isinstance(workspace, Workspace) and isinstance(workspace.host, Host)
 result = workspace.exec("printf out; exit 3")
-for name in ("exit_code", "stdout", "new"):     # it is immutable, and equal by value
-    try:
-        setattr(result, name, 0)
-    except AttributeError:
-        continue
-    raise AssertionError(name)
+try:                                            # it is immutable, and equal by value
+    result.exit_code = 0
+except AttributeError:
+    print("immutable")
 same = ExecResult(**result.as_dict())
 assert same == result and hash(same) == hash(result) and "exit_code=3" in repr(result)
 assert ExecResult(**dict(result.as_dict(), exit_code=4)) != result
 print(ascii(workspace.exec(r"printf 'caf\303\251 \377'").check().text))
 error = raised(workspace.exec(r"echo no; yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check)
-error = pickle.loads(pickle.dumps(error))
 print(type(error).__name__, error.result.exit_code, len(str(error)) < 700, str(error)[:44] + str(error)[-19:])
 workspace.write("README", "new\n")
 print(*project.diff("main", stat=True), project.pull("main", "cmux/x").branch, sep="\n")
@@ -7090,7 +6969,8 @@ cancel.set()
 for act in (project.remove, project.pull, lambda name, cancel: project.push(name, force=True, cancel=cancel), lambda name, cancel: project.fork(workspace, "b", cancel), lambda name, cancel: project.rename(workspace, "b", cancel),
             workspace.glob, workspace.grep, workspace.read):
     print(type(raised(act, "main", cancel=cancel)).__name__, *[workspace.name for workspace in project.workspaces()])
-""") == r"""'caf\xe9 \ufffd'
+""") == r"""immutable
+'caf\xe9 \ufffd'
 CommandFailed 3 True The command in main ended with exit code 3: fithe\x1b[31m end'.
  README | 2 +-
  1 file changed, 1 insertion(+), 1 deletion(-)
@@ -7100,6 +6980,7 @@ cmux/x
 
 def test_library_errors_are_of_one_family(repo):
     assert in_library(repo, r"""
+import pickle
 project, bad = Project("."), "x\ud800"
 w = project.create("w", "box")
 for kind, acts in {
@@ -7116,7 +6997,9 @@ for kind, acts in {
         lambda: project.create(bad, "box")]}.items():
     for at, act in enumerate(acts):
         error = raised(act)
-        print(kind, at, repr(error)) if type(error).__name__ != kind or not str(error).strip() else None
+        copy = pickle.loads(pickle.dumps(error))    # as a pool of processes does
+        print(kind, at, repr(error)) if type(error).__name__ != kind or not str(error).strip() or (
+            type(copy), str(copy), copy.__dict__) != (type(error), str(error), error.__dict__) else None
 print(w.exec("printf %s", env={"A": "\udcff"}).exit_code, [j["job"] for j in w.jobs()], w.exec("cat", stdin="x").stdout)
 """) == "0 [] b'x'\n"
 
@@ -7206,14 +7089,9 @@ def test_a_delta_stands_on_what_that_host_was_sent(repo, site):
 
 @each("name", ["USR1", "WINCH", "CONT"])
 def test_a_command_may_signal_its_parent(shared, name):
-    """As daemons do when they are ready."""
     assert shared.exec(f"kill -{name} $PPID; exit 5", options="--timeout 20").code == 5
-    assert in_library(shared, """
-workspace = here()
-for _ in range(3):
-    print(workspace.exec("kill -%s $PPID; exit 5" % sys.argv[1], timeout=20).exit_code)
-    time.sleep(0.3)
-""", name) == "5\n" * 3
+    with Agent(shared) as talker:  # in sessions opened ahead
+        assert [talker("exec", command=f"kill -{name} $PPID; sleep 0.3; exit 5", timeout=20)["exit_code"] for _ in range(3)] == [5] * 3
     job = shared.job(f"kill -{name} $PPID; sleep 0.2; exit 6")
     assert shared.cli(f"wait {job}").code == 6
 
@@ -7274,21 +7152,16 @@ def load(name):
     spec.loader.exec_module(module)
     return module
 copies = [load("one"), load("two")]
-assert copies[0].CmuxError is not copies[1].CmuxError and copies[0].__file__ != copies[1].__file__
+assert copies[0].CmuxError is not copies[1].CmuxError
 projects = [copy.Project(".") for copy in copies]
-projects[0].set_secret("TOKEN", "s3cret-of-both")
 with ThreadPoolExecutor(24) as pool:
     made = list(pool.map(lambda n: projects[n % 2].ensure("w%d" % (n // 2 % 2), "box"), range(8)))
-    assert sorted(w.name for w in made) == ["w0"] * 4 + ["w1"] * 4
     def work(n):
-        workspace = made[n % 8]
-        run = workspace.exec("echo $CMUX_WORKSPACE $TOKEN %d; sleep 0.0%d; exit %d" % (n, n % 7, n % 200))
-        workspace.write("f%d" % n, str(n))
-        return run.stdout, run.exit_code, workspace.read("f%d" % n).content
+        run = made[n % 8].exec("echo $CMUX_WORKSPACE %d; sleep 0.0%d; exit %d" % (n, n % 7, n % 200))
+        return run.stdout, run.exit_code
     for n, found in enumerate(pool.map(work, range(160))):
-        assert found == (b"w%d s3cret-of-both %d\\n" % (n // 2 % 2, n), n % 200, b"%d" % n), (n, found)
-cancels = [copy.Cancel() for copy in copies]
-with ThreadPoolExecutor(2) as pool:
+        assert found == (b"w%d %d\\n" % (n // 2 % 2, n), n % 200), (n, found)
+    cancels = [copy.Cancel() for copy in copies]
     naps = [pool.submit(made[n].exec, "sleep 1.5; echo slept", cancel=cancels[n]) for n in range(2)]
     cancels[0].set()
     assert naps[0].result().exit_code == 130 and naps[1].result().stdout == b"slept\\n"
@@ -7297,7 +7170,6 @@ for copy, project in zip(copies, projects):
         project.create("w0", "box")
     except copy.WorkspaceExists:
         print("exists")
-assert projects[0].remove("w0", force=True) == ["w0"] and "w0" not in [workspace.name for workspace in projects[1].workspaces()]
 """, str(site.dir)) == "exists\nexists\n"
 
 
@@ -7356,13 +7228,12 @@ def request(number, method, params):
 
 
 class Mcp(Client):
-    """A client of `mcp`."""
 
     def code(self):
         return 0
 
-    def __init__(self, repo, *options):
-        super().__init__(repo, "mcp", *options)
+    def __init__(self, repo, line="", *options):
+        super().__init__(repo, "mcp " + line, *options)
 
     def post(self, method, params=None):
         self.count += 1
@@ -7472,7 +7343,6 @@ def forked(look):
 
 
 def test_what_killed_writers_left_is_removed(site, repo):
-    """And one that another process renames meanwhile disturbs nobody."""
     site.line("far").refuse = True
     assert (repo.cli("new -H far down").code, repo.cli("new -H box up").code) == (255, 0)
     for name, left in (("m/*/down.json", {"other.3.new", "2.new", "gone.new"}), ("projects/*.json", {"other.3.new"})):
@@ -7627,26 +7497,6 @@ def test_mcp_masks_what_an_earlier_server_sent(repo):
             assert "made-12345" not in text and "[secret TOKEN]" in text, (tool, text)
 
 
-def test_globs_are_what_regular_expressions_said(area):
-    def regex(pattern):
-        parts, out = [part for part in pattern.split("/") if part not in ("", ".")] + ["**"] * pattern.endswith("/"), ""
-        for at, part in enumerate(parts):
-            for word in [part] if part == "**" else re.findall(r"\*|\?|\[.[^\]]*\]|.", part, re.S):
-                inner = word[1:-1].replace("\\", "\\\\").replace("[", "\\[") if word[0] == "[" else ""
-                out += {"**": ".+" if at == len(parts) - 1 else "(?:.+/)?", "*": "[^/]*", "?": "[^/]"}.get(word) or (
-                    "[%s]" % ("^/" + inner[1:] if inner[0] in "!^" else inner) if inner else re.escape(word))
-            out += "/" if part != "**" and at < len(parts) - 1 else ""
-        return re.compile(out + r"\Z", re.S)
-    luck, pieces = random.Random(7), ["**/", "**", "*", "?", "a", "b", "/", "[ab]", "[!a]", "[^b]", "[", ".", "[]]", "[a\\]", "\n", "[[]"]
-    for name in ("".join(luck.choice("aab/b.\\[\n]") for _ in range(luck.randint(1, 8))) for _ in range(600)):
-        with suppress(OSError):  # it is a directory, or lies in a file
-            area.put(name, b"") if not re.search(r"(^|/)\.{0,2}(/|$)", name) else None
-    names = [str(path.relative_to(area.workspace)) for path in area.dir.rglob("*") if path.is_file()]
-    patterns = [area.p("".join(luck.choice(pieces) for _ in range(luck.randint(1, 7)))) for _ in range(400)]
-    found = [answer["result"]["paths"] for answer in area.talker.all([("glob", {"pattern": pattern}) for pattern in patterns])]
-    assert [sorted(filter(regex(pattern).match, names)) for pattern in patterns] == found and sum(map(len, found)) > 1000 and len(names) > 100
-
-
 @each("pause", [":", "sleep 0.01"])
 def test_mcp_a_page_ends_where_it_says(shared, pause):
     """next_offset is where the page ended, not where the output is by then."""
@@ -7774,17 +7624,6 @@ def test_mcp_manage_reaches_other_workspaces(repo):
             assert "workspace_list, workspace_new" in client.call(tool, workspace="none", **more)[1]
         assert client.call("workspace_rm", workspace="../x")[0] and client.call("read", workspace="-x", path="a")[0]
     assert set(repo.workspaces()) == {"one", "four"}
-
-
-def test_mcp_follows_a_renamed_workspace(repo):
-    with Mcp(repo, "-w zero -H box") as client:
-        client("write", path="mine", content="precious")
-        repo.ok("rename -w zero one")
-        assert "precious" in client("read", path="mine")
-    with Mcp(repo, "-H box -w one --manage") as client:
-        client("workspace_rename", workspace="one", name="two")
-        assert "precious" in client("read", path="mine")
-    assert set(repo.workspaces()) == {"two"}
 
 
 def test_mcp_says_what_is_new_and_where_a_page_is_cut(repo, client):
@@ -8497,11 +8336,6 @@ def test_bench_measures_every_row_of_the_readme(site):
     assert not list(site.tmp.iterdir()) and not list(site.far_home().iterdir())
 
 
-def test_bench_refuses_a_simulated_line_to_a_real_host(site):
-    done = bench(site, "box", "--rtt", "50")
-    assert done.returncode == 2 and b"leave out HOST or --rtt" in done.stderr
-
-
 # === history, top, gc, local state ===
 
 
@@ -8534,14 +8368,6 @@ def test_a_state_file_is_synced_and_then_renamed(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *_, name=name: seen.append(name))
     c.write_json(str(tmp_path / "x"), {})
     assert seen == ["fsync", "rename"]
-
-
-def test_directories_made_under_a_loose_umask_are_private(repo, site):
-    home = site.dir / "loose" / "a" / "b"
-    env = {"CMUX_SSH_HOME": str(home)}
-    repo.ok("secrets list", env=env, sh='umask 0; exec "$@"')
-    assert {mode_of(path) for path in (home, home.parent, home.parent.parent)} == {0o700}
-    repo.ok("list", env=env)
 
 
 def test_a_cleared_socket_directory_is_made_anew(repo, site):
@@ -8935,48 +8761,6 @@ def test_the_first_of_several_jobs_and_a_stop_are_told(repo):
     assert ran.code == 130 and ran.said.count("\n") == 1 and "goes on" in ran.said and f"logs -f {slow}" in ran.said
     assert repo.ok(f"stop {slow}").text == f"{slow}  stopped 143: its processes have ended\n" and repo.cli(f"wait {slow}").code == 143
     assert ("stopped", 143) in {(row["state"], row["exit_code"]) for row in repo.ok("jobs -w main --json").json}
-
-
-def test_no_bar_is_drawn_after_the_end(monkeypatch):
-    """A thread that still sends would draw it below "Interrupted."."""
-    drawn = []
-    monkeypatch.setattr(c, "draw", lambda fd, text: drawn.append(text))
-    terminal = c.Terminal(0)
-    terminal.lanes["w"] = ("sending", 0.0)
-    terminal._draw()
-    assert len(drawn) == 1
-    terminal.close()
-    terminal.progress("w", 6)
-    terminal._draw()
-    assert len(drawn) == 2 and "w" not in drawn[1]  # it was taken away, and nothing followed
-
-
-@compat
-def test_errors_pass_through_a_pool_of_processes(site):
-    site.at("dead", free_port())
-    site.daemon("mute", "ForceCommand exit 1")
-    assert in_library(Repo(site), """
-import multiprocessing, os
-def fails(number):
-    project = Project(".")
-    act = (lambda: project.workspace("none"), lambda: project.workspace("../x"), lambda: project.create("a", "dead"), lambda: project.create("a", "mute"),
-           lambda: Host("box").call(None))[number]
-    try:
-        act()
-    except CmuxError as error:
-        if os.getpid() == parent:
-            return error
-        raise
-if __name__ == "__main__":
-    parent = os.getpid()
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        for number in range(4):
-            try:
-                print(pool.apply(fails, (number,)))
-            except CmuxError as error:
-                mine = fails(number)
-                print(type(error).__name__, (type(error), str(error), error.__dict__) == (type(mine), str(mine), mine.__dict__))
-""") == "WorkspaceMissing True\nUsageError True\nConnectionFailed True\nRemoteShellFailed True\n"
 
 
 def test_a_new_record_is_not_taken_for_a_dead_one(repo):
@@ -9442,7 +9226,6 @@ def test_a_line_lost_while_a_workspace_is_unpacked(site, repo):
 
 
 class Wire:
-    """A project whose commands are called again and again: over a line that breaks, or killed."""
 
     def __init__(self, site, host="far", **project):
         self.site, self.repo, self.host, self.turn = site, Repo(site, **project), host, 0
@@ -9563,7 +9346,6 @@ def worn(site, verb, luck):
 @slow
 @promise(7)
 def test_killed_at_any_instant_a_few_hundred_times(site):
-    """Every operation that changes something, in several projects at once."""
     seed = int(os.environ.get("CMUX_TEST_SEED", "0")) or random.randrange(1, 10 ** 6)
     print(f"CMUX_TEST_SEED={seed}")
     lanes = at_once(3, lambda verb: worn(site, verb, random.Random(f"{verb} {seed}")), ("new", "push", "write", "edit", "pull", "rm", "fork", "rename"))
@@ -9825,7 +9607,6 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, h
 
 @slow
 def test_no_forged_answer_to_a_pull_is_taken(site):
-    """The last one is honest."""
     liar, result = Liar(site), b"\n%s\n%s\0%s\n" % tuple(one(b"x"))
     heads = [b"git 2 " + HOSTS_BASE, b"git 1 zz", b"git 0 " + b"1" * 39, b"git 0 " + b"1" * 65, b"GIT 0 " + HOSTS_BASE, b"files x", b"files", b"all", b"note", b"large", b"\0", b""]
     lies = [*ATTACKS.values(), *(says((head + result).decode()) for head in [*heads, b"note " + b"x" * 9000, b"git 0 " + HOSTS_BASE])]
