@@ -1309,7 +1309,9 @@ base_in() { # repository -> $repo, $base_commit
     [ "$(repo rev-parse -q --verify "$base_commit^{tree}")" = "$base_tree" ]; }
 }
 history_comes() { # -> $head
-  head=$(commit_at HEAD) && repo merge-base --is-ancestor "$base_commit" "$head" &&
+  head=$(commit_at HEAD) || return
+  [ "$head" != "$base_commit" ] || return 0
+  repo merge-base --is-ancestor "$base_commit" "$head" &&
     [ "$(repo rev-list --count "$base_commit..$head")" -le "$commits_most" ] &&
     [ -z "$(repo rev-list --max-parents=0 "$base_commit..$head")" ] &&
     ! repo rev-list "$base_commit..$head" | repo diff-tree --stdin -r -m --raw |
@@ -4825,12 +4827,16 @@ class Repository:
         return dict(env, GIT_CONFIG_COUNT=str(first + len(names)))
 
     def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
-        """The number of tracked files that differ from HEAD, which has these LFS pointers."""
-        count = 0
+        """The number of files that --dirty would send, too. HEAD has these LFS pointers."""
+        count, own = 0, self._own_state()
         with contextlib.suppress(GitFailed):
-            for path in self._as_user(shadow).differing("HEAD") if self.top else ():
+            user = self._as_user(shadow)
+            for path in user.differing("HEAD"):
                 file = os.path.join(self.top, os.fsdecode(path))
                 count += path not in pointers or not is_content(file, pointers[path])
+            apart = [":(exclude,literal)" + own] if own else []
+            count += sum(1 for _ in user.records("ls-files", "-o", "--exclude-standard", "-z",
+                                                 "--", ".", *apart, talks=True))
         return count
 
     def snapshot(self, allow: Sequence[str] = ()) -> str:
@@ -6240,20 +6246,24 @@ class Upload:
                     reply = use()
         return reply
 
-    def _nearest(self, offered: Iterable[str]) -> tuple[str, list[Row]]:
+    def _nearest(self, offered: Iterable[str], little: bool) -> tuple[str, list[Row]]:
         """The base on the host to which the smallest delta can be sent, and what differs from it;
-        "" if that is over half of all bytes. Only a base that was sent to the host: a delta names
-        files of it."""
+        "" if that is over half of all bytes, unless ``little``. Only a base that was sent to the
+        host: a delta names files of it."""
         shadow, host, project = self.shadow, self.host.name, self.project
-        sizes = shadow.sizes(self.tree)
-        sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
-        best, least, differs = "", sum(sizes.values()) / 2, []
         sent = {tree: tree for name, tree in project.registry.read().get("sent", [])
                 if name == host}
         sent.update((entry["tree"], entry["base"]) for entry in project._entries().values()
                     if entry["host"] == host)
-        odd = any(path.startswith(b".cmux-gone") for path in sizes)
-        for tree in () if odd else sent.keys() & set(offered):
+        bases = sent.keys() & set(offered)
+        if not bases or any(shadow.records("ls-tree", self.tree, "--", ".cmux-gone")):
+            return "", []
+        best, least, differs, sizes = "", float("inf"), [], {}
+        if not little:  # slow
+            sizes = shadow.sizes(self.tree)
+            sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
+            least = sum(sizes.values()) / 2
+        for tree in bases:
             try:
                 source = shadow.call("rev-parse", sent[tree] + "^{tree}")
                 if source != tree and Parts(shadow, source).tree != tree:
@@ -6275,7 +6285,8 @@ class Upload:
                 return
             reported.add(self.tree)
             below = sum(place.uncommitted(self.shadow, tree) for place, tree in parts.places)
-            changed = self.head and self.project.repository.uncommitted(
+            repository = self.project.repository
+            changed = self.head and repository.top and repository.uncommitted(
                 self.shadow, parts.pointers)
         rows = ((len(parts.modules) - len(parts.places), "submodule", "not checked out"),
                 (len(parts.pointers) - len(parts.files), "LFS file",
@@ -6311,7 +6322,7 @@ class Upload:
     def _upload(self, offered: Iterable[str], little: bool = False) -> None:
         """Send the archive (if ``little``, only a small delta). It counts when the host reports its
         length and checksum."""
-        parent, rows = self._nearest(offered)
+        parent, rows = self._nearest(offered, little)
         if little and not parent:
             return
         with contextlib.closing(self._archive(parent, rows)) as archive:

@@ -2262,7 +2262,7 @@ def test_dirty_takes_the_work_tree_along_but_no_secrets(repo):
     repo.write("ignored", b"i")
     (repo.dir / "src/main.c").unlink()
     index = (repo.dir / ".git/index").read_bytes()
-    assert "2 uncommitted" in repo.new("clean").said
+    assert "3 uncommitted" in repo.new("clean").said
     repo.new("main", "--dirty")
     assert set(tree_of(repo.path())) == {b".gitignore", b"README", b"untracked", b"nonce"}
     assert (repo.dir / ".git/index").read_bytes() == index
@@ -3446,10 +3446,11 @@ def test_what_is_not_sent_is_said_exactly_each_time(repo):
         assert said.said.count("Not sent") == 1 and "Not sent: 1 LFS file without content" in said.said
         assert "uncommitted" not in said.said
     repo.write("README", b"edited\n")
+    repo.write("new\nfile", b"untracked")
     (repo.dir / "gone").unlink()
     before = (repo.dir / ".git/index").read_bytes()
     for words in (["new", "-H", "box", "four"], ["push", "-w", "one"], ["push", "--force", "-w", "two"]):
-        assert "2 uncommitted files (--dirty sends them)." in repo.cli(*words).said
+        assert "3 uncommitted files (--dirty sends them)." in repo.cli(*words).said
     assert (repo.dir / ".git/index").read_bytes() == before
     repo.git("checkout -q a.bin")
     assert "Not sent: 1 LFS file" in repo.cli("push -w one --dirty").said
