@@ -1343,8 +1343,7 @@ def test_a_stopped_client_ends_the_remote_command(shared, sig, code, stdin, nap)
     assert child.stdout.readline() == b"early\n"
     nap.runs(2)
     os.killpg(child.pid, sig) if sig == SIGINT else os.kill(child.pid, sig)
-    ran = child.end()
-    assert ran.code == code
+    assert child.end().code == code
 
 
 @promise(6)
@@ -1646,8 +1645,7 @@ def test_a_process_name_with_a_newline_misleads_no_stop(site, ps, repo, nap):
     odd = site.dir / "a\nb c d"
     shutil.copy(program("sleep"), odd)
     with stranger(str(odd), "300") as one_, stranger("sleep", "300") as other:
-        ran = repo.exec(f"{nap} & {nap}", host="bare", options="--timeout 1")
-        assert ran.code == 124
+        assert repo.exec(f"{nap} & {nap}", host="bare", options="--timeout 1").code == 124
         nap.gone()
         assert one_.poll() is other.poll() is None
 
@@ -1735,8 +1733,7 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site, repo):
 def test_one_hostile_directive_alone_changes_nothing(site, directive):
     site.host("one", "IgnoreUnknown SessionType,StdinNull,ForkAfterAuthentication" if "Unknown" not in directive else "# ", directive,
         "HostName 127.0.0.1", f"Port {site.port}", f"ControlPath {site.dir}/user-cm")
-    ran = Repo(site).exec("cat; echo err >&2; exit 5", host="one", stdin=b"\n~.\n~C\n" + BINARY)
-    assert ran.ended == (5, b"\n~.\n~C\n" + BINARY, b"err\n")
+    assert Repo(site).exec("cat; echo err >&2; exit 5", host="one", stdin=b"\n~.\n~C\n" + BINARY).ended == (5, b"\n~.\n~C\n" + BINARY, b"err\n")
 
 
 @promise(1)
@@ -1796,8 +1793,7 @@ def test_proxies_and_a_coder_entry_reach_the_host(site, repo):
     site.host("coder.*", "ConnectTimeout=0", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel ERROR",
         f'ProxyCommand "{coder}" ssh --stdio --ssh-host-prefix coder. %h')
     for name, host in (("a", "inner"), ("b", "piped"), ("c", "coder.dev")):
-        ran = repo.exec("cat; exit 6", host=host, options=f"-w {name}", stdin=BINARY)
-        assert ran.ended == (6, BINARY, b""), (host, site.log("coder"))
+        assert repo.exec("cat; exit 6", host=host, options=f"-w {name}", stdin=BINARY).ended == (6, BINARY, b""), (host, site.log("coder"))
     assert "Accepted publickey" in site.log("inner") and "Accepted publickey" in site.log("box")
 
 
@@ -1860,8 +1856,7 @@ def test_a_promisor_repository_fetches_nothing(repo, site):
             ("core.sshCommand", f"touch {trap}"), ("remote.origin.uploadpack", f"touch {trap};")):
         repo.git("config", key, value)
     repo.lose("HEAD:README")
-    made = repo.cli("new -H box a")
-    assert made.code == 1 and not trap.exists() and repo.workspaces() == {}
+    assert repo.cli("new -H box a").code == 1 and not trap.exists() and repo.workspaces() == {}
 
 
 def test_a_git_directory_of_a_clone_or_of_somebody_else_is_refused(repo, site):
@@ -1936,12 +1931,9 @@ HARD = ["a b", "", "it's", "$HOME", "!x", "x\ny", "-n", "--", "\\", "\\\\n", "`i
 def test_arguments_output_codes_stdin_and_secrets_are_exact_under_every_login_shell(site, shell):
     repo, host = Repo(site, odd=True), site.login(shell)
     repo.secret("TOKEN", "it's\n$(x) \"ü\" \\n !")
-    first = repo.exec("printf", "<%s>", *HARD, host=host)
-    assert first.ended == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
-    line = repo.exec('printf "<%s>" "it\'s" \'$HOME\' !x; echo " $((1 + 2))" >&2; exit 7', host=host)
-    assert line.ended == (7, b"<it's><$HOME><!x>", b" 3\n")
-    secret = repo.exec('cat; printf %s "$TOKEN"', host=host, stdin=BINARY)
-    assert secret.ended == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
+    assert repo.exec("printf", "<%s>", *HARD, host=host).ended == (0, "".join(f"<{word}>" for word in HARD).encode(), b"")
+    assert repo.exec('printf "<%s>" "it\'s" \'$HOME\' !x; echo " $((1 + 2))" >&2; exit 7', host=host).ended == (7, b"<it's><$HOME><!x>", b" 3\n")
+    assert repo.exec('cat; printf %s "$TOKEN"', host=host, stdin=BINARY).ended == (0, BINARY + "it's\n$(x) \"ü\" \\n !".encode(), b"")
     repo.arrived()
     assert in_library(repo, """
 workspace = here()
@@ -2102,8 +2094,7 @@ def test_secrets_of_every_scope_are_masked(repo, site):
     do(repo, "for f in global project own; do echo $f-value >$f; done", "w")
     with Mcp(repo, "-w w") as client:
         assert all(client("read", path=name).count("[secret T]") == 1 for name in ("global", "project", "own"))
-    told = repo.ok("pull w --json").json["secrets"]
-    assert told == {name: ["T"] for name in ("global", "project", "own")} and not ran.exists()
+    assert repo.ok("pull w --json").json["secrets"] == {name: ["T"] for name in ("global", "project", "own")} and not ran.exists()
 
 
 def test_a_secret_command_is_stored_instead_of_the_value(repo, site):
@@ -2310,8 +2301,7 @@ def test_a_server_that_ends_silent_channels(site, tuned, way, repo, nap):
         code = child.wait(30)  # its stdin stays open all the while
         return code, child.stdout.read() + child.stderr.read()
     assert streamed(talk) == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
-    lost = repo.cli("exec -n -w main --", nap)
-    refused(lost, 255, "ChannelTimeout")
+    refused(repo.cli("exec -n -w main --", nap), 255, "ChannelTimeout")
     tuned(BEAT_MOST=1)
     assert streamed("sleep 6; echo end") == (0, b"end\n")
     assert repo.cli("exec -n -w main --", "sleep 6; exit 7").code == 7
@@ -2528,8 +2518,7 @@ def test_more_keys_than_the_server_lets_try_are_said(repo, site):
             ssh_add(site, env, "-q", more)
         ssh_add(site, env, "-q", site.keys.user)
         ran, found = repo.exec("true", host="bare-h", env=env), repo.cli("doctor bare-h", env=env)
-        terminal = repo.terminal("exec -H bare-h -- true", env=env).talk(code=255)
-        assert b"question" not in terminal.output, "nobody could answer it"
+        assert b"question" not in repo.terminal("exec -H bare-h -- true", env=env).talk(code=255).output, "nobody could answer it"
     for said in (ran.said, found.text):
         assert "too many keys were tried" in said and "IdentitiesOnly yes, and IdentityFile" in said and "accepted none" not in said
     assert (ran.code, found.code) == (255, 255)
@@ -2566,8 +2555,7 @@ def test_the_command_for_a_changed_key_works(repo, entry, named, site):
     told = repo.exec("true", host="bare-h")
     refused(told, 255, "has changed")
     command = told.said.split("old one: ")[1]
-    doctor = next(row for row in repo.cli("doctor bare-h --json").json if row["what"] == "connect")
-    assert doctor["fix"].endswith(command.strip())
+    assert next(row for row in repo.cli("doctor bare-h --json").json if row["what"] == "connect")["fix"].endswith(command.strip())
     assert subprocess.run(["sh", "-c", command], stdout=DEVNULL, stderr=DEVNULL, check=False).returncode == 0, command
     refused(repo.exec("true", host="bare-h"), 255, "not known")
 
@@ -2995,8 +2983,7 @@ def test_a_header_that_was_cut_off_is_sent_again(repo, site):
 def test_a_header_cut_at_any_line_runs_nothing(tmp_path):
     lines = c.shell_header("N", "run", c.record("V", "touch ran") + c.command_records(["true"], False, True)).splitlines(True)
     for at in range(len(lines)):
-        done = subprocess.run(c.BOOT, shell=True, input=b"".join(lines[:at]), cwd=tmp_path, stdout=DEVNULL)
-        assert done.returncode == 97 and not os.listdir(tmp_path)
+        assert subprocess.run(c.BOOT, shell=True, input=b"".join(lines[:at]), cwd=tmp_path, stdout=DEVNULL).returncode == 97 and not os.listdir(tmp_path)
 
 
 @each("sessions", [1, 2])
@@ -3155,8 +3142,7 @@ def tuned(site, monkeypatch):
 def test_over_a_long_line_all_travels_compressed(repo, line):
     repo.save({name: source_text(1 << 20) for name in "abcdef"})
     line.rate, line.delay = 4e6, 0.005
-    made = repo.ok("new -v -H far w")
-    assert "compressed to" in made.said and tree_of(repo.path("w")) == repo.tree()
+    assert "compressed to" in repo.ok("new -v -H far w").said and tree_of(repo.path("w")) == repo.tree()
     assert line.up < 4 << 20
 
 
@@ -3232,8 +3218,7 @@ def test_a_stalled_upload_holds_up_no_other_host(repo, tuned, line):
             said = waited.said.replace(f"Waiting for {who}", "", 1) if "exec" not in words else waited.said  # in a pipe it adds no word
             assert said != waited.said or "exec" in words
             assert f"Waited 2 seconds in vain for {who}" in said and f"ps -p {sender.pid}" in said, waited
-        made = repo.new("b")
-        assert made.seconds < 15
+        assert repo.new("b").seconds < 15
     finally:
         kill(sender.pid, SIGCONT)
     assert sender.wait(60) == 0
@@ -3264,8 +3249,7 @@ def test_the_init_hook_runs_once_and_its_failure_undoes_nothing(repo):
 
 def test_a_repository_cannot_name_its_host(repo, site):
     repo.save(dict.fromkeys((".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"), b'{"host": "box"}\nhost = box\n'))
-    ran = repo.cli("exec -- true")
-    assert ran.code == 125 and not site.log().count("Accepted publickey")
+    assert repo.cli("exec -- true").code == 125 and not site.log().count("Accepted publickey")
 
 
 def test_nothing_is_left_behind_on_this_machine(repo, site):
@@ -3476,8 +3460,7 @@ def test_push_keeps_what_is_ignored(site, place):
     assert repo.cli("diff").out == b"" and "already" in again.text and again.said == ""
     do(repo, "echo lost >lost")
     refused(repo.cli("push --ref HEAD~1"), 1, "lost")
-    forced = repo.ok("push --ref HEAD~1 --force")
-    assert "kept" in forced.said
+    assert "kept" in repo.ok("push --ref HEAD~1 --force").said
     assert not (repo.path() / "lost").exists()
     assert list(Path(str(repo.path().parent.parent)).glob(".cmux/trash/kept-*/lost"))
     repo.ok("gc")
@@ -3573,8 +3556,7 @@ def test_a_push_replaces_what_cannot_be_moved_by_force(repo, harm, site):
     refused(repo.cli("push"), 1, "cannot be moved")
     assert repo.far(".git/HEAD") == head
     assert {path.name: path.read_bytes() for path in repo.path().iterdir() if path.is_file()} == before, "all is as it was"
-    pushed = repo.ok("push --force")
-    assert "is kept until gc" in pushed.said
+    assert "is kept until gc" in repo.ok("push --force").said
     assert repo.far("more") == b"user" and b"agent" not in repo.far("README")
     do(repo, "[ ! -e .git/HEAD.lock ] && s=$(git status --short) && [ -z \"$s\" ]")
     do(repo, "echo again >>more; git commit -qam again")
@@ -4029,8 +4011,7 @@ def test_one_blob_under_many_names_counts_as_often(new_lab):
     # a directory that is renamed again and again is as large as before
     moves = [commit(at, *[b"M 100644 :1 d%d/%d" % (at, n) for n in range(9)], *[b"D d%d/%d" % (at - 1, n) for n in range(9)],
         parent=b"from :%d" % (at - 1)) for at in range(3, 10)]
-    found = lab.take(export(blob(1, b"x" * 100000), commit(2, *[b"M 100644 :1 d2/%d" % n for n in range(9)]), *moves))
-    assert set(found) == {"d9/%d" % n for n in range(9)}
+    assert set(lab.take(export(blob(1, b"x" * 100000), commit(2, *[b"M 100644 :1 d2/%d" % n for n in range(9)]), *moves))) == {"d9/%d" % n for n in range(9)}
 
 
 def test_names_that_fold_in_the_base_are_the_users_own(new_lab):
@@ -4196,8 +4177,7 @@ def test_pull_brings_every_honest_change_home(odd):
     assert not odd.git("for-each-ref refs/heads/cmux")
     do(odd, AGENT + CHANGES)
     before = untouched(odd)
-    shown = odd.ok("diff --stat")
-    assert "newlink" in shown.text
+    assert "newlink" in odd.ok("diff --stat").text
     assert not odd.git("for-each-ref refs/heads/cmux")
     odd.ok("pull")
     assert untouched(odd) == before
@@ -4206,8 +4186,7 @@ def test_pull_brings_every_honest_change_home(odd):
     odd.git("fsck --strict")
     odd.git("worktree add -q --detach ../wt main")
     odd.git("checkout -q -f cmux/main")
-    here = odd.tree()
-    assert here == there
+    assert odd.tree() == there
     odd.git("checkout -q main")
     nothing_new(odd)
     first = odd.id("cmux/main")
@@ -4364,8 +4343,7 @@ def test_a_workspace_of_an_older_version_loses_nothing(site, place):
     repo.ok("push -w pushed")
     repo.arrived("pushed")
     assert "already" in repo.cli("push -w pushed").text
-    forced = repo.ok("push --force -w work")
-    assert "is kept until gc" in forced.said and tree_of(repo.path("work")) == repo.tree()
+    assert "is kept until gc" in repo.ok("push --force -w work").said and tree_of(repo.path("work")) == repo.tree()
     for name in ("pushed", "work"):
         do(repo, "echo its >>docs/a", name)
         repo.ok(f"pull -w {name}")
@@ -4556,8 +4534,7 @@ def test_pull_names_what_it_does_not_bring(repo, harm):
     repo.ok("pull --branch found")
     assert repo.git("log --format=%s found").startswith("lonely")
     do(repo, "git checkout -q -f main || git checkout -q -f -b main refs/cmux/base")
-    again = repo.ok("pull --branch third")
-    assert "check it out" not in again.said
+    assert "check it out" not in repo.ok("pull --branch third").said
     repo.ok("rm main")
 
 
@@ -4755,12 +4732,10 @@ def test_names_that_cannot_come_are_left_out(site, place):
     do(repo, "for f in * ; do echo new >\"$f\"; done; mkdir .GIT sub; for f in 'git~1' .GIT/x 'sub/\\new' \"$(printf 'c\\001')\" \"$(printf 'l\\351')\"; do echo odd >\"$f\"; done")
     odd = [".GIT/x", "c^A", "git~1", "l\ufffd", "sub/\\new"]
     refused(repo.cli("rm main"), 1, "would be lost")
-    shown = repo.ok("diff --stat")
-    assert "4 files changed" in shown.text
+    assert "4 files changed" in repo.ok("diff --stat").text
     pulled = repo.ok("pull")
     assert sorted(line.split()[3].rstrip(":") for line in pulled.said.splitlines() if "left out" in line) == odd
-    names = repo.git("-c core.quotePath=false diff -z --name-only main cmux/main").split("\0")
-    assert set(names) == {*own, "README", ""} and repo.pulled("\\lead") == "new"
+    assert set(repo.git("-c core.quotePath=false diff -z --name-only main cmux/main").split("\0")) == {*own, "README", ""} and repo.pulled("\\lead") == "new"
     refused(repo.cli("rm main"), 1, "sub/")
     do(repo, "rm -r sub 'git~1' .GIT c?; rm l*")
     repo.ok("pull")
@@ -4795,8 +4770,7 @@ def test_a_repository_that_no_pull_looks_into_is_told(site, repo):
     do(repo, "git init -q && git config user.name a && git config user.email a@x && git add -A && git commit -qm base && "
         "git checkout -qb feature && echo W >work && git add work && git commit -qm work && git checkout -q -")
     refused(repo.cli("rm main"), 1, "a git repository in .")
-    pulled = repo.ok("pull")
-    assert pulled.said.count("the commits of the git repository in .") == 1
+    assert repo.ok("pull").said.count("the commits of the git repository in .") == 1
     refused(repo.cli("rm main"), 1, "a git repository in .")
     repo.ok("rm --force main")
 
@@ -4895,8 +4869,7 @@ def test_submodules_and_lfs_content_travel(site, place):
     assert family.whole()[b"assets/model.bin"][1] == CONTENT and family.whole()[os.fsencode("%s/%s/deep.c" % (LIB, INNER))]
     nothing_new(family)
     assert family.cli("diff").out == b""
-    second = family.ok(f"new -v -H {place} second")
-    assert ": sent " not in second.said
+    assert ": sent " not in family.ok(f"new -v -H {place} second").said
     assert tree_of(family.path("second")) == family.whole()
     if place == "box":
         assert family.cli("exec -w main --", "git status --short; git log --format=%s").out == b"base\n"
@@ -4944,8 +4917,7 @@ def test_a_moved_submodule_is_pushed_as_a_delta(site, place):
     family.git("-C", LIB, "commit", "-qm", "moved")
     family.lfs("assets/tool.bin", b"#!/bin/sh\necho new\n")
     family.commit("submodule moved")
-    pushed = family.ok("push -v")
-    assert re.search(r"sent \d\d\.\d kB", pushed.said)  # the delta, not the 4 MB of all
+    assert re.search(r"sent \d\d\.\d kB", family.ok("push -v").said)  # the delta, not the 4 MB of all
     assert tree_of(family.path()) == family.whole()
     assert family.cli("diff").out == b"" and "already" in family.cli("push").text
     do(family, "echo work >>README")
@@ -4977,8 +4949,7 @@ def test_a_workspace_outlives_its_submodule(site):
     made = family.new("next")
     assert "2 submodules not checked out" in made.said and "6 LFS files" in made.said
     nothing_new(family, "-w", "next")
-    moved = family.cli("push -w next")
-    assert "already" in moved.text
+    assert "already" in family.cli("push -w next").text
     family.lfs("assets/model.bin", CONTENT)
     assert "is at" in family.cli("push -w next").text and family.far("assets/model.bin", "next") == CONTENT
 
@@ -4994,8 +4965,7 @@ def test_uncommitted_work_in_a_submodule_is_said(site):
         (git_dir.parent / "info/attributes").write_text("* filter=evil\n")
     family.write(LIB + "/x.c", b"z\n")
     os.utime(family.dir / LIB / "x.c", (1, 1))
-    clean = family.new("clean")
-    assert "1 uncommitted file in submodules" in clean.said
+    assert "1 uncommitted file in submodules" in family.new("clean").said
     family.write("README", b"dirty\n")
     made = family.new("main", "--dirty")
     assert "1 uncommitted file in submodules" in made.said and "1 submodule not checked out" in made.said
@@ -5040,8 +5010,7 @@ def test_a_submodule_that_lies_elsewhere_is_none(site):
     for path in paths:
         repo.git("update-index --add --cacheinfo", f"160000,{lib.git('rev-parse', 'HEAD')},{path}")
     repo.git("update-ref HEAD", repo.git("commit-tree -p HEAD -m gitlinks", repo.git("write-tree")))
-    made = repo.new()
-    assert "17 submodules not checked out, 2 LFS files without content" in made.said
+    assert "17 submodules not checked out, 2 LFS files without content" in repo.new().said
     assert {path.name for path in repo.path().iterdir() if (path / "README").exists()} == {"real", "sub0", "sub1"}
     assert repo.far("good.bin") == b"x" and all(repo.far(name)[:7] == b"version" for name in ("link.bin", "size.bin"))
 
@@ -5230,8 +5199,7 @@ def test_a_renamed_workspace_keeps_its_history(repo):
     repo.ok("rename -w c d")
     repo.new("c")
     assert child.end().code == 7
-    found = {row["workspace"]: row["last_exit_code"] for row in repo.cli("top --json").json}
-    assert found == {"c": None, "d": 7}
+    assert {row["workspace"]: row["last_exit_code"] for row in repo.cli("top --json").json} == {"c": None, "d": 7}
     repo.ok("rm --force d")
     repo.new("d")
     rows = [row["operation"] for row in repo.history("-w", "d")]
@@ -5562,8 +5530,7 @@ def test_edit_of_a_version_that_is_no_more_is_refused(talker, area):
 
 def test_edit_on_the_command_line(shared, area):
     file = area.put("f", b"x = 1\ny = 1\n")
-    done = shared.ok("edit", area.p("f"), "--old", "x = 1", "--new", "x = 2")
-    assert b"-x = 1\n+x = 2\n" in done.out and file.read_bytes() == b"x = 2\ny = 1\n"
+    assert b"-x = 1\n+x = 2\n" in shared.ok("edit", area.p("f"), "--old", "x = 1", "--new", "x = 2").out and file.read_bytes() == b"x = 2\ny = 1\n"
     told = shared.cli("edit", area.p("f"), "--json", stdin=b'{"edits": [{"old": "x = 2", "new": "x = 3"}, {"old": "y", "new": "z"}]}').json
     assert file.read_bytes() == b"x = 3\nz = 1\n" and told["sha256"] == digest(b"x = 3\nz = 1\n")
     refused(shared.cli("edit", area.p("f"), "--old", " = ", "--new", ""), 1, "2 times")
@@ -5593,8 +5560,7 @@ def test_edits_at_once_under_several_names_are_kept(talker, area):
     (area.dir / "way").symlink_to("sub")
     names = [area.p("sub/list"), f"./{area.p('sub/list')}", area.p("sub/../sub/list"), area.p("way/list"), area.p("link"), str(file), area.p("sub//list"), area.p("sub/./list")]
     answers = talker.all([("edit", {"path": names[n % len(names)], "edits": [{"old": "end\n", "new": f"line {n}\nend\n"}]}) for n in range(48)], 120)
-    kept = file.read_bytes().decode().split("\n")[1:-2]
-    assert sorted(kept) == sorted(f"line {n}" for n, answer in enumerate(answers) if answer["ok"])
+    assert sorted(file.read_bytes().decode().split("\n")[1:-2]) == sorted(f"line {n}" for n, answer in enumerate(answers) if answer["ok"])
     assert all(answer["ok"] for answer in answers), [a for a in answers if not a["ok"]]
 
 
@@ -6086,8 +6052,7 @@ def test_stop_ends_nothing_of_a_hidden_stranger(tmp_path, nap):
         nap.runs()
         for name, text in (("pid", other.pid), ("exit", 0), ("out", "")):
             (record / name).write_text(f"{text}\n")
-        told = without_proc(c.STOP, str(record), record.name)
-        assert b"exited 0\n" in told and other.poll() is None and running(nap)
+        assert b"exited 0\n" in without_proc(c.STOP, str(record), record.name) and other.poll() is None and running(nap)
         kill(running(nap)[0].pid)
 
 
@@ -6199,8 +6164,7 @@ def test_stdin_for_a_job_is_refused(repo, site):
     repo.new()
     refused(repo.cli("exec --detach --", "wc -c", stdin=b"data"), 125, "write -w main FILE")
     with open(repo.dir / "README", "rb") as file:
-        child = repo.start("exec --detach --", "wc -c", stdin=file)
-        assert child.end().ended[:2] == (125, b"")
+        assert repo.start("exec --detach --", "wc -c", stdin=file).end().ended[:2] == (125, b"")
     assert repo.cli("jobs --json").json == [], "nothing was started"
     repo.ok("exec -n --detach -- true", stdin=b"data")
     idle = repo.start("exec --detach -- true", stdin=PIPE)  # as a harness leaves it open
@@ -6280,8 +6244,7 @@ def other_server(site, kind):
 def test_the_main_job_works_on_servers_that_are_not_openssh(site, kind, nap):
     host, repo = other_server(site, kind), Repo(site, odd=True)
     repo.secret("TOKEN", b"it's $x")
-    ran = repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host)
-    assert ran.ended == (9, b"<it's $x>", b"oh\n")
+    assert repo.exec("printf '<%s>' \"$TOKEN\"; echo oh >&2; exit 9", host=host).ended == (9, b"<it's $x>", b"oh\n")
     assert repo.exec("exit 255", host=host).code == 255 and repo.exec("kill -9 $$", host=host).code == 137
     big = os.urandom(1 << 20)
     assert repo.exec("cat", host=host, stdin=big).out == big
@@ -6452,8 +6415,7 @@ def test_several_workspaces_bad_use_is_said(repo):
     read, write = os.pipe()
     for stdin, code in ((theirs, 0), (DEVNULL, 0), (read, 0), (read, 125)):  # only bytes that wait are refused
         os.write(write, b"x") if code else None
-        child = repo.start(*both, "--", "true", stdin=stdin)
-        ran = child.end()
+        ran = repo.start(*both, "--", "true", stdin=stdin).end()
         assert ran.code == code and ("passes stdin on to none of them" in ran.said) == bool(code)
 
 
@@ -6601,8 +6563,7 @@ def ordinary(site):
 
 def test_write_reads_stdin_in_linear_time(shared, tmp_path):
     began = spent()
-    told = shared.cli("write -w main large --json", stdin=b"x" * 72_000_000)
-    assert told.json["size"] == 72_000_000 and spent() - began < 6, spent() - began  # 20 s where each piece copied all before it
+    assert shared.cli("write -w main large --json", stdin=b"x" * 72_000_000).json["size"] == 72_000_000 and spent() - began < 6, spent() - began  # 20 s where each piece copied all before it
     do(shared, "rm large")
     with open(tmp_path / "sparse", "w+b") as file:
         file.truncate(150_000_000)
@@ -6770,8 +6731,7 @@ def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
     read = talker("read", path=area.p("there"))
     assert content(read) == data and (read["size"], read["sha256"]) == (len(data), digest(data))
     for created in (True, False):
-        wrote = talker("write", path=area.p("sent"), content_base64=b64(data))
-        assert wrote == {"size": len(data), "sha256": digest(data), "created": created}
+        assert talker("write", path=area.p("sent"), content_base64=b64(data)) == {"size": len(data), "sha256": digest(data), "created": created}
         assert (area.dir / "sent").read_bytes() == data
     with suppress(UnicodeDecodeError):
         talker("write", path=area.p("text"), content=data.decode())
@@ -7491,8 +7451,7 @@ def test_mcp_a_call_over_the_soft_timeout_becomes_a_job(mcp, nap):
     assert "state: running" in text and "one\n" in text and "next_offset: 4" in text
     assert "state=running" in mcp("jobs") and job in mcp("jobs") and "state: running" in mcp("wait", job=job, timeout=0.2)
     assert "one" in mcp("logs", job=job) and "one" not in mcp("logs", job=job, offset=4)
-    stopped = mcp("stop", job=job)
-    assert "stopped: confirmed" in stopped and not running(nap)
+    assert "stopped: confirmed" in mcp("stop", job=job) and not running(nap)
 
 
 def test_mcp_keeps_little_of_a_flood_and_says_so(shared):
@@ -7599,8 +7558,7 @@ def test_mcp_without_a_host_says_so_and_lives(repo, site):
         assert re.search("For the user: .* new main -H HOST, or git config", client.refusal("exec", command="true"))
     site.at("dead", free_port())
     with Mcp(repo, "-H dead") as client:
-        text = client.refusal("read", path="x")
-        assert "refused" in text and client.ask("ping")["result"] == {}
+        assert "refused" in client.refusal("read", path="x") and client.ask("ping")["result"] == {}
 
 
 @slow
@@ -8053,8 +8011,7 @@ def test_doctor_finds_a_good_host_good(repo, site):
     text = {row["what"]: row["text"] for row in found.json}
     assert "publickey" in text["connect"] and str(site.keys.user) in text["connect"] and text["sessions"].startswith("10 ")
     assert sorted(str(p) for p in site.far_home().rglob("*")) == before
-    plain = repo.ok("doctor")
-    assert plain.out.count(b"ok ") == 12
+    assert repo.ok("doctor").out.count(b"ok ") == 12
     assert repo.cli("exec --", "echo still").out == b"still\n"
     alone = site.cli("doctor --json")  # looks at this machine
     assert alone.code == 0 and states(alone) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
@@ -8206,8 +8163,7 @@ def test_completion_of_fish_offers_names(shared_names):
     lines = {"cmux_ssh.py rm ": "main two", "cmux_ssh.py secrets rm ": "KEY", "cmux_ssh.py exec -w ": "main two", "cmux_ssh.py rm --f": "--force --forget", f"python3 {shim} rm ": "main two",
         f"python3 {shim} rm --f": "--force --forget", "cmux_ssh.py secrets ": "set import list rm", "python3 cmux_ssh.py rm ": "main two"}
     (shared_names.dir / "cmux_ssh.py").symlink_to(shim)  # as README calls it
-    told = offered(shared_names, "fish", lines, shared_names.dir, f"{shim.parent}:")
-    assert told == [set(words.split()) for words in lines.values()]
+    assert offered(shared_names, "fish", lines, shared_names.dir, f"{shim.parent}:") == [set(words.split()) for words in lines.values()]
 
 
 # === demo and bench ===
@@ -8381,8 +8337,7 @@ def test_damaged_lines_of_the_history_are_passed_over(repo, site):
         for row in (b'{"operation": "exec", "time": 1e300}', b'{"operation": "exec", "time": NaN}', b'{"operation": "exec", "time": 1, "duration": "x"}',
                 b'{"operation": "exec", "time": 1, "bytes": "x"}', b'{"operation": 3, "time": 1}', b'{"time": 1}', b"[" * 100000, b"3", b"{"):
             stream.write(row + b"\n")
-    told = repo.ok("history")
-    assert len(told.text.strip().split("\n")) == 2
+    assert len(repo.ok("history").text.strip().split("\n")) == 2
 
 
 def test_an_early_interrupt_does_not_end_the_history(repo):
@@ -8565,8 +8520,7 @@ def test_every_hint_can_be_pasted(repo, site):
         shutil.rmtree(repo.path("two"))
         told(line, "@ rm --force two")
     for damage in ('{"version": 1, "secrets": {"Z": 1}}', '{"version": 1, "secrets": 1}', "{"):
-        secrets = next(site.state.glob("secrets/*.json"))
-        secrets.write_text(damage)
+        next(site.state.glob("secrets/*.json")).write_text(damage)
         done = call(f"{here} secrets list")
         assert done.returncode == 1 and call(hinted(done.stderr.decode(), ours)[0]).returncode == 0 and call(f"{here} secrets set A", b"x").returncode == 0
     assert len(list(site.state.rglob("*.damaged-*"))) >= 1
@@ -8596,8 +8550,7 @@ def test_a_row_of_a_table_fits_the_screen(repo):
 
 def test_other_words_for_the_same(shared):
     assert shared.ok("help exec").text == shared.ok("exec --help").text
-    shown = shared.ok("-h").text
-    assert re.findall(r"(?m)^(\w+):$", shown) == ["work", "files", "jobs", "workspaces", "agents", "setup"]
+    assert re.findall(r"(?m)^(\w+):$", shared.ok("-h").text) == ["work", "files", "jobs", "workspaces", "agents", "setup"]
     assert "exec [options] -- CMD..." in shared.ok("exec -h").text
     for short, long in (("-q", "--quiet"), ("-v", "--verbose"), ("-n1", "--limit=1")):
         assert shared.ok("history", short).ended == shared.ok("history", long).ended
@@ -8608,8 +8561,7 @@ def test_other_words_for_the_same(shared):
 
 def test_the_only_workspace_need_not_be_named(repo):
     repo.new("one")
-    do_in = repo.exec("echo x >x", options="-w one")
-    assert do_in.code == 0 and "x" in repo.ok("diff one --stat").text and "x" in repo.ok("diff --stat").text
+    assert repo.exec("echo x >x", options="-w one").code == 0 and "x" in repo.ok("diff one --stat").text and "x" in repo.ok("diff --stat").text
     assert "cmux/one" in repo.ok("pull").text and "already" in repo.ok("push one").text
     repo.new("two")
     refused(repo.cli("diff"), 1, "There is no workspace 'main'")
@@ -8676,6 +8628,20 @@ def test_the_first_of_several_jobs_and_a_stop_are_told(repo):
     assert ran.code == 130 and ran.said.count("\n") == 1 and "goes on" in ran.said and f"logs -f {slow}" in ran.said
     assert repo.ok(f"stop {slow}").text == f"{slow}  stopped 143: its processes have ended\n" and repo.cli(f"wait {slow}").code == 143
     assert ("stopped", 143) in {(row["state"], row["exit_code"]) for row in repo.ok("jobs -w main --json").json}
+
+
+def test_no_bar_is_drawn_after_the_end(monkeypatch):
+    """A thread that still sends would draw it below "Interrupted."."""
+    drawn = []
+    monkeypatch.setattr(c, "draw", lambda fd, text: drawn.append(text))
+    terminal = c.Terminal(0)
+    terminal.lanes["w"] = ("sending", 0.0)
+    terminal._draw()
+    assert len(drawn) == 1
+    terminal.close()
+    terminal.progress("w", 6)
+    terminal._draw()
+    assert len(drawn) == 2 and "w" not in drawn[1]  # it was taken away, and nothing followed
 
 
 def test_a_new_record_is_not_taken_for_a_dead_one(repo):
@@ -8887,8 +8853,7 @@ def test_readme_options_exist():
     known = set.union(*(flags_of(name.split()[0]) for name in c.VERBS)) | {"--version"} | others
     told = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", README))
     assert told <= known, told - known
-    every = {flag for name in c.VERBS for flag in flags_of(name) if flag.startswith("--")}
-    assert len(every & told) > 8
+    assert len({flag for name in c.VERBS for flag in flags_of(name) if flag.startswith("--")} & told) > 8
 
 
 def test_readme_tools_are_the_table_and_answer_so(shared):
@@ -8954,8 +8919,7 @@ def test_readme_numbers_and_names_are_the_codes(repo):
     assert f"cmux_ssh.py {c.__version__} (sha256" in text
     public = {name.partition("(")[0][len("cmux_ssh."):] for name in re.findall(r"cmux_ssh\.[A-Za-z_]\w*\b(?!\.)", README)} - {"py"}
     assert public <= set(c.__all__) | {"__all__"}, public
-    undocumented = {name for name in c.__all__ if not re.search(rf"\b{name}\b", README) and not getattr(c, name).__doc__}
-    assert not undocumented
+    assert not {name for name in c.__all__ if not re.search(rf"\b{name}\b", README) and not getattr(c, name).__doc__}
     shown = {kind: " ".join(name for name in dir(getattr(c, kind)) if name[0] != "_") for kind in ("Project", "Workspace", "Host")}
     assert shown == {"Project": "create default_workspace diff ensure existing fork gc host kind name pull push remove rename set_secret workspace workspaces", "Host": "close masters run",
         "Workspace": "describe download edit exec follow forward glob grep jobs logs read run shell start stop upload wait write"}, "help() shows no internals"
@@ -9022,10 +8986,8 @@ def whole(repo, *names):
     listed = repo.workspaces()
     assert set(listed) == set(names)
     for name in names:
-        ran = repo.ok(f"exec -w {name} --", "git status --short && git fsck --strict 2>&1")
-        assert b"error" not in ran.out
-    there = {path for row in listed.values() for path in Path(row["path"]).parent.iterdir()}
-    assert there == {Path(row["path"]) for row in listed.values()}
+        assert b"error" not in repo.ok(f"exec -w {name} --", "git status --short && git fsck --strict 2>&1").out
+    assert {path for row in listed.values() for path in Path(row["path"]).parent.iterdir()} == {Path(row["path"]) for row in listed.values()}
     entries = repo.recorded()
     assert set(entries) == set(names) and all(entry["state"] == "ready" and "intent" not in entry for entry in entries.values())
 
@@ -9120,8 +9082,7 @@ def test_a_line_lost_while_a_workspace_is_unpacked(site, repo):
     gate.reached()
     line.drop()
     gate.open(1.5)
-    ran = child.end()
-    assert ran.code == 0
+    assert child.end().code == 0
     repo.arrived("second")
     whole(repo, "first", "second")
     settled(site)
