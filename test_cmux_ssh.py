@@ -5237,7 +5237,7 @@ def test_fork_and_rename(repo):
 
 def test_an_edit_of_many_places_is_soon_told(area):
     def edited(*edits):
-        return str(area.talker("edit", path=area.p("many"), edits=edits)["diff"])
+        return str(area("edit", "many", edits=edits)["diff"])
     area.put("many", b"".join(b"line %d of many\n" % n for n in range(19000)))
     assert edited(*({"old": "line %d of" % n, "new": "LINE %d of" % n} for n in range(0, 19000, 19))) == "(too much changed for a diff)"
     ends = edited({"old": "LINE 0 of", "new": "first\nline 0 of"}, {"old": "18999 of many\n", "new": "18999 of many\nlast\n"})
@@ -5255,7 +5255,7 @@ def test_every_tool_takes_odd_names(talker, area, name):
         assert talker("write", path=path, content="hello there\n")["created"] is True
         assert real.read_bytes() == b"hello there\n"
         assert talker("read", path=path)["content"] == "hello there\n"
-        diff = talker("edit", path=path, edits=[{"old": "hello", "new": "goodbye"}])["diff"]
+        diff = talker("edit", path=path, edits=swap("hello", "goodbye"))["diff"]
         assert "-hello there\n+goodbye there\n" in diff and real.read_bytes() == b"goodbye there\n"
         relative = os.path.relpath(str(real), str(area.workspace))
         assert relative in talker("glob", pattern=f"{area.name}/**")["paths"]
@@ -5282,7 +5282,7 @@ def test_what_is_no_file_is_refused_and_nothing_hangs(talker, area, tool, make, 
 
 @each("path", ["", "a\0b", 5, None, ["a"], "\ud800"])
 def test_impossible_paths_are_refused(talker, path):
-    for tool, more in (("read", {}), ("write", {"content": "x"}), ("edit", {"edits": [{"old": "a", "new": "b"}]})):
+    for tool, more in (("read", {}), ("write", {"content": "x"}), ("edit", {"edits": swap("a", "b")})):
         talker.refusal(tool, path=path, **more)
 
 
@@ -5295,10 +5295,10 @@ def test_no_write_makes_a_lost_workspace_anew(repo):
     assert not repo.path().exists()
 
 
-def test_a_path_that_ends_in_a_slash_makes_nothing(talker, area):
+def test_a_path_that_ends_in_a_slash_makes_nothing(area):
     area.put("file", b"old")
     for path in ("fresh/", "fresh/.", "fresh//", "file/", "file/.", "file//"):
-        talker.refusal("write", path=area.p(path), content="x")
+        area.refusal("write", path, content="x")
     assert [p.name for p in area.dir.iterdir()] == ["file"] and (area.dir / "file").read_bytes() == b"old"
 
 
@@ -5318,14 +5318,14 @@ def test_permissions_are_said_in_plain_words_and_kept(ordinary):
 
 
 @each("mode", [0o755, 0o640, 0o4755])
-def test_write_and_edit_keep_the_mode_and_follow_links(talker, area, mode):
+def test_write_and_edit_keep_the_mode_and_follow_links(area, mode):
     real = area.put("sub/real", b"old\n", mode)
     (area.dir / "first").symlink_to("second")
     (area.dir / "second").symlink_to("sub/third")
     (area.dir / "sub/third").symlink_to(str(real))
-    talker("write", path=area.p("first"), content="written\n")
+    area("write", "first", content="written\n")
     assert real.read_bytes() == b"written\n" and mode_of(real) == mode
-    talker("edit", path=area.p("second"), edits=[{"old": "written", "new": "edited"}])
+    area("edit", "second", edits=swap("written", "edited"))
     assert real.read_bytes() == b"edited\n" and mode_of(real) == mode
     assert [os.readlink(area.dir / n) for n in ("first", "second", "sub/third")] == ["second", "sub/third", str(real)]
 
@@ -5333,10 +5333,10 @@ def test_write_and_edit_keep_the_mode_and_follow_links(talker, area, mode):
 def test_write_makes_what_is_missing(talker, area):
     for number, target in enumerate(["new dir/new file", "-dash", "line\nbreak\n", "../" + area.name + "/up", "a'b\"c\\"]):
         (area.dir / f"link{number}").symlink_to(target)
-        assert talker("write", path=area.p(f"link{number}"), content=target)["created"] is True
+        assert area("write", f"link{number}", content=target)["created"] is True
         assert (area.dir / f"link{number}").is_symlink() and (area.dir / target).read_bytes() == target.encode()
     talker("exec", command=f"mkdir -p {area.p('by-hand')}; : > {area.p('by-hand/x')}")
-    talker("write", path=area.p("by-tool/x"), content="")
+    area("write", "by-tool/x", content="")
     for name in ("", "/x"):
         assert mode_of(area.dir / f"by-tool{name}") == mode_of(area.dir / f"by-hand{name}"), "the host's own"
 
@@ -5345,12 +5345,12 @@ LINES = b"one\r\ntwo\n\n\xff\xfe four\x0bstill\x0cfour\nfive\rstill five\nsix wi
 
 
 @each("offset, limit, filler", [(*row, n) for row in ((1, 1), (2, 2), (3, 1), (4, 2), (6, 5), (7, 1), (5, 0)) for n in (0, 1_700_000) if row[1] or not n])
-def test_read_by_lines_splits_at_newlines_only(talker, area, offset, limit, filler):
+def test_read_by_lines_splits_at_newlines_only(area, offset, limit, filler):
     """A file below the limit of read is cut up here, a larger one over there: both alike."""
     data = LINES + b"\nfiller" * filler
     area.put("lines", data)
     expected = b"".join(re.findall(rb"[^\n]*\n|[^\n]+\Z", data)[offset - 1: offset - 1 + limit if limit else None])
-    read = talker("read", path=area.p("lines"), offset=offset, limit=limit)
+    read = area("read", "lines", offset=offset, limit=limit)
     assert content(read) == expected and read["size"] == len(data)
     assert read["sha256"] == digest(data)
 
@@ -5358,13 +5358,13 @@ def test_read_by_lines_splits_at_newlines_only(talker, area, offset, limit, fill
 def test_read_is_bounded_and_says_so(talker, area):
     with open(area.dir / "huge", "wb") as file:
         file.truncate(3 << 30)
-    assert "larger than" in talker.refusal("read", path=area.p("huge"))
+    assert "larger than" in area.refusal("read", "huge")
     assert f"cp main:{area.p('huge')} ." in talker.answer(talker.post("read", {"path": area.p("huge")}))["error"]["hint"]
-    assert "larger than" in talker.refusal("edit", path=area.p("huge"), edits=[{"old": "a", "new": "b"}])
+    assert "larger than" in area.refusal("edit", "huge", edits=swap("a", "b"))
     assert talker("read", path="README", offset=10 ** 12)["content"] == ""
 
 
-def test_read_of_a_file_that_grows_is_consistent(talker, area):
+def test_read_of_a_file_that_grows_is_consistent(area):
     file, stop = area.put("log", b"x" * 100_000), Event()
 
     def append():
@@ -5376,7 +5376,7 @@ def test_read_of_a_file_that_grows_is_consistent(talker, area):
     thread.start()
     try:
         for _ in range(20):
-            read = talker("read", path=area.p("log"))
+            read = area("read", "log")
             data = content(read)
             assert len(data) == read["size"] and digest(data) == read["sha256"]
     finally:
@@ -5427,7 +5427,7 @@ def test_a_reader_sees_the_old_or_the_new_file(talker, area):
     thread.start()
     try:
         for version in versions[1:10]:
-            talker("write", path=area.p("f"), content_base64=b64(version))
+            area("write", "f", content_base64=b64(version))
         answers = talker.all([("write", {"path": area.p("f"), "content_base64": b64(version)}) for version in versions[10:]])
     finally:
         stop.set()
@@ -5459,7 +5459,7 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site, nap):
         assert content(talker("read", path="a/new\nfile")) == BINARY
         (repo.path() / "link").unlink()
         (repo.path() / "link").symlink_to("plain.txt")
-        talker("edit", path="link", edits=[{"old": "plain", "new": "edited"}])
+        talker("edit", path="link", edits=swap("plain", "edited"))
         assert repo.far("plain.txt") == b"edited\n" and (repo.path() / "link").is_symlink()
         assert talker("glob", pattern="**/*.txt")["paths"] == sorted(p.decode() for p in repo.tree() if p.endswith(b".txt"))
         assert talker("grep", pattern="edi.ed$")["matches"] == [{"path": "plain.txt", "line": 1, "text": "edited"}]
@@ -5487,9 +5487,9 @@ def test_a_host_with_only_posix_utilities_has_every_tool(site, nap):
     (b"a\nb\nc\nd\ne\nf\ng\nh\n", [("d", "D")], b"a\nb\nc\nD\ne\nf\ng\nh\n"),
     *((b"a%sb\nc\n" % end, [("c", "C")], b"a%sb\nC\n" % end) for end in (b"\x0c", b"\r", "\u2028".encode())),
 ])
-def test_edit_replaces_exactly(talker, area, before, edits, after):
+def test_edit_replaces_exactly(area, before, edits, after):
     file = area.put("f", before)
-    told = talker("edit", path=area.p("f"), edits=[dict(zip(("old", "new", "count"), edit)) for edit in edits])
+    told = area("edit", "f", edits=[dict(zip(("old", "new", "count"), edit)) for edit in edits])
     assert file.read_bytes() == after and told["sha256"] == digest(after)
     assert told["diff"].startswith(f"--- a/{area.p('f')}\n+++ b/{area.p('f')}\n@@ ")
     if b"\xff" not in before:
@@ -5509,23 +5509,23 @@ def test_edit_replaces_exactly(talker, area, before, edits, after):
     ([], ["edits"]), ([{"old": "only"}], []), ([{"old": 1, "new": "y"}], []), ([{"old": "only", "new": "y", "x": 1}], []), ([{"old": "only", "new": "y", "count": 0}], []),
     ([{"old": "only", "new": "\ud800"}], []),
 ], ids=ascii)
-def test_edit_refuses_and_changes_nothing(talker, area, edits, words):
+def test_edit_refuses_and_changes_nothing(area, edits, words):
     file = area.put("f", b"x only\nx\n\nx aaa\n")
     before = file.stat()
-    said = talker.refusal("edit", path=area.p("f"), edits=edits).lower()
+    said = area.refusal("edit", "f", edits=edits).lower()
     assert all(word in said for word in words)
     assert file.read_bytes() == b"x only\nx\n\nx aaa\n" and file.stat().st_ino == before.st_ino
 
 
-def test_edit_of_a_version_that_is_no_more_is_refused(talker, area):
+def test_edit_of_a_version_that_is_no_more_is_refused(area):
     file = area.put("f", b"one\n")
-    seen = talker("read", path=area.p("f"))["sha256"]
-    after = talker("edit", path=area.p("f"), edits=[{"old": "one", "new": "two"}], sha256=seen)["sha256"]
-    assert "changed" in talker.refusal("edit", path=area.p("f"), edits=[{"old": "two", "new": "three"}], sha256=seen)
+    seen = area("read", "f")["sha256"]
+    after = area("edit", "f", edits=swap("one", "two"), sha256=seen)["sha256"]
+    assert "changed" in area.refusal("edit", "f", edits=swap("two", "three"), sha256=seen)
     assert file.read_bytes() == b"two\n"
-    talker("edit", path=area.p("f"), edits=[{"old": "two", "new": "three"}], sha256=after)
+    area("edit", "f", edits=swap("two", "three"), sha256=after)
     assert file.read_bytes() == b"three\n"
-    talker.refusal("edit", path=area.p("f"), edits=[{"old": "three", "new": "four"}], sha256="not a digest")
+    area.refusal("edit", "f", edits=swap("three", "four"), sha256="not a digest")
 
 
 def test_edit_on_the_command_line(shared, area):
@@ -5537,7 +5537,7 @@ def test_edit_on_the_command_line(shared, area):
     for bad in (b"", b"[]", b"5", b"null", b'"x"', b"{}", b"\xff", b'{"edits": 1}', b'{"edits": [{"old": "x", "new": "y"}], "more": 1}', b"[" * 100_000):
         refused(shared.cli("edit", area.p("f"), stdin=bad), 2)
     area.put("other", b"x = 3\n")
-    shared.cli("edit", area.p("f"), stdin=json.dumps({"path": area.p("other"), "edits": [{"old": "x = 3", "new": "gone"}]}).encode())
+    shared.cli("edit", area.p("f"), stdin=json.dumps({"path": area.p("other"), "edits": swap("x = 3", "gone")}).encode())
     assert (area.dir / "other").read_bytes() == b"x = 3\n", "the path of the command line counts"
 
 
@@ -6532,6 +6532,12 @@ class Area:
     def p(self, name):
         return f"{self.name}/{name}"
 
+    def __call__(self, tool, name, **more):
+        return self.talker(tool, path=self.p(name), **more)
+
+    def refusal(self, tool, name, **more):
+        return self.talker.refusal(tool, path=self.p(name), **more)
+
     def put(self, name, data, mode=0o644):
         path = self.dir / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -6545,6 +6551,10 @@ def area(talker, workspace):
     opened = Area(talker, workspace)
     yield opened
     assert not [path for path in opened.dir.rglob("*") if ".cmux" in path.name or path.name.endswith(".tmp")], "no temporary file stays"
+
+
+def swap(old, new):
+    return [{"old": old, "new": new}]
 
 
 def b64(data):
@@ -6726,15 +6736,15 @@ def test_contract_exec(talker, workspace, area, nap):
 @each("data", [
     b"", BINARY, b"\n", "Grüße 日本 🐙\t\r\nx".encode(), b"\"quotes\", 'single', $VAR, `ticks`, \\back\\\r\nnew\tline\n", b"\xef\xbb\xbfbom\n", b"%s%n\\c\\0",
 ], ids=repr)
-def test_contract_files_go_through_unchanged_both_ways(talker, area, data):
+def test_contract_files_go_through_unchanged_both_ways(area, data):
     file = area.put("there", data)
-    read = talker("read", path=area.p("there"))
+    read = area("read", "there")
     assert content(read) == data and (read["size"], read["sha256"]) == (len(data), digest(data))
     for created in (True, False):
-        assert talker("write", path=area.p("sent"), content_base64=b64(data)) == {"size": len(data), "sha256": digest(data), "created": created}
+        assert area("write", "sent", content_base64=b64(data)) == {"size": len(data), "sha256": digest(data), "created": created}
         assert (area.dir / "sent").read_bytes() == data
     with suppress(UnicodeDecodeError):
-        talker("write", path=area.p("text"), content=data.decode())
+        area("write", "text", content=data.decode())
         assert (area.dir / "text").read_bytes() == data
     assert file.read_bytes() == data
 
@@ -7325,13 +7335,13 @@ def test_mcp_every_tool_works(mcp):
     assert "<a b><'>" in mcp("exec", command=["printf", "<%s>", "a b", "'"])
     assert "created: True" in mcp("write", path="mcp/x.txt", content="one\ntwo\n")
     assert "one\ntwo\n" in mcp("read", path="mcp/x.txt") and "two\n" in mcp("read", path="mcp/x.txt", offset=2)
-    assert "-two\n+2\n" in mcp("edit", path="mcp/x.txt", edits=[{"old": "two", "new": "2"}])
+    assert "-two\n+2\n" in mcp("edit", path="mcp/x.txt", edits=swap("two", "2"))
     assert mcp("glob", pattern="mcp/nothing*") == "paths: none"
     assert "mcp/x.txt" in mcp("glob", pattern="mcp/*") and "mcp/x.txt:2:2" in mcp("grep", pattern="2", glob="mcp/*")
     job = job_of(mcp("exec", command="echo begun; sleep 0.3; echo over; exit 5", background=True))
     assert "exit_code: 5" in mcp("wait", job=job) and "begun\nover\n" in mcp("logs", job=job) and job in mcp("jobs")
     assert "over\n" in mcp("logs", job=job, offset=6) and "stopped: confirmed" in mcp("stop", job=job)
-    for tool, arguments, words in (("read", {"path": "nope"}, "no file"), ("edit", {"path": "mcp/x.txt", "edits": [{"old": "zz", "new": ""}]}, "0 times"),
+    for tool, arguments, words in (("read", {"path": "nope"}, "no file"), ("edit", {"path": "mcp/x.txt", "edits": swap("zz", "")}, "0 times"),
             ("exec", {}, "command"), ("exec", {"command": 3}, "a list of texts"), ("read", {"path": "x", "bogus": 1}, "bogus"),
             ("exec", {"command": "true", "workspace": "other"}, "workspace"), ("logs", {"job": "j00000000"}, "job"),
             ("exec", {"command": "true", "cwd": "no/where"}, "directory"), ("logs", {"job": "../../x"}, "not a job"),
@@ -8864,7 +8874,7 @@ def test_readme_tools_are_the_table_and_answer_so(shared):
         talker("write", path="of-readme", content="one\n")
         job = talker("exec", command="exit 3", background=True)["job"]
         calls = {"exec": {"command": "true"}, "read": {"path": "of-readme"}, "write": {"path": "of-readme", "content": "one\n"},
-            "edit": {"path": "of-readme", "edits": [{"old": "one", "new": "two"}]}, "glob": {"pattern": "*"}, "grep": {"pattern": "."}, "jobs": {},
+            "edit": {"path": "of-readme", "edits": swap("one", "two")}, "glob": {"pattern": "*"}, "grep": {"pattern": "."}, "jobs": {},
             "logs": {"job": job}, "wait": {"job": job}, "stop": {"job": job}}
         for name, arguments in calls.items():
             result = talker(name, **arguments)
@@ -9437,7 +9447,7 @@ class Liar:
 CALLS = [
     ("exec", {"command": "true", "timeout": 20}), ("exec", {"command": "cat", "stdin": "x" * 100000, "timeout": 20}), ("exec", {"command": "true", "background": True}),
     ("read", {"path": "README"}), ("read", {"path": "README", "limit": 5}), ("write", {"path": "README", "content": "x" * 300000}),
-    ("edit", {"path": "README", "edits": [{"old": "hello", "new": "x"}]}), ("glob", {"pattern": "**"}), ("grep", {"pattern": "x"}), ("jobs", {}),
+    ("edit", {"path": "README", "edits": swap("hello", "x")}), ("glob", {"pattern": "**"}), ("grep", {"pattern": "x"}), ("jobs", {}),
     ("logs", {"job": "j0123abcd"}), ("wait", {"job": "j0123abcd", "timeout": 1}), ("stop", {"job": "j0123abcd"})]
 
 
