@@ -179,11 +179,9 @@ def descendants(pid):
 
 
 def ancestors():
-    parents = {p.pid: p.ppid for p in processes(environ=False)}
-    line, pid = [os.getpid()], os.getpid()
-    while pid in parents and parents[pid] > 0:
-        pid = parents[pid]
-        line.append(pid)
+    parents, line = {p.pid: p.ppid for p in processes(environ=False)}, [os.getpid()]
+    while parents.get(line[-1], 0) > 0:
+        line.append(parents[line[-1]])
     return line
 
 
@@ -1164,7 +1162,7 @@ def test_version_names_itself_and_its_digest():
 @each("command", ["", "secrets", *c.VERBS])
 @compat
 def test_help_shows_an_example_and_fits(common, command):
-    shown = common.cli(*command.split(), "-h", env={"COLUMNS": "80", "FORCE_COLOR": "1"})
+    shown = common.cli(f"{command} -h", env={"COLUMNS": "80", "FORCE_COLOR": "1"})
     assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2])
     assert max(map(len, shown.text.split("\n"))) <= 80 and "\x1b" not in shown.text
     assert command not in c.VERBS or all(arg.text for arg in c.VERBS[command].args)
@@ -1849,8 +1847,8 @@ def test_a_git_directory_of_somebody_else_is_refused(repo, site):
     inner = repo.dir / "vendor"
     repo.git("clone -q --bare .", str(inner))
     (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {site.home}\n[cmux]\n host = box\n")
-    for words in (["new", "w"], ["new", "--dirty", "w"], ["exec", "-n", "--", "true"], ["list"]):
-        refused(site.cli(*words, cwd=inner), 125 if words[0] == "exec" else 1, "inside another repository")
+    for words in ("new w", "new --dirty w", "exec -n -- true", "list"):
+        refused(site.cli(words, cwd=inner), 125 if "exec" in words else 1, "inside another repository")
     apart = site.dir / "apart.git"
     inner.rename(apart)
     (apart / "config").write_text("[core]\n repositoryformatversion = 0\n bare = true\n")
@@ -2019,7 +2017,7 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     repo.new("a", "b")
     site.cli("secrets set T --global", cwd=site.dir, stdin=b"global-1")  # outside a repository, too
     for words, data in (("set G --global", b"global-2"), ("set T", b"project-1"), ("import - -w a", b"T=own-of-a\nG=own-2-of-a\n")):
-        repo.ok("secrets", *words.split(), stdin=data)
+        repo.ok(f"secrets {words}", stdin=data)
 
     def seen(name, project=repo):
         return project.cli(f"exec -w {name} -H box --", "echo $T $G").text.split()
@@ -2038,7 +2036,7 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     repo.ok("rm --forget e")
     assert not files_holding(site.dir, b"own-of-a") and repo.cli("secrets list").text == "G  (global)\nT  (global)\nT\n"
     for words, code in (("set X -w d", 1), ("rm G", 2), ("rm T -w a", 2), ("set X --global -w a", 2), ("list -w d", 1)):
-        refused(repo.cli("secrets", *words.split(), stdin=b"v"), code)
+        refused(repo.cli(f"secrets {words}", stdin=b"v"), code)
     repo.ok("secrets rm T")
     repo.ok("secrets rm G --global")
     assert seen("a") == ["global-1"]
@@ -2127,8 +2125,8 @@ def test_the_state_is_never_sent(repo, site):
     (home.dir / ".gitignore").unlink()
     home.git("add .local")
     home.git("commit -q -m everything")
-    for words in (("new", "-H", "box", "x"), ("new", "-H", "box", "--dirty", "x"), ("push", "-w", "main", "--force")):
-        refused(home.cli(*words, env=env), 2, "in the commit")
+    for words in ("new -H box x", "new -H box --dirty x", "push -w main --force"):
+        refused(home.cli(words, env=env), 2, "in the commit")
     home.new("--ref", clean, "x", env=env)
 
 
@@ -2163,7 +2161,7 @@ def test_the_value_of_a_secret_is_in_no_complaint(repo, site):
     (site.dir / "dot").write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
     (site.dir / "large").write_bytes(b"A=1\n" + b"#hunter2\n" * (1 << 17))
     for line, words in (("set TOK=hunter2", "secrets set TOK"), (f"import {site.dir}/dot", "Line 2"), (f"import {site.dir}/large", "larger than"), ("set TOK", "NUL")):
-        said = repo.cli("secrets", *line.split(), stdin=b"abc\0hunter2")
+        said = repo.cli(f"secrets {line}", stdin=b"abc\0hunter2")
         refused(said, 2, words)
         assert "hunter2" not in said.said
     assert repo.cli("secrets list").out == b""
@@ -2195,7 +2193,7 @@ print(raised(Project(".").ensure("main", "box").exec, "true"))
 def test_a_closed_stdin_is_no_empty_one(repo):
     repo.new()
     for words, stdin in (("write f", "<&-"), ("secrets set X", "<&-"), ("secrets set X", "</dev/null"), ("batch", "<&-"), ("edit README", "<&-")):
-        done = repo.cli(*words.split(), sh=f'exec "$@" {stdin}')
+        done = repo.cli(words, sh=f'exec "$@" {stdin}')
         assert done.code == 2 and "stdin" in done.said, (words, done)
     assert not (repo.path() / "f").exists() and repo.cli("secrets list").out == b""
 
@@ -2508,14 +2506,14 @@ def test_too_many_keys_are_said(repo, site):
     assert (ran.code, found.code) == (255, 255)
 
 
-@each("words", [("exec", "-H", "box", "--", "true"), ("new", "-H", "box", "main"), ("doctor", "box"), ("batch", "-H", "box")], ids=lambda words: words[0])
-def test_an_ssh_before_7_8_is_refused(repo, words, site):
+@each("call", ["exec -H box -- true", "new -H box main", "doctor box", "batch -H box"])
+def test_an_ssh_before_7_8_is_refused(repo, call, site):
     """It does not know SetEnv."""
     in_sshs_place(site, 'for a; do case $a in -V) echo OpenSSH_7.7p1 >&2; exit;; SetEnv=*)\n'
         'echo "command-line: line 0: Bad configuration option: setenv" >&2; exit 255;; esac; done; exec $ssh "$@"')
-    ran = repo.cli(*words, stdin=b'{"tool": "exec", "arguments": {"command": "true"}}\n')
+    ran = repo.cli(call, stdin=b'{"tool": "exec", "arguments": {"command": "true"}}\n')
     said = ran.said + ran.text
-    assert ran.code == {"doctor": 1, "batch": 1}.get(words[0], 255) and said.count("OpenSSH 7.8 or newer") == 1 and "may still run" not in said
+    assert ran.code == {"doctor": 1, "batch": 1}.get(call.split()[0], 255) and said.count("OpenSSH 7.8 or newer") == 1 and "may still run" not in said
     assert repo.workspaces() == {} and "Accepted" not in site.log()
 
 
@@ -3195,7 +3193,7 @@ def test_a_stalled_upload_holds_up_no_other_host(repo, tuned, line):
         until(stopped.is_set)
         tuned(LOCK_PATIENCE=2.5)
         calls = ("new -H far c", "new -H box a", "rm a", "rename -w old a", "fork -w older a", "exec -H box -w a -- true")
-        answers = at_once(len(calls), lambda words: repo.cli(*words.split()), calls)
+        answers = at_once(len(calls), repo.cli, calls)
         for words, waited in zip(calls, answers):
             who = f"process {sender.pid}, which {'sends the same files to far' if 'far' in words else 'works on the workspace a'}."
             assert waited.code == (125 if "exec" in words else 1) and waited.out == b"" and 2 < waited.seconds < 15
@@ -3404,16 +3402,16 @@ def test_what_is_not_sent_is_said_each_time(repo):
     repo.write("staged", b"a\nb\n")  # as in HEAD again: --dirty would send nothing of it
     for name in ("README", "nonce", "src/main.c", "a.bin"):
         os.utime(repo.dir / name, (1, 1))
-    for words in (["new", "-H", "box", "one"], ["new", "-H", "box", "two", "three"], ["push", "-w", "one"]):
-        said = repo.ok(*words)
+    for words in ("new -H box one", "new -H box two three", "push -w one"):
+        said = repo.ok(words)
         assert said.said.count("Not sent") == 1 and "Not sent: 1 LFS file without content" in said.said
         assert "uncommitted" not in said.said
     repo.write("README", b"edited\n")
     repo.write("new\nfile", b"untracked")
     (repo.dir / "gone").unlink()
     before = (repo.dir / ".git/index").read_bytes()
-    for words in (["new", "-H", "box", "four"], ["push", "-w", "one"], ["push", "--force", "-w", "two"]):
-        assert "3 uncommitted files (--dirty sends them)." in repo.cli(*words).said
+    for words in ("new -H box four", "push -w one", "push --force -w two"):
+        assert "3 uncommitted files (--dirty sends them)." in repo.cli(words).said
     assert (repo.dir / ".git/index").read_bytes() == before
     repo.git("checkout -q a.bin")
     assert "Not sent: 1 LFS file" in repo.cli("push -w one --dirty").said
@@ -4320,8 +4318,8 @@ def test_an_older_workspace_loses_nothing(site, place):
     repo.new("fresh", host=place)
     repo.arrived("fresh")
     do(repo, "mkdir docs; echo its >docs/a", "work")
-    for words in (["rm", "work"], ["push", "-w", "work"]):
-        told = repo.cli(*words)
+    for words in ("rm work", "push -w work"):
+        told = repo.cli(words)
         assert told.code == 1 and "docs/a" in told.said and repo.far("docs/a", "work") == b"its\n"
     repo.ok("rm clean")
     repo.ok("push -w pushed")
@@ -4491,8 +4489,8 @@ def test_rm_and_push_see_what_no_time_tells(site, harm):
     repo.save("src/x", b"y\n")
     repo.new("main", "other", host=bare_host(site))
     do(repo, harm)
-    for words in (("rm", "main"), ("push", "--ref", "HEAD~1")):
-        refused(repo.cli(*words), 1, "changed ./")
+    for words in ("rm main", "push --ref HEAD~1"):
+        refused(repo.cli(words), 1, "changed ./")
     repo.ok("fork twin")
     assert repo.cli("rm twin").code == 1 and repo.cli("rm other").code == 0
     repo.ok("pull")
@@ -4648,9 +4646,8 @@ def test_pull_into_a_malicious_repository_runs_nothing(repo, site):
     env = {"GIT_DIR": "/nonexistent", "GIT_INDEX_FILE": "/nonexistent", "GIT_WORK_TREE": "/", "GIT_OBJECT_DIRECTORY": "/nonexistent", "GIT_EXTERNAL_DIFF": str(evil), "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.fsmonitor", "GIT_CONFIG_VALUE_0": str(evil)}
     repo.new(env=env)
     repo.ok("exec -w main --", "grep -q hello README && echo x >>README", env=env)
-    for words in (["diff"], ["pull"], ["rm", "main"]):
-        done = repo.cli(*words, "-w", "main", env=env) if words[0] != "rm" else repo.cli(*words, env=env)
-        assert done.code == 0
+    for words in ("diff -w main", "pull -w main", "rm main"):
+        repo.ok(words, env=env)
     assert not trap.exists(), trap.read_text()
 
 
@@ -4882,8 +4879,8 @@ def test_changes_in_submodules_are_kept_from_rm(site, place):
     assert family.git("ls-tree -r cmux/main").count("160000 commit") == 2
     family.git("fsck --strict")
     assert nothing_new(family).said.count("left out") == 4
-    for words in (["rm", "main"], ["push", "--ref", "HEAD~1"]):
-        kept = family.cli(*words)
+    for words in ("rm main", "push --ref HEAD~1"):
+        kept = family.cli(words)
         refused(kept, 1, "work that would be lost", "-w main -- git status --short, or ")
         assert "README" not in kept.said.replace("/README", "")
     family.ok("push --ref HEAD~1 --force")
@@ -5013,8 +5010,8 @@ def test_lfs_content_larger_than_a_pull_may_be(site, tuned, place):
     repo.ok("pull")
     assert repo.changed() == "README"
     do(repo, "echo x >>model.bin")
-    for words in (["pull"], ["rm", "main"]):
-        refused(repo.cli(*words), 1, "model.bin")
+    for words in ("pull", "rm main"):
+        refused(repo.cli(words), 1, "model.bin")
     do(repo, "truncate -s -2 model.bin 2>/dev/null || head -c %d model.bin >m && mv m model.bin; touch -d 2001-01-01T00:00:00 model.bin; mv model.bin moved" % size)
     moved = repo.cli("pull")
     assert moved.code == 1 and "refused" in moved.said
@@ -5272,8 +5269,8 @@ def test_impossible_paths_are_refused(talker, path):
 def test_no_write_makes_a_lost_workspace_anew(repo):
     repo.new()
     shutil.rmtree(repo.path())
-    for args in (["read", "x"], ["write", "x"], ["write", "a/x"], ["edit", "x", "--old", "a", "--new", "b"]):
-        refused(repo.cli(*args, stdin=b"data"), 1, "directory of main is not on box")
+    for args in ("read x", "write x", "write a/x", "edit x --old a --new b"):
+        refused(repo.cli(args, stdin=b"data"), 1, "directory of main is not on box")
     refused(repo.cli("exec --detach -- true"), 125)
     assert not repo.path().exists()
 
@@ -5603,7 +5600,7 @@ def test_cp_replaces_only_with_force(repo, site):
             (":README .git/hooks/post-checkout", "git"), (":README none/x", "No such file"), (":nowhere x", "no file"), (":.git/HEAD/x x", "no file"),
             ("README :", "exists already"), ("README :../mainx", "not in the workspace"), ("README :/etc/x", "not in the workspace"), ("nowhere :", "No such file"),
             ("README x", "NAME:PATH"), (":a :b", "NAME:PATH"), ("README none:x", "no workspace"), ("-w main main:README x", "More than one"), (f"{site.state} :", "this program's own")):
-        refused(repo.cli("cp", *words.split()), 1 if re.search("no (file|work)|exists already$", said) else 2, words=said)
+        refused(repo.cli(f"cp {words}"), 1 if re.search("no (file|work)|exists already$", said) else 2, words=said)
     assert untouched(repo) == before and os.listdir(site.dir / "elsewhere") == []
     os.chmod(near / "file", 0o600)
     for words in (":README file", ":src file", ":README file", ":src there"):
@@ -6086,7 +6083,7 @@ def test_a_job_keeps_its_secret_out_of_its_record(repo, site):
 def test_wait_and_logs_f_say_that_the_host_is_down(repo, command, site, line):
     job = repo.job("echo on; while [ ! -e go ]; do sleep 0.05; done; echo off", host="far")
     sessions = site.log().count("Starting session")
-    terminal = repo.terminal(*command.split(), job)
+    terminal = repo.terminal(f"{command} {job}")
     until(lambda: site.log().count("Starting session") > sessions)
     line.refuse = True
     line.drop()
@@ -8253,8 +8250,8 @@ def test_a_read_only_state_directory_is_said(repo, site):
     repo.new()
     sh = mounted(f"mount --bind {site.state} {site.state} && mount -o remount,bind,ro {site.state}")
     repo.ok("list", sh=sh)
-    for args, code in ((["exec", "--", "true"], 125), (["new", "other", "-H", "box"], 1), (["secrets", "set", "X", "--command", "echo"], 1)):
-        done = repo.cli(*args, sh=sh)
+    for args, code in (("exec -- true", 125), ("new other -H box", 1), ("secrets set X --command echo", 1)):
+        done = repo.cli(args, sh=sh)
         refused(done, code, "Read-only file system")
         assert done.said.count("\n") == 1
     assert repo.exec("echo again").out == b"again\n"
@@ -8263,8 +8260,8 @@ def test_a_read_only_state_directory_is_said(repo, site):
 def test_a_relative_state_directory_is_refused(repo):
     """It would be another one in each directory, and the secrets a part of the repository."""
     for env, words in (({"CMUX_SSH_HOME": "state/here"}, "CMUX_SSH_HOME is not an absolute path"), ({"HOME": "relative", "CMUX_SSH_HOME": "", "XDG_STATE_HOME": ""}, "no home directory")):
-        for args, code in ((["secrets", "set", "X"], 2), (["list"], 2), (["exec", "-H", "box", "--", "true"], 125)):
-            said = repo.cli(*args, env=env, stdin=b"value")
+        for args, code in (("secrets set X", 2), ("list", 2), ("exec -H box -- true", 125)):
+            said = repo.cli(args, env=env, stdin=b"value")
             assert said.code == code and words in said.said and said.said.count("\n") == 1
     assert repo.git("status --porcelain --ignored") == ""
 
@@ -8555,7 +8552,7 @@ def test_a_mistyped_name_makes_nothing(repo):
     repo.new("fix-login", "main", "try-1", "a")
     names, meant = set(repo.workspaces()), "did you mean fix-login?"
     for words in ("exec -H box -w fix-lgoin -- true", "write -H box -w fixlogin f", "pull -H box fix-log", "rm -H box Fix-login"):
-        refused(repo.cli(*words.split()), 125 if "exec" in words else 1, meant)
+        refused(repo.cli(words), 125 if "exec" in words else 1, meant)
     lines = b"".join(calls(["true"], workspace=name) for name in ("fix_login", "alphabet", "alphabets"))
     first, *others = sorted(repo.cli("batch -H box", stdin=lines).rows, key=lambda row: row["ok"])
     assert first["error"]["type"] == "WorkspaceMissing" and meant in first["error"]["message"] and all(row["ok"] for row in others), "names of one program are no slips of each other"
@@ -8651,7 +8648,7 @@ finally:
 def test_no_current_directory_is_said(repo):
     repo.new()
     for words in ("list", "new x", "secrets list"):
-        refused(repo.cli(*words.split(), sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, "current directory has been removed")
+        refused(repo.cli(words, sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, "current directory has been removed")
     refused(repo.cli("pull", sh='ulimit -f 0; exec "$@"'), 1, "temporary files")
     repo.ok("write f", stdin=b"new\n", sh='ulimit -f 0; exec "$@"')  # what is written needs none
     assert repo.cli("read f", sh='ulimit -f 0; exec "$@"').out == b"new\n"
@@ -8996,12 +8993,12 @@ def test_killed_while_its_script_goes_on(site, when, verb, then, repo):
     repo.save("README", b"second\n")
     words, at, _ = HALFWAY[verb]
     gate.shut(".by" if late else at)
-    child = repo.start(*words.split())
+    child = repo.start(words)
     gate.reached()
     killed(child)
     if not late:
         gate.open(0.5)
-    repo.ok(*then.split())
+    repo.ok(then)
     if late:
         there = tree_of(repo.path())
         gate.open()
