@@ -2025,6 +2025,7 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     assert repo.cli("secrets list").text == "G  (global)\nG  (workspace a)\nT  (global)\nT\nT  (workspace a)\n"
     assert [(r["scope"], r.get("workspace"), r["kind"]) for r in repo.cli("secrets list --json").json if r["name"] == "T"] == [
         ("global", None, "value"), ("project", None, "value"), ("workspace", "a", "value")]
+    assert repo.cli("secrets list -q -w b").text == "G\nT\nT\n"
     repo.ok("rename -w a d")
     repo.ok("fork -w d e")
     repo.new("a")
@@ -2061,10 +2062,11 @@ def test_exec_hands_over_the_named_secrets(repo, site):
 project = Project(".")
 project.set_secret("A", "own", workspace="w1")
 w = project.workspace("w1")
-print(w.exec("echo $A $B", secrets=["A"]).stdout, w.exec("echo $A $B", secrets=[]).stdout)
+project.set_secret("C", "all", everywhere=True)
+print(w.exec("echo $A $B $C", secrets=["A", "C"]).stdout, w.exec("echo $A $B", secrets=[]).stdout)
 w.wait(w.start("echo $A $B >j", secrets=["B"]))
 print(w.read("j").content, project.create("v", "box", secrets=()).read("init").content)
-""") == "b'own\\n' b'\\n'\nb'2\\n' b'\\n'\n"
+""") == "b'own all\\n' b'\\n'\nb'2\\n' b'\\n'\n"
 
 
 def test_secrets_of_every_scope_are_masked(repo, site):
@@ -2088,6 +2090,8 @@ def test_a_secret_command_is_stored(repo, site):
     store.unlink()
     refused(repo.exec("echo ran"), 125, "TOKEN")
     repo.ok("secrets rm TOKEN")
+    repo.secret("LOUD", command="head -c 200000 /dev/zero >&2; echo v")
+    refused(repo.exec("true"), 125, "The command for the secret LOUD")
     repo.secret("LOUD", command="echo abcdefg; exit 7")
     refused(repo.exec("echo ran", sh='''exec bash -c 'trap "" CHLD; exec "$@"' sh "$@"'''), 125, "failed with status 7")
 
@@ -6336,6 +6340,8 @@ def test_a_stop_over_several_keeps_what_was_said(repo, nap):
     assert ran.code == 130 and {n: r["exit_code"] for n, r in rows.items()} == {"a": 4, "b": 130, "c": 130}
     assert {n: r["stdout"] for n, r in rows.items()} == {n: f"early {n}\n" for n in "abc"}
     nap.gone()
+    late = repo.cli("exec --all --timeout 2 --", command)
+    assert late.code == 124 and "b, c (124: stopped, its processes have ended)" in late.said
 
 
 def test_each_workspace_has_a_live_line(repo, line):
@@ -7953,9 +7959,14 @@ with here().forward(int(sys.argv[1]), report=Said()) as forward:
     end.sendall(b"x")
     end.shutdown(socket.SHUT_WR)
     assert len(end.makefile("rb").read()) == 200_032
+    left = socket.create_connection(("127.0.0.1", forward.local))
+try:
+    print(left.recv(1))
+except ConnectionResetError:
+    print("reset")
 print(socket.socket().connect_ex(("127.0.0.1", forward.local)) != 0)
 """, str(port))
-    assert out.endswith(f"{port} True\nTrue\n") and out.startswith("Port")
+    assert out.endswith(f"{port} True\nreset\nTrue\n") and out.startswith("Port")
     assert "forward" in [row["operation"] for row in repo.history()]
 
 
