@@ -3353,21 +3353,6 @@ def test_dirty_goes_by_attributes_and_ignores(repo, everywhere, site):
     assert b"terces" in repo.far("key.z")
 
 
-def test_a_forced_push_takes_nothing_back(repo):
-    repo.new()
-    do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
-    repo.ok("pull")
-    pulled = repo.id("cmux/main")
-    repo.ok("push --force")
-    nothing_new(repo)
-    assert repo.id("cmux/main") == pulled
-    do(repo, "echo 2 >second")
-    repo.ok("pull --branch other")
-    moved, aside = repo.ok("pull"), f"cmux/main-{pulled[:8]}"
-    assert f"lacks: it is kept as {aside}" in moved.said and repo.git("rev-parse", aside) == pulled
-    assert repo.changed() == "second" and repo.cli("pull").said == ""
-
-
 def test_what_was_dirty_is_not_the_agents(repo):
     repo.write("mine", b"edited\n")
     repo.new("--dirty", "main")
