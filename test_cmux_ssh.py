@@ -8450,6 +8450,7 @@ def test_every_hint_can_be_pasted(repo, site):
             assert ran[-1].returncode in codes, (line, command, ran[-1])
     ran = []
     told("list", "@ new NAME -H HOST")
+    told("rm --force fresh")
     told("exec --all -- true", "@ new NAME -H HOST")
     told("jobs -w two", "@ list", "@ new two -H HOST")
     told("new two -H box", "@ rm two")
