@@ -2269,8 +2269,9 @@ def private_directory(path: str) -> str:
     except OSError as error:
         raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.",
                           mend)
-    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
-    if not private or status.st_uid != os.geteuid():
+    if not stat.S_ISDIR(status.st_mode):
+        raise StateFailed(f"{show(path)} is not a directory.", mend)
+    if status.st_mode & 0o077 or status.st_uid != os.geteuid():
         raise StateFailed(f"The directory {show(path)} is open to others.",
                           mend, f"chmod 700 {quote(path)}")
     parent = os.path.realpath(path)
@@ -5733,7 +5734,7 @@ class ProjectBase:
         self._made.add(check_workspace(name))
         pool = self._hosts_for(name, host, source)
         self.registry.secrets("", secrets)
-        if not root.isprintable() or len(root) > PATH_MAX or root.startswith("-"):
+        if not root.isprintable() or len(root) > PATH_MAX or re.match("-|~[^/]", root):
             raise UsageError(f"{show(root)} cannot be the root directory.")
         # Without the lock: a hundred callers share the failure of a host that is down.
         report, cancel = report or Report(), self.ending.join(cancel)
@@ -6114,6 +6115,16 @@ class Report:
         """Bytes that the init hook of ``what`` printed."""
 
 
+class Warnings(Report):
+    """Keeps what the user should know, for a model."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def warn(self, text: str | CmuxError) -> None:
+        self.texts.append(str(text))
+
+
 class Upload:
     """One commit on its way to one host."""
 
@@ -6220,7 +6231,7 @@ class Upload:
                 (below, "uncommitted file", "in submodules"))
         text = [f"{count} {noun}{'s' * (count != 1)} {more}" for count, noun, more in rows if count]
         if text:
-            self.report.note(f"Not sent: {', '.join(text)}.")
+            self.report.warn(f"Not sent: {', '.join(text)}.")
 
     def _archive(self, parent: str, rows: Sequence[Row]) -> Archive:
         """The archive of all, or of the ``rows`` that differ from a base."""
@@ -7625,6 +7636,10 @@ class Workspace(WorkspaceBase):
         to 500 characters), ``truncated``."""
         if not pattern or "\n" in pattern or limit < 1:
             raise UsageError("The pattern is empty or has a newline, or the limit is below 1.")
+        # Of these grep makes something else, in silence:
+        if re.search(r"\\[dD]|\(\?", re.sub(r"\\[^dD]|\[\^?\]?[^]\\]*\]", "", pattern)):
+            raise UsageError("An extended regular expression has no \\d, \\D and (?.",
+                             "Write [0-9], [^0-9], and (one|other) for a group.")
         test, wider = glob_test(glob or "**", self.path, True)
         most = max(limit + 1, 2000)
         data = self._search(GREP, pattern, wider, "-i" if ignore_case else "-n", str(SEARCH_MAX),
@@ -7671,6 +7686,9 @@ class Workspace(WorkspaceBase):
         """Copy from the workspace to ``local`` in the same way, 2 GiB at most, never through a
         link. Names that other systems do not take are left out, too. Raises ResultRefused."""
         source = os.path.normpath(absolute(self, path or "."))
+        if any(map(is_dot_git, source.split("/"))):  # git reads its config wherever it lies
+            raise ToolFailed("Nothing of a .git directory is copied.",
+                             "Its commits come with pull.", f"pull -w {self.name}")
         words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
         try:
             with contextlib.closing(Landing(local, os.path.basename(source), force)) as landing, \
@@ -7896,7 +7914,7 @@ class Arg:
             if not match:
                 raise UsageError(f"{label} takes a number of seconds, or a time like 5m or 1h.")
             value = float(match[1]) * units[match[2]]
-        if not word and self.flags and not self.blank:
+        if not (word or self.blank) and (self.flags or self.kinds[-1] != "texts"):
             raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
         if self.kinds[-1] != "texts":  # of several words each is one text
             self.check(value, label)
@@ -7984,10 +8002,17 @@ def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = Fa
     return {"removed": workspace}
 
 
+def manage_new(project: Project, host: str | Sequence[str] = (), **given: Any) -> Fields:
+    report = Warnings()
+    made = project.create(host=host, report=report, **given)
+    return dict(made.describe(), notes=report.texts)
+
+
 def manage_push(project: Project, cancel: Cancel, workspace: str, ref: str = "HEAD",
                 force: bool = False) -> Fields:
-    pushed = project.push(workspace, ref, force, cancel=cancel)
-    return dict(project.workspace(workspace).describe(), pushed=pushed)
+    report = Warnings()
+    pushed = project.push(workspace, ref, force, report, cancel)
+    return dict(project.workspace(workspace).describe(), pushed=pushed, notes=report.texts)
 
 
 def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = False) -> Fields:
@@ -8130,7 +8155,7 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          Arg("source", "text", "with what git ignores (packages, caches) in this workspace of that "
              "host", flags="--from", shown="WS"),
          example="fix-login fix-logout -H my-server",
-         manage=lambda project, host=(), **given: project.create(host=host, **given).describe()),
+         manage=manage_new),
     Verb("list", "this project's workspaces",
          LineArg("all_projects", "flag", "of every project of this machine"),
          example="--json", lacks="w", reads=True, manage=lambda project, cancel: {
@@ -8277,10 +8302,10 @@ class Batch:
     """JSON lines of tool calls in, JSON lines of results out as they finish."""
 
     def __init__(self, project: Project, workspace: str, host: Sequence[str],
-                 write: Callable[[bytes], object]) -> None:
+                 write: Callable[[bytes], object], report: Report) -> None:
         import threading
         self.project, self.workspace, self.host, self.write = project, workspace, host, write
-        self.cancel, self.failed = Cancel(), False
+        self.report, self.cancel, self.failed = report, Cancel(), False
         self.reading, self.writing = threading.Lock(), threading.Lock()
         self.known: dict[str, Workspace] = {}
 
@@ -8316,9 +8341,9 @@ class Batch:
             answer["id"] = request_id
             CALL.check(call)
             tool, arguments = check_call(call.get("tool"), call.get("arguments", {}))
-            name = call.get("workspace") or self.workspace
+            name = call.get("workspace", self.workspace)
             if name not in self.known:
-                self.known[name] = self.project.ensure(name, self.host, cancel=self.cancel)
+                self.known[name] = self.project.ensure(name, self.host, self.report, self.cancel)
             answer["result"] = json_fields(
                 tool.tool(self.known[name], cancel=self.cancel, **arguments))
         except Exception as error:
@@ -8786,9 +8811,11 @@ class McpServer:
         if entry and entry.get("init") != "pending":
             return self.project.existing(name, host)  # renamed this instant: missing, not made
         call.doing = f"the workspace {name} is being made"
-        found = self.project.ensure(name, host, cancel=self.ending)
+        report = Warnings()
+        found = self.project.ensure(name, host, report, self.ending)
         call.doing = "running"
-        call.result["made"] = f"the workspace {found.name} is new, of commit {found.base[:10]}"
+        made = f"the workspace {found.name} is new, of commit {found.base[:10]}."
+        call.result["made"] = " ".join([made, *report.texts])
         if own:
             self._bound()  # what it is called from now on
         return found
@@ -9941,7 +9968,7 @@ def command_pull(options: Options) -> Shown:
                   *(f"  {path}" for path in result.executes[:200])]
     branch = quote(result.branch)
     next_step = as_called("Look at it, or take it", f"git diff ...{branch}", f"git merge {branch}")
-    return result.as_dict(), lines, next_step * terminal.notes
+    return result.as_dict(), lines, next_step
 
 
 def command_push(options: Options) -> Shown:
@@ -10251,7 +10278,8 @@ def command_logs(options: Options) -> Shown:
 
 def command_batch(options: Options) -> Shown:
     project = Project(options.directory)
-    batch = Batch(project, named(options, project), options.host, functools.partial(write_out, 1))
+    batch = Batch(project, named(options, project), options.host,
+                  functools.partial(write_out, 1), options.terminal)
     return batch.run(read_lines(0, batch.cancel), options.parallel or 16)
 
 

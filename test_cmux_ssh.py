@@ -2193,6 +2193,15 @@ print(raised(Project(".").ensure("main", "box").exec, "true"))
     nap.gone()
 
 
+def test_an_empty_word_is_no_default(repo):
+    repo.new()
+    job = repo.job("sleep 60")
+    for words in (["stop", ""], ["logs", ""], ["pull", ""], ["push", ""], ["diff", ""], ["doctor", ""], ["cp", ":", ""]):
+        refused(repo.cli(*words), 2, "is empty")
+    assert repo.cli("exec -- test", "", "=", "").code == 0
+    assert repo.cli("batch", stdin=b'{"tool": "jobs", "workspace": ""}').code == 1 and job in repo.cli("jobs").text
+
+
 def test_a_closed_stdin_is_no_empty_one(repo):
     repo.new()
     for words, stdin in (("write f", "<&-"), ("secrets set X", "<&-"), ("secrets set X", "</dev/null"), ("batch", "<&-"), ("edit README", "<&-")):
@@ -3230,6 +3239,9 @@ def test_an_init_hook_runs_once_and_undoes_nothing(repo):
     assert repo.cli("new f -H box --json").json[0]["state"] == "init failed"
     quiet = repo.ok("new g -H box -q")
     assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of g failed.\n"
+    with Mcp(repo, "-w h -H box") as client:
+        assert "init hook of h failed with status 9" in client("exec", command="true")
+    assert "hook of i failed" in repo.cli("batch -w i -H box", stdin=b'{"tool": "jobs"}').said
 
 
 def test_a_repository_cannot_name_its_host(repo, site):
@@ -3400,6 +3412,14 @@ def test_what_is_not_sent_is_said_each_time(repo):
     before = (repo.dir / ".git/index").read_bytes()
     for words in ("new -H box four", "push -w one", "push --force -w two"):
         assert "3 uncommitted files (--dirty sends them)." in repo.cli(words).said
+    with Mcp(repo, "-w five -H box") as client:
+        assert "3 uncommitted files" in client("exec", command="true").partition("made: ")[2]
+    with Mcp(repo, "--manage -H box") as client:
+        assert "3 uncommitted files" in client("workspace_new", workspace="six")
+        assert "3 uncommitted files" in client("workspace_push", workspace="one", force=True)
+    calls = b'{"tool": "exec", "arguments": {"command": "true"}}'
+    for words in ("batch -w seven -H box", "exec -w eight -H box true"):
+        assert "3 uncommitted files" in repo.cli(words, stdin=calls).said
     assert (repo.dir / ".git/index").read_bytes() == before
     repo.git("checkout -q a.bin")
     assert "Not sent: 1 LFS file" in repo.cli("push -w one --dirty").said
@@ -5562,6 +5582,7 @@ def test_cp_brings_files_and_directories_both_ways(site, tools, repo):
     for name in ("git~1", "\x1b[31m", "a\xad"):
         (far / name).write_bytes(b"x")
     (far / "sub/.git").mkdir()
+    refused(repo.cli("cp :d/sub/.git", str(near / "x")), 1, "Nothing of a .git directory")
     os.mkfifo(far / "sub/pipe")
     for source, target, where in (("main:d", near / "new", "new"), (":d", near / "new", "new/d"), (f":{far}", near, "d")):
         left = copied(repo, source, target)
@@ -5808,6 +5829,7 @@ def test_grep_finds_lines(shared, talker, area):
         told = talker("grep", pattern=pattern, **{"glob": f"{area.name}/**", **more})
         return sorted((m["path"][len(area.name) + 1:], m["line"], m["text"]) for m in told["matches"] if m["path"] != area.p("bin"))
     both = [("a.py", 2, "def Test_one():"), ("sub/b.py", 2, "def test_two():")]
+    assert grep(r"\(?[(?]\):|\\d") == both, "each of these is one of grep's"
     assert grep(r"def [Tt]est_(one|two)\(") == both
     assert grep("def test_(one|two)", ignore_case=True) == both and grep("def test_(one|two)") == both[1:]
     assert grep("grün") == [("sub/c.txt", 1, "def grün_test")]
@@ -5842,7 +5864,7 @@ def test_impossible_arguments_are_refused(talker):
             "read": [{"path": "README", **bad} for bad in ({"offset": 0}, {"offset": -1}, {"limit": -1})],
             "glob": [{"pattern": ""}, {"pattern": "*", "limit": -1}, {"pattern": "a\0b"}, {"pattern": "[z-a]"}, {"pattern": "\ud800"}],
             "grep": [{"pattern": "("}, {"pattern": "[a"}, {"pattern": "a{2,1}"}, {"pattern": ""}, {"pattern": "a\nb"}, {"pattern": "a\0b"}, {"pattern": "a", "limit": -1},
-                     {"pattern": "a", "glob": "[z-a]"}, {"pattern": "\ud800"}],
+                     *({"pattern": other} for other in (r"\d+", r"[\d.]", r"\\\D", "(?i)a", "x(?:a|b)")), {"pattern": "a", "glob": "[z-a]"}, {"pattern": "\ud800"}],
             "logs": [{"job": job, **bad} for bad in ({"offset": -1}, {"offset": 10 ** 30}, {"wait": -1})],
             "exec": [{"command": "true", "background": True, **bad} for bad in ({"cwd": "no/such"}, {"stdin": "x"}, {"timeout": 5})]}.items():
         for arguments in rows:
@@ -7954,6 +7976,9 @@ def test_an_open_state_directory_is_a_finding(repo, site):
         refused(answer, 1, "is open to others")
         assert "chmod 700 " + str(site.state) in answer.said and "emove" not in answer.said and states(looked)["state"] == "bad" and looked.code == 1
         assert looked.json[-1]["what"] == "state", "said once"
+        answer = repo.cli("list", env={"CMUX_SSH_HOME": str(PROGRAM)})
+        refused(answer, 1, "is not a directory")
+        assert "chmod" not in answer.said
     finally:
         site.state.chmod(0o700)
     above = site.dir / "above"
@@ -8384,7 +8409,7 @@ def test_no_server_chooses_a_hint(repo, site):
 REFUSALS = [(made, code, line, words) for made, code, lines in (
     (False, 2, {"": "", "no-such-command": "", "exce": " exec -h", "secrets lst": " secrets -h", "pull one -w two": "More than one workspace", "secrets": "", "secrets set X --command ''": "--command is empty", "secrets rm NOT_THERE": "NOT_THERE",
                 "secrets import /nonexistent": "", "rm --forc x": "arguments: --forc", "edit x": "", "new x --allow y": "goes with --dirty",
-                "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "write -w '' x": "--workspace is empty",
+                "new x --dirty --ref main~1": "one of the two", "new x --root ''": "--root", "new x -H box --root '~ada/x'": "cannot be the root", "write -w '' x": "--workspace is empty",
                 "pull -w ''": "--workspace is empty", "history -n -5": "from 0", "doctor -oProxyCommand=x": "arguments: -oProxyCommand=x", "doctor 'a b'": "host",
                 "mcp -H -oProxyCommand=x": "host"}),
     (False, 1, {"rm never-made": "", "read x": "", "jobs": "", "stop j00000000": "", "pull": "", "push": "", "fork b": "", "batch -C /": "", "secrets -C / list": "",
