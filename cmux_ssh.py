@@ -120,6 +120,7 @@ MASTERS_PER_HOST = 64  # 512 sessions; started as they are needed
 SPARED_MOST = 6  # masters; with so many none is started for sessions opened ahead
 HANDSHAKES_AT_ONCE = 8  # stock MaxStartups 10:30:100 drops at random from the 10th on
 CONTROL_PERSIST = 600  # an idle master ends itself
+OWN_PERSIST = 30  # one for a single session, whose client was killed
 CONNECT_TIMEOUT = 20  # for ssh, where the user's config has none
 INTERACTIVE_PATIENCE = 300  # a person types a passphrase
 CONTROL_PATIENCE = 5  # a live master answers hello in under a millisecond
@@ -140,11 +141,11 @@ DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)
 # After 1, 2, ... failures to connect in a row. A refused key costs 5 s of penalty, enforced from
 # 15 s on: these waits keep it below.
 DOWN_WAITS = (1, 2, 4, 7, 10)
-REFUSED_MOST = 2  # a master that refuses sessions rests for 6 ms, then ever longer
+REFUSED_REST = 0.03  # of a master that refused a session, unless one of its own ends before
 LOG_MAX = 64 * 1024  # of ssh's log that is read back
 CHUNK = 128 * 1024  # one read or write
-# A larger archive gets its own connection: a proxy was seen to cut a multiplexed 646 MB upload at
-# 815,458 bytes without an error.
+# A larger archive or result gets its own connection: a proxy was seen to cut a multiplexed 646 MB
+# upload at 815,458 bytes without an error.
 BULK_FROM = 256 * 1024
 GZIP_FROM = 0.003  # of a round trip: the line to a nearer host is faster than gzip
 CAPTURE_MAX = 8 * MIB  # of stdout, and of stderr, kept in memory: head and tail
@@ -156,21 +157,15 @@ SEARCH_MAX = 4 * MIB  # bytes of paths or matches of one search
 SEARCH_PATIENCE = 120
 LINE_MAX = 500  # characters of one grep match: minified files have long lines
 DIFF_MAX = 20000  # characters of the diff that an edit returns
-EDIT_TRIES = 60  # of read, apply, compare-and-swap, when others edit the same file
 LOGS_MAX = MIB  # bytes of a job's output per call
-HISTORY_MAX = 2 * MIB  # of a history; then it becomes the older of two files
 FAULT_PATIENCE = 300  # logs -f and wait try so long to connect again
 BATCH_LINE_MAX = 16 * MIB
 TOP_EVERY = 2  # between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
 MCP_SOFT = 45  # desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
-MCP_AT_ONCE = 32  # calls that run and are not answered yet; others wait in a queue
-MCP_PENDING = 512  # calls that run or wait, each in its thread
-MCP_PENDING_BYTES = 64 * MIB  # the sum of their lines
 MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
 MCP_LOG_MAX = 2 * MIB  # of output kept of each of them, which hosts may flood
-MCP_PROGRESS = 2  # between notifications of progress
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
 KEEPER_PAUSE = 0.001  # after an operation: what its caller does with the result comes first
@@ -186,7 +181,6 @@ PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of local memory
 PULL_COMMITS_MAX = 1000  # more than an agent makes; beyond it one commit holds the result
 PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes of its own
 PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
-WIRE_LINE_MAX = 8 * 1024  # of a line in a result's stream: a path is the longest
 
 
 # === 3. Errors ===
@@ -213,7 +207,7 @@ class UsageError(CmuxError):
 class HostError(CmuxError):
     """The host could not be reached, or was lost. Carries ``host``."""
     exit_code = 255
-    asks = True  # whether ssh may put a question to a person, to mend it
+    asks = False  # whether ssh may put a question to a person, to mend it
 
     def __init__(self, message: str, hint: str = "", host: str = "", *commands: str) -> None:
         super().__init__(message, hint, *commands)
@@ -252,9 +246,6 @@ class HostFull(ConnectionLost):
 
 class SessionRefused(HostError):
     """A master or its server refused one more session; nothing has started."""
-
-class NoMultiplexing(HostError):
-    """This ssh or this server takes one session a connection."""
 
 class MasterGone(HostError):
     """A control socket refused, hung or hung up before the session was open."""
@@ -371,10 +362,23 @@ def fork_aware() -> Any:
 
 
 class Deadline:
-    """A point in time; without ``seconds`` it never comes."""
+    """A point in time; without ``seconds`` it never comes. Who waits for it heeds ``cancel``."""
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, cancel: Cancel | None = None) -> None:
         self.at = None if seconds is None else time.monotonic() + seconds
+        self.cancel = cancel
+
+    def within(self, seconds: float) -> Deadline:
+        """The same, but at most so far away."""
+        return Deadline(self.capped(seconds), self.cancel)
+
+    def cancelled(self) -> bool:
+        return self.cancel is not None and self.cancel.is_set
+
+    def check(self) -> None:
+        """Raise Cancelled if it was cancelled."""
+        if self.cancel:
+            self.cancel.check()
 
     def left(self) -> float | None:
         return None if self.at is None else max(0.0, self.at - time.monotonic())
@@ -411,13 +415,10 @@ class Cancel:
         if not self.is_set:
             self.is_set = True
             with self._guard:
-                self._hang_up()
+                if self._write >= 0:
+                    os.write(self._write, b"x")  # stays readable: every poller sees it
                 for other in self._joined:
                     other.set()
-
-    def _hang_up(self) -> None:  # every poller sees the end of the pipe
-        drop(self._write)
-        self._write = -1
 
     def join(self, other: Cancel | None) -> Cancel:
         """Return ``other``, which from now on is set with this one; without it, this one."""
@@ -436,7 +437,7 @@ class Cancel:
                 self._read, self._write = os.pipe()
                 fork_aware().add(self)
                 if self.is_set:
-                    self._hang_up()
+                    os.write(self._write, b"x")
             return self._read
 
     def check(self) -> None:
@@ -447,9 +448,8 @@ class Cancel:
     def close(self) -> None:
         """Free its two descriptors; nothing may use it any more."""
         with self._guard:
-            self._hang_up()
-            drop(self._read)
-            self._read = -1
+            drop(self._read, self._write)
+            self._read = self._write = -1
 
     __del__ = close
 
@@ -464,12 +464,11 @@ def poll_once(seconds: float | None, *wanted: Any) -> dict[int, int]:
     return dict(poller.poll(seconds and min(seconds, 2e6) * 1000))  # poll takes 31 bits
 
 
-def nap(seconds: float, deadline: Deadline, cancel: Cancel | None) -> bool:
+def nap(seconds: float, deadline: Deadline) -> bool:
     """Sleep; False if the deadline comes first. Raises Cancelled."""
     pause, left = max(0.0, seconds), deadline.left()
-    poll_once(deadline.capped(pause), cancel)
-    if cancel:
-        cancel.check()
+    poll_once(deadline.capped(pause), deadline.cancel)
+    deadline.check()
     return left is None or pause <= left
 
 
@@ -486,7 +485,7 @@ class Waiters:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._asleep: list[Cancel | None] = []
+        self._asleep: list[Deadline] = []
 
     def wake(self, count: int = 1) -> None:
         if self._asleep:
@@ -497,24 +496,23 @@ class Waiters:
         self._pause = LOOK_FIRST
         self.wake()
 
-    def sleep(self, deadline: Deadline, cancel: Cancel | None, most: float = 3600) -> bool:
+    def sleep(self, deadline: Deadline, most: float = 3600) -> bool:
         """Sleep until a look is worth it, at most ``most`` seconds; False at the deadline. Raises
         Cancelled."""
-        if cancel:
-            cancel.check()
+        deadline.check()
         if deadline.over():
             return False
         with self._changed:
             watch, self._watched = not self._watched, True
-            self._asleep.append(cancel)
+            self._asleep.append(deadline)
             try:
                 self._changed.wait(deadline.capped(min(most, self._pause if watch else 3600)))
             finally:
-                self._asleep.remove(cancel)
+                self._asleep.remove(deadline)
                 self._watched = self._watched and not watch
             if watch:
                 self._pause = min(self._pause * 1.5, 0.3)
-                if any(stop and stop.is_set for stop in self._asleep):
+                if any(end.cancelled() for end in self._asleep):
                     self._changed.notify_all()
         return True
 
@@ -652,11 +650,11 @@ def number(text: str) -> int:
 # parser is needed.
 @functools.cache
 def _harmless() -> dict[int, str]:
-    odd = [0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010), *range(0x2028, 0x202F),
-           *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC), *range(0xD800, 0xE000),
-           *range(0xE0000, 0xE01F0)]
+    odd = [*range(0x80, 0xA0), 0x61C, 0x180E, 0xFEFF, *range(0x200B, 0x2010),
+           *range(0x2028, 0x202F), *range(0x2060, 0x2070), *range(0xFFF9, 0xFFFC),
+           *range(0xD800, 0xE000), *range(0xE0000, 0xE01F0)]
     return {**{c: "^" + chr(c ^ 64) for c in (*range(32), 127) if c not in (9, 10)},
-            **{c: f"\\x{c:02x}" for c in range(0x80, 0xA0)}, **{c: f"\\u{c:04x}" for c in odd}}
+            **{c: ascii(chr(c))[1:-1] for c in odd}}
 
 
 def neutralise(data: bytes | str) -> str:
@@ -680,9 +678,8 @@ class TerminalText:
         text, self.held = (text[:cut.start()], cut.group()) if cut else (text, "")
         for at, part in enumerate(re.split(r"(\r|\x1b\[[0-9;:]{0,40}m)", text)):
             if at % 2 and part != "\r":
-                reset = re.match(r"\x1b\[0*([;m])", part)
-                self.colour = ("" if reset or len(self.colour) > 200 else self.colour) + (
-                    "" if reset and reset.group(1) == "m" else part)
+                before = "" if len(self.colour) > 200 else self.colour
+                self.colour = "" if re.match(r"\x1b\[0*m", part) else before + part
             shown.append(part if at % 2 else part.translate(_harmless()))
         return "".join(shown) + ("\x1b[m" if self.colour else "") if text else ""
 
@@ -1272,9 +1269,8 @@ base_in() { # repository -> $repo, $base_commit
   base_commit=${ids%%"$_cmux_newline"*} found=${ids#*"$_cmux_newline"}
   [ "${base_tree:-$found}" = "$found" ]
 }
-make_shadow() {
-  mkdir -p "$shadow/objects/info" "$shadow/objects/pack" "$shadow/refs" "$shadow/info" &&
-    echo ref: refs/heads/none >"$shadow/HEAD" &&
+make_shadow() { # by init: it finds out what the file system does with modes and case
+  git init -q --bare --template= "$shadow" && mkdir -p "$shadow/info" "$shadow/objects/info" &&
     echo "$repo/objects" >"$shadow/objects/info/alternates" &&
     echo "$raw" >"$shadow/info/attributes" && : >"$stage/list" && : >"$stage/changes"
 }
@@ -1393,7 +1389,7 @@ small() { # most function: what it prints, unless that is more. Without most: in
 # refs. The client names the last one that it finished: later lines do not count.
 RECORDS = LIST + IN_STAGE + r"""
 pulls() { # the lines that count
-  ! grep -q "^$last_op " "$record/pull" 2>/dev/null || sed "/^$last_op /q" "$record/pull"
+  sed -n "H;/^$last_op /{g;s/^\n//;p;q;}" "$record/pull" 2>/dev/null
 }
 record_pull() { # head tree refs
   { pulls | tail -n 19; echo "$op $1 $2 $3"; } >"$record/pull.new" &&
@@ -2063,9 +2059,9 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
     not bring its own ssh or git."""
     if "/" in name:
         return os.path.abspath(name)
-    for entry in (*os.get_exec_path(), *more):
+    for entry in filter(os.path.isabs, (*os.get_exec_path(), *more)):
         path = os.path.join(entry, name)
-        if os.path.isabs(entry) and os.access(path, os.X_OK) and os.path.isfile(path):
+        if os.access(path, os.X_OK) and os.path.isfile(path):
             return path
     raise UsageError(f"The program {name} is not installed on this machine.",
                      "Install it (git openssh-client openssh-server), or set CMUX_SSH_COMMAND.")
@@ -2132,7 +2128,6 @@ def kill_group(process: Process) -> None:
 
 
 def await_end(process: Process, seconds: float) -> int:
-    """The status of a process that is about to end."""
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -2143,17 +2138,15 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
         patience: float = 60, cancel: Cancel | None = None,
         stderr: Any = -1) -> tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes. With our
-    own ``stderr`` (2) it may use this terminal.
-
-    Raises UsageError when it cannot start, CmuxError when it is too slow or prints too much,
-    Cancelled."""
+    own ``stderr`` (2) it may use this terminal. Raises UsageError when it cannot start, CmuxError
+    when it is too slow or prints too much, Cancelled."""
     deadline, out, err = Deadline(patience), bytearray(), bytearray()
     with spawn(argv, env, stdout=-1, stderr=stderr, own_group=stderr != 2) as process:
         streams = (process.stdout, out), (process.stderr, err)
         sinks = {stream.fileno(): sink for stream, sink in streams if stream}
         try:
             while sinks:
-                for fd in poll_once(deadline.capped(3600), cancel, *sinks):
+                for fd in poll_once(deadline.left(), cancel, *sinks):
                     if cancel:
                         cancel.check()
                     chunk = os.read(fd, CHUNK)
@@ -2164,7 +2157,7 @@ def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = 
                         del sinks[fd]
                 if sinks and deadline.over():
                     raise CmuxError("A local command did not end in time.")
-            return await_end(process, deadline.capped(3600)), bytes(out), bytes(err)
+            return await_end(process, deadline.capped(patience)), bytes(out), bytes(err)
         except BaseException:
             kill_group(process)
             raise
@@ -2239,15 +2232,13 @@ def state_home() -> str:
 
 def _trusted(status: os.stat_result) -> bool:
     """Whether only this user and root can replace the entries of a directory."""
-    if status.st_uid not in (0, os.geteuid()):
-        return False
-    loose = status.st_mode & 0o022
-    if loose == 0o020 and status.st_uid == os.geteuid():  # a user's private group (umask 002)
+    mine, loose = status.st_uid == os.geteuid(), status.st_mode & 0o022
+    if mine and loose == 0o020:  # a user's private group (umask 002)
         import grp
         import pwd
         with contextlib.suppress(KeyError):
             loose *= grp.getgrgid(status.st_gid).gr_name != pwd.getpwuid(os.geteuid()).pw_name
-    return not loose or bool(status.st_mode & 0o1000)
+    return (mine or status.st_uid == 0) and (not loose or status.st_mode & 0o1000 != 0)
 
 
 def make_private(path: str) -> None:
@@ -2267,8 +2258,7 @@ def private_directory(path: str) -> str:
         make_private(path)
         status = os.lstat(path)
     except OSError as error:
-        raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.",
-                          mend)
+        raise StateFailed(f"Cannot use the directory {show(path)}: {error.strerror}.", mend)
     if not stat.S_ISDIR(status.st_mode):
         raise StateFailed(f"{show(path)} is not a directory.", mend)
     if status.st_mode & 0o077 or status.st_uid != os.geteuid():
@@ -2329,14 +2319,14 @@ class Lock:
         return self.fd >= 0
 
     def _forked(self) -> None:
-        drop(self.fd)
-        self.fd = -1
+        fd, self.fd = self.fd, -1
+        drop(fd)
 
-    def wait(self, deadline: Deadline, cancel: Cancel | None = None) -> bool:
+    def wait(self, deadline: Deadline) -> bool:
         """take() until the deadline."""
         pause, silence = LOOK_FIRST, Deadline(1)
         while not self.take():
-            if not nap(pause, deadline, cancel):
+            if not nap(pause, deadline):
                 return False
             pause = min(pause * 1.5, 1)  # six hundred threads may wait for a host that starts
             if silence.over() and self.doing:
@@ -2348,7 +2338,7 @@ class Lock:
 
     def hold(self, cancel: Cancel | None = None) -> Lock:
         """Take it, waiting if need be. Raises StateFailed after LOCK_PATIENCE, Cancelled."""
-        if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE), cancel):
+        if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE, cancel)):
             owner, holder = self._holder()
             raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
                                *["See what it does.", f"ps -p {owner}"] * bool(owner))
@@ -2588,7 +2578,6 @@ class Registry:
         return Lock(f"{self.running}/name.{name}", "works on the workspace " + name)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
-        """Held to upload a tree to a host."""
         place = f"{self.running}/tree.{sha256_of(f'{tree} {host} {root}')}"
         return Lock(place, "sends the same files to " + host)
 
@@ -2634,9 +2623,8 @@ def editing_secrets(path: str) -> Iterator[Secrets]:
 
 
 def read_secrets(path: str) -> Secrets:
-    """The secrets of a file. Checked, since people edit files."""
     stored: Fields = (read_json(path, {"secrets?": dict}) or {}).get("secrets", {})
-    for name, entry in stored.items():
+    for name, entry in stored.items():  # people edit files
         check_variable(name, secret=True)
         if not fits(entry, SECRET):
             raise damaged(path, f"holds a damaged secret {name}")
@@ -2656,14 +2644,12 @@ class History:
     def append(self, row: Mapping[str, Any]) -> None:
         line = json.dumps(row).encode() + b"\n"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
-        with contextlib.suppress(OSError, StateFailed):
+        with contextlib.suppress(OSError):
             with open(os.open(self.path, flags, 0o600), "ab") as stream:
                 stream.write(line)
-                full = stream.tell() > HISTORY_MAX
-            if full:
-                with Lock(self.path + ".lock"):
-                    if os.stat(self.path).st_size > HISTORY_MAX:  # no other process was faster
-                        os.rename(self.path, self.path + ".1")
+                full = stream.tell() > 2 * MIB
+            if full:  # unless another process was faster
+                os.rename(self.path, self.path + ".1")
 
     def rows(self) -> Iterator[Fields]:
         """Oldest first, without damaged lines."""
@@ -2711,10 +2697,10 @@ def all_projects(report: Callable[[StateFailed], Any]) -> Iterator[Fields]:
 
 def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
     """The values of secrets; their commands are run now (by a shell, as the user typed them).
-
     Raises CmuxError, which names the secret, never its value; Cancelled."""
     values: dict[str, bytes] = {}
     for name, entry in secrets.items():
+        value = encoded(entry.get("value", ""))
         if "command" in entry:
             try:
                 status, out, _ = run(["/bin/sh", "-c", entry["command"]], limit=SECRET_MAX,
@@ -2722,22 +2708,21 @@ def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, b
             except CmuxError as error:
                 error.args = f"The command for the secret {name}: {error}",
                 raise
-            if status != 0:
+            if status:
                 raise CmuxError(f"The command for the secret {name} failed with status {status}.",
                                 "Run it by hand, or set another.", f"secrets set {name}")
-            values[name] = out.rstrip(b"\n")
-        else:
-            values[name] = encoded(entry["value"])
-        check_secret(name, values[name])
+            value = out.rstrip(b"\n")
+        values[name] = check_secret(name, value)
     return values
 
 
-def check_secret(name: str, value: bytes) -> None:
+def check_secret(name: str, value: bytes) -> bytes:
     if b"\0" in value:
         raise UsageError(f"The secret {name} holds a NUL byte, which no variable can.")
     if len(value) > SECRET_MAX:
         raise UsageError(f"The secret {name} is larger than {human_size(SECRET_MAX)}.",
                          "Linux limits an environment variable to 128 KiB.")
+    return value
 
 
 # === 9. SSH ===
@@ -2776,7 +2761,7 @@ NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_
 
 NEWER_SSH = "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND."
 # What ssh writes into its own log (-E: the host cannot), what it means, and what to do (the last is
-# a command of classify()). The first pattern that is found decides.
+# a command of failure_in()). The first pattern that is found decides.
 FAILURES: tuple[tuple[Any, ...], ...] = (
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
      "The key of {host} has changed: somebody may be listening in, or it was installed again.",
@@ -2816,12 +2801,9 @@ FAILURES: tuple[tuple[Any, ...], ...] = (
 # LogVerbose makes ssh log, as debug1, what a server says before its keys are known. We look for the
 # words with which OpenSSH 9.8 and later turn an address away, and for servers that end the whole
 # connection when sessions come and go at once (Dropbear's issues 173, 321).
-TAKEN = ",channels.c:channel_input_open_confirmation():*"  # and so that the port was
 HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
 TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
 DISCONNECT = b"Received disconnect from "
-AFTER_LOGIN = re.compile(rb"(?m)^(Read from remote host |Connection to .* closed by remote host|"
-                         rb"client_loop: |Timeout, server )")
 BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b")
 
 
@@ -2837,12 +2819,10 @@ class SSHConfig(Value):
 
 def ssh_command() -> list[str]:
     text = plain_ssh()
-    words = [text]
-    if text != "ssh":
-        try:
-            words = shlex.split(text)
-        except ValueError as error:
-            raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"CMUX_SSH_COMMAND cannot be split into words: {error}.")
     if re.search(r"(?i)stricthostkeychecking[\s=]*(no|off|false)\b", text):
         raise UsageError("CMUX_SSH_COMMAND switches host key checking off.",
                          "In the ssh config of a throwaway host it becomes accept-new.")
@@ -2864,7 +2844,7 @@ def read_ssh_config(host: str, command: str = "") -> SSHConfig:
 def add_config(config: SSHConfig, argv: list[str]) -> None:
     status, out, err = run(argv, patience=CONNECT_TIMEOUT)
     if status != 0:
-        raise classify(err, config.host)
+        raise failure_in(err, config)
     for line in as_text(out).splitlines():
         key, _, value = line.partition(" ")
         config.values.setdefault(key.lower(), []).append(value)
@@ -2898,31 +2878,6 @@ def scrubbed_environment(config: SSHConfig, needed: Container[str] = NEEDED_ENV)
             if name in needed or not any(re.match(pattern, name) for pattern in patterns)}
 
 
-def session_environment(config: SSHConfig) -> tuple[dict[str, str], list[str]]:
-    """The environment of an ssh that opens a session itself, and the options that replace the rest.
-    PATH and HOME stay, and so are sent under a SendEnv *: what the config names (a proxy, ${HOME},
-    Match exec) needs them."""
-    environment = scrubbed_environment(config, ("PATH", "HOME"))
-    agent = os.environ.get("SSH_AUTH_SOCK")
-    lacks = agent and "SSH_AUTH_SOCK" not in environment and not config.first("identityagent")
-    return environment, ["-o", f"IdentityAgent={agent}"] if lacks else []
-
-
-def classify(log: bytes, host: str, config: SSHConfig | None = None) -> HostError:
-    text = log[-LOG_MAX:].decode("utf-8", "replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = show(lines[-1], 200) if lines else "ssh gave no reason"
-    words = {"host": host, "said": said, "look": look_into(host),
-             "ssh": f"{plain_ssh()} {quote(host)} true",
-             "forget": forget_key(config, text) if config else ""}
-    _, kind, sentence, hint, *names = next(row for row in FAILURES if re.search(row[0], text))
-    commands = filter(None, map(words.get, names))
-    error: HostError = kind(sentence.format(**words), hint, host, *commands)
-    final = r"requested strict checking|Too many authentication failures"
-    error.asks = not re.search(final, text)
-    return error
-
-
 def look_into(host: str) -> str:
     return f"doctor {quote(host)}"
 
@@ -2953,34 +2908,37 @@ def log_head(path: str) -> bytes:
 def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
     """(ssh's own words in its log, the server's). Only the first may be believed: a server, too,
     can send "Host key verification failed", also as its reason for a disconnect, at the end."""
-    own: list[bytes] = []
     words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
-    heard = [away + reason] if away else []
-    for line in words.split(b"\n"):
-        said = HEARD.match(line)
-        if said:
-            heard.append(said.group(1))
-        elif not line.startswith((b"debug1: ", b"OpenSSH_")):
-            own.append(line)
+    lines = words.split(b"\n")
+    heard = [away + reason] * bool(away) + [said[1] for said in map(HEARD.match, lines) if said]
+    own = [line for line in lines if not line.startswith((b"debug1: ", b"OpenSSH_"))]
     return b"\n".join(own), heard
 
 
-def failure_in(words: bytes, heard: list[bytes], config: SSHConfig) -> HostError:
+def failure_in(words: bytes, config: SSHConfig, heard: Sequence[bytes] = ()) -> HostError:
+    """What ssh's own ``words`` mean, and what the server was ``heard`` to say."""
     host, silent = config.host, not words.strip()
-    reason = heard[0] if heard and heard[0].startswith(DISCONNECT) and silent else b""
-    if b"Too many authentication failures" in reason:
+    if silent and heard and heard[0].startswith(DISCONNECT):
+        if b"Too many authentication failures" not in heard[0]:
+            return ConnectionFailed(f"{host} ended the connection: {show(heard[0], 200)}.",
+                                    "Look closer.", host, look_into(host))
         words = b"Too many authentication failures"
-    elif reason:
-        return ConnectionFailed(f"{host} ended the connection: {show(reason, 200)}.",
-                                "Look closer.", host, look_into(host))
     elif silent and proxy_of(config):
         words = b"banner exchange"  # it ended before that, which ssh does not log
-    error = classify(words, host, config)
-    if isinstance(error, ConnectionDropped) and any(map(TURNED_AWAY.match, heard)):
+    text = words[-LOG_MAX:].decode("utf-8", "replace")
+    said = show(text.strip().split("\n")[-1].strip() or "ssh gave no reason", 200)
+    _, kind, sentence, hint, *names = next(row for row in FAILURES if re.search(row[0], text))
+    if kind is ConnectionDropped and any(map(TURNED_AWAY.match, heard)):
         return TurnedAway(
             f"{host} turns this address away: too many connections, or a penalty for bad logins.",
             "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each "
             "refused key adds to it.", host)
+    commands = {"look": look_into(host), "ssh": f"{plain_ssh()} {quote(host)} true",
+                "forget": forget_key(config, text)}
+    error: HostError = kind(sentence.format(host=host, said=said), hint, host,
+                            *map(commands.__getitem__, names))
+    error.asks = kind in (HostKeyFailed, AuthenticationFailed) and not re.search(
+        "requested strict checking|Too many authentication failures", text)
     return error
 
 
@@ -3008,20 +2966,19 @@ def proxy_failure(config: SSHConfig, said: bytes) -> HostError | None:
 # strings carry their own 32-bit length. All that we send and read:
 MUX_HELLO, MUX_NEW_SESSION, MUX_TERMINATE = 0x00000001, 0x10000002, 0x10000005
 MUX_NEW_FORWARD = 0x10000008  # what `ssh -W` asks for
-MUX_DENIED, MUX_FAILURE, MUX_EXIT, MUX_OPENED = 0x80000002, 0x80000003, 0x80000004, 0x80000006
+MUX_DENIED, MUX_FAILURE, MUX_OPENED = 0x80000002, 0x80000003, 0x80000006
+MUX_ENDED = re.compile(rb"(?s)\0\0\0\x0c\x80\0\0\x04.{4}(.{4})")  # a session, and its status
 MUX_NO_ESCAPE = 0xffffffff
+
+
+def mux_string(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
 
 
 @functools.lru_cache(maxsize=8)
 def mux_packet(*fields: int | str) -> bytes:
-    body = b""
-    for field in fields:
-        if isinstance(field, int):
-            body += field.to_bytes(4, "big")
-        else:
-            data = encoded(field)
-            body += len(data).to_bytes(4, "big") + data
-    return len(body).to_bytes(4, "big") + body
+    return mux_string(b"".join(field.to_bytes(4, "big") if isinstance(field, int)
+                               else mux_string(encoded(field)) for field in fields))
 
 
 def mux_numbers(packet: bytes) -> list[int]:
@@ -3054,88 +3011,19 @@ def end_master(path: str) -> None:
             pass
 
 
-def refused(port: int, host: str) -> PortRefused:
-    return PortRefused(f"Nothing takes connections to port {port} of {host} (yet).")
-
-
 class Session:
-    """One command on the host: our ends of its stdin, stdout and stderr, non-blocking. ``control``
-    reports the session's end: the control connection, or -1 where an ssh of its own carries it."""
+    """One command on the host, over the control socket of a master: our ends of its stdin, stdout
+    and stderr, non-blocking. The socket, ``control``, reports its end. One for a Target has no
+    streams: ssh itself reads and writes the Target's socket."""
 
-    def __init__(self, host: str) -> None:
-        self.host = host
-        self.master: Master | None = None
-        self.stdin = self.stdout = self.stderr = self.control = -1
-        fork_aware().add(self)
-
-    @contextlib.contextmanager
-    def piped(self, client: int = -1) -> Iterator[list[int]]:
-        """The other ends of new pipes for stdin, stdout and stderr, as long as they are handed
-        over. ``client`` takes the place of the first two."""
-        fds: list[int] = []
-        try:
-            for _ in range(3 if client < 0 else 1):
-                fds += os.pipe()
-            self.stderr, theirs = fds[0], [client, client, fds[1]]
-            if client < 0:
-                self.stdout, self.stdin, theirs = fds[2], fds[5], [fds[4], fds[3], fds[1]]
-            for fd in {self.stdin, self.stdout, self.stderr} - {-1}:
-                os.set_blocking(fd, False)
-            yield theirs
-        except OSError as error:
-            raise expected(error) or error
-        finally:
-            drop(*{*fds} - {self.stdin, self.stdout, self.stderr})
-
-    def close_stdin(self) -> None:
-        drop(self.stdin)
-        self.stdin = -1
-
-    def close_pipes(self) -> None:
-        drop(self.stdin, self.stdout, self.stderr)
-        self.stdin = self.stdout = self.stderr = -1
-
-    _forked = close = close_pipes  # a child of ours closes its copies, and sends nothing
-
-    def over(self) -> bool:
-        """Whether it has ended; somebody else may hold the streams."""
-        return True
-
-    def begun(self) -> None:
-        """The host has answered: authentication is over."""
-
-    def failure(self, begun: bool, sent: bool = False) -> HostError:
-        """Why the session ended without its end mark. What was ``sent`` whole may have begun."""
-        sent, when, hint = sent or begun, " before the command began", "Try again."
-        if sent:
-            when = "" if begun else " before the command was seen to begin"
-            hint = "The command may still run there."
-        if begun:
-            hint += f" (A ChannelTimeout of its sshd must be over {BEAT_MOST} seconds.)"
-        return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
-                              sent)
-
-    def no_shell(self) -> RemoteShellFailed:
-        return RemoteShellFailed(
-            f"{self.host} accepted the session, but did not run our command with a POSIX sh.",
-            "Look for a ForceCommand, and for a shell that a start-up file runs.", self.host,
-            f"{plain_ssh()} {quote(self.host)} exec sh -c :")
-
-    def full(self) -> HostFull:
-        """The wrapper gave up after its start mark, as it does only where a fork fails."""
-        return HostFull(f"{self.host} could not start a process; your account may have too many.",
-                        "End some, or run fewer at once (-j).", self.host, False)
-
-
-class MuxSession(Session):
-    """A session over a master's control socket, without a process."""
+    stdin = stdout = stderr = control = -1
 
     def __init__(self, masters: Masters, slot: Slot, command: str | Target) -> None:
         self._socket = connect(slot.master.path)
-        super().__init__(masters.host)
         self._masters, self._slot, self.master = masters, slot, slot.master
+        self.host, self.control = masters.host, self._socket.fileno()
         self._status, self._buffer = -1, b""  # the command's status, once the master reports it
-        self.control = self._socket.fileno()
+        fork_aware().add(self)
         try:
             self._open(command)
         except BaseException:
@@ -3152,35 +3040,48 @@ class MuxSession(Session):
         if port:
             request = MUX_NEW_FORWARD, 0, "", "localhost", port
         hello, answer = mux_numbers(self._packet()), MUX_FAILURE
-        with contextlib.nullcontext([client, client]) if port else self.piped() as theirs:
+        theirs = [client, client] if port else self._pipes()
+        try:
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
             for fd in theirs:
                 socket.send_fds(self._socket, [b"\0"], [fd])
+        finally:
+            drop(*[] if port else theirs)
         with contextlib.suppress(*[OSError, MasterGone] if port else []):
             answer = mux_numbers(self._packet())[0]
         if answer in (MUX_FAILURE, MUX_DENIED):
-            raise refused(port, self.host) if port else SessionRefused("")
+            raise PortRefused(f"Nothing takes connections to port {port} of {self.host} (yet)."
+                              ) if port else SessionRefused("")
         if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
             raise MasterGone("")
 
+    def _pipes(self) -> list[int]:
+        """The other ends of new pipes for stdin, stdout and stderr."""
+        fds: list[int] = []
+        try:
+            for _ in range(3):
+                fds += os.pipe()
+        except OSError:
+            drop(*fds)
+            raise
+        self.stdin, self.stdout, self.stderr = fds[1], fds[2], fds[4]
+        for fd in (self.stdin, self.stdout, self.stderr):
+            os.set_blocking(fd, False)
+        return [fds[0], fds[3], fds[5]]
+
     def _packet(self) -> bytes:
         while True:
-            packet = self._next()
-            if packet is not None:
+            end = 4 + int.from_bytes(self._buffer[:4], "big")
+            if len(self._buffer) >= max(end, 5):
+                packet, self._buffer = self._buffer[4:end], self._buffer[end:]
                 return packet
             data = receive(self._socket)
             if not data:
                 raise MasterGone("")
             self._buffer += data
 
-    def _next(self) -> bytes | None:
-        end = 4 + int.from_bytes(self._buffer[:4], "big")
-        if len(self._buffer) < end:
-            return None
-        packet, self._buffer = self._buffer[4:end], self._buffer[end:]
-        return packet
-
     def over(self) -> bool:
+        """Whether it has ended; somebody else may hold the streams."""
         try:
             data = self._socket.recv(4096)
         except BlockingIOError:
@@ -3188,133 +3089,77 @@ class MuxSession(Session):
         except OSError:
             data = b""
         self._buffer += data
-        for packet in iter(self._next, None):
-            kind, _, status = mux_numbers(packet)
-            if kind == MUX_EXIT:
-                self._status = status
+        ended = MUX_ENDED.search(self._buffer)
+        if ended:
+            self._status = int.from_bytes(ended[1], "big")
         return not data
-
-    def failure(self, begun: bool, sent: bool = False) -> HostError:
-        while self._status < 0 and poll_once(1, self.control) and not self.over():
-            pass  # the streams may end before the status comes
-        if self._status >= 0 and not begun:
-            return self.no_shell()
-        if self._status in FORK_FAILED:
-            return self.full()
-        if self._status >= 0:
-            return ConnectionLost(
-                f"The command on {self.host} was ended together with its wrapper.",
-                "Something there killed every process of the session.", self.host)
-        return super().failure(begun, sent)
 
     def cut(self) -> bool:
         """Whether this has ended because the whole connection did: a master that lives greets."""
         try:
-            with connect(self._slot.master.path) as control:
+            with connect(self.master.path) as control:
                 return not receive(control)
         except OSError:
             return True
+
+    def failure(self, begun: bool, sent: bool) -> HostError:
+        """Why the session ended without its end mark. What was ``sent`` whole may have begun."""
+        while self._status < 0 and poll_once(1, self.control) and not self.over():
+            pass  # the streams may end before the status comes
+        if self._status >= 0 and not begun:
+            return RemoteShellFailed(
+                f"{self.host} accepted the session, but did not run our command with a POSIX sh.",
+                "Look for a ForceCommand, and for a shell that a start-up file runs.", self.host,
+                f"{plain_ssh()} {quote(self.host)} exec sh -c :")
+        if self._status in FORK_FAILED:  # the wrapper gave up, as only where a fork fails
+            return HostFull(
+                f"{self.host} could not start a process; your account may have too many.",
+                "End some, or run fewer at once (-j).", self.host, False)
+        if self._status >= 0:
+            return ConnectionLost(
+                f"The command on {self.host} was ended together with its wrapper.",
+                "Something there killed every process of the session.", self.host)
+        sent, when, hint = sent or begun, " before the command began", "Try again."
+        if sent:
+            when = "" if begun else " before the command was seen to begin"
+            hint = "The command may still run there."
+        if begun:
+            hint += f" (A ChannelTimeout of its sshd must be over {BEAT_MOST} seconds.)"
+        return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
+                              sent)
+
+    def close_stdin(self) -> None:
+        fd, self.stdin = self.stdin, -1
+        drop(fd)
 
     def close(self) -> None:
         """The slot is free at once: a session that sshd refuses, because it has not ended this one
         yet, has not begun, and is tried again."""
         if self.control >= 0:
-            self._forked()
+            self._leave()
             self._masters.free([self._slot])
+            self.control = -1  # last: what an interrupt leaves undone is done by __del__
+
+    __del__ = close
+
+    def _leave(self) -> None:
+        self._socket.close()
+        self.close_stdin()
+        fds, self.stdout, self.stderr = (self.stdout, self.stderr), -1, -1
+        drop(*fds)
 
     def _forked(self) -> None:
+        """A child of ours closes its copies, and sends nothing."""
         self.control = -1
-        self._socket.close()
-        self.close_pipes()
+        self._leave()
 
 
 def plain_ssh() -> str:
     return os.environ.get("CMUX_SSH_COMMAND", "").strip() or "ssh"
 
 
-class DirectSession(Session):
-    """A session on an ssh of its own. ``turn`` is held until the handshake is over."""
-
-    def __init__(self, masters: Masters, config: SSHConfig, turn: Lock,
-                 command: str | Target) -> None:
-        super().__init__(masters.host)
-        self._masters, self._config, self._turn = masters, config, turn
-        self._log = turn.path + ".log"
-        remove_file(self._log)
-        environment, agent = session_environment(config)
-        argv = ssh_argv(config, "-S", "none", "-E", self._log, *agent)
-        client, tail = -1, ["--", config.host]
-        if isinstance(command, tuple):
-            port, client = command
-            argv = [word + TAKEN * word.startswith("LogVerbose=") for word in argv]
-            argv += ["-W", f"localhost:{port}"]
-        else:
-            tail.append(command)
-        try:
-            with self.piped(client) as (stdin, stdout, stderr):
-                self._process = spawn(argv + tail, environment, stdin, stdout, stderr)
-        except BaseException:
-            self.close_pipes()
-            turn.free()
-            raise
-
-    def begun(self) -> None:
-        if self._turn.fd >= 0:
-            self._let_go()
-            self._masters.report(None)
-
-    def _let_go(self) -> None:
-        if self._turn.fd >= 0:
-            remove_file(self._log)  # the next that holds the turn writes its own
-            self._turn.free()
-
-    def over(self) -> bool:
-        return self._process.poll() is not None
-
-    def cut(self) -> bool:
-        return await_end(self._process, CONTROL_PATIENCE) != 0
-
-    def await_port(self, port: int, cancel: Cancel | None) -> None:
-        """Wait until the host has taken the connection, which ssh logs since 8.7."""
-        patience = Deadline(self._masters.patience)
-        try:
-            while nap(0.05, patience, cancel):
-                over, log = self.over(), log_head(self._log)
-                if b"open confirm" in log:
-                    break
-                if over:
-                    closed = b"forwarding failed" in log
-                    raise refused(port, self.host) if closed else self.failure(False)
-        except BaseException:
-            self.close()
-            raise
-        self.begun()
-
-    def failure(self, begun: bool, sent: bool = False) -> HostError:
-        words, heard = read_log(log_head(self._log))
-        silent, status, shaking = not words.strip(), self._process.poll(), self._turn.fd >= 0
-        if begun and status in FORK_FAILED:
-            return self.full()
-        if silent and shaking and not begun and status is not None and 0 <= status < 255:
-            return self.no_shell()
-        # What ends ssh after the login it often writes to stderr alone, among login noise; the
-        # early end of a proxy nowhere.
-        lost = AFTER_LOGIN.search(words) or silent and (heard or not proxy_of(self._config))
-        if begun or not shaking or lost:
-            return super().failure(begun, sent)
-        error = failure_in(words, heard, self._config)
-        self._masters.report(error)
-        return error
-
-    def close(self) -> None:
-        self.close_pipes()
-        kill_group(self._process)
-        self._let_go()
-
-
 def is_master(path: str) -> bool:
-    name = os.path.basename(path)
-    return name[:2] == "m." and len(name) == 10
+    return path[-10:-8] == "m." and path[-11:-10] in ("", "/")  # hot: a pattern takes longer
 
 
 class Slot(Lock):
@@ -3328,12 +3173,13 @@ class Slot(Lock):
 
 
 class Master:
-    """A connection that sessions share, and what this process has seen of it."""
+    """A connection that sessions share, and what this process has seen of it; or, where it is our
+    ``own``, the connection of one session, whose slot needs no lock."""
 
-    def __init__(self, path: str) -> None:
-        self.path = path  # of its control socket
-        self.slots = [Slot(self, number) for number in range(SESSIONS_PER_MASTER)]
-        self.until = self.pause = 0.0  # it refused a session, and rests until then, so long
+    def __init__(self, path: str, own: bool = False) -> None:
+        self.path, self.own = path, own  # of its control socket
+        self.slots = [Slot(self, number) for number in range(1 if own else SESSIONS_PER_MASTER)]
+        self.until = 0.0  # it refused a session, and rests until then
         self.heard = 0  # the size of its log
 
 
@@ -3343,13 +3189,14 @@ class Masters:
 
     m.NAME        a master's control socket; m.NAME.log: what its ssh says
     m.NAME.N      locked while session N of that master is open
+    o.NAME        the same of a master for one session, which ends with that
     handshake.N   locked while a connection is being made
     probe         locked by the one that connects while no master lives
     down.json     how often in a row connecting has failed, and why
 
     The age of three more is when something was last seen: dropped, a handshake that the server
-    dropped; person, a direct connection that could not log in without one; single, a new master's
-    first session refused.
+    dropped; person, a connection that could not be made without one; single, a server that does not
+    take two sessions on a connection.
 
     The name of a socket is random and never used again. So one that refuses, hangs or hangs up is
     removed at once: sessions on its master go on, and nobody else uses it."""
@@ -3366,7 +3213,6 @@ class Masters:
         self._known: dict[str, Master] = {}  # those that were seen last, by path
         self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
         self._waiting = self._launching = 0  # slots waited for; masters being started
-        self._spared = False  # a master for sessions ahead was tried
         # With authentication: ConnectTimeout ends with the banner. (0: Coder starts a machine.)
         self.patience = 600 if config.first("connecttimeout") == "0" else 60
 
@@ -3388,45 +3234,28 @@ class Masters:
         return 0 <= age_of(self.path(name)) < seconds  # below 0 where the clock was set back
 
     def single(self) -> bool:
-        """Whether the host takes one session a connection, so that masters are of no use."""
+        """Whether each session needs a connection of its own."""
         return self._seen("single")
 
-    def needs_person(self) -> bool:
-        """Whether only a master can log in: a direct connection needs a person."""
-        return self._seen("person") and not self.single()
-
-    def asks(self, error: BaseException) -> bool:
-        """Whether a person might mend a login."""
-        login = isinstance(error, (HostKeyFailed, AuthenticationFailed)) and error.asks
-        return login and not self.single()
-
-    def _failed(self) -> int:
-        """How often in a row connecting has failed."""
-        return int(recall(self.path("down.json"), DOWN).get("count", 0))
-
-    def _rest(self) -> float:
-        """Seconds until a host that is down is asked again."""
-        count, age = self._failed(), age_of(self.path("down.json"))
-        return DOWN_WAITS[:count][-1] - age if count > 0 and age >= 0 else 0.0
-
-    def _remember_failure(self, error: HostError) -> None:
-        why = [type(error).__name__, str(error), error.hint, error.commands]
-        self._mark("down.json", count=self._failed() + 1, why=why)
-
-    def _wait_out(self, deadline: Deadline, cancel: Cancel | None) -> None:
-        if not nap(self._rest(), deadline, cancel):
-            raise self._shared_failure()
-
-    def _shared_failure(self) -> HostError:
-        name, message, hint, commands = recall(self.path("down.json"), DOWN).get("why") or (
+    def _down(self) -> tuple[int, float, HostError]:
+        """How often in a row connecting has failed, seconds until the next try, and why."""
+        known, age = recall(self.path("down.json"), DOWN), age_of(self.path("down.json"))
+        count = max(0, known.get("count", 0))
+        name, message, hint, commands = known.get("why") or (
             "", f"{self.host} could not be reached a moment ago.", "Try again.", [])
         kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
         kind = {kind.__name__: kind for kind in kinds}.get(name, ConnectionFailed)
-        return kind(message, hint, self.host, *commands)
+        return (count, DOWN_WAITS[:count][-1] - age if count and age >= 0 else 0.0,
+                kind(message, hint, self.host, *commands))
 
-    # -- connections --
+    def _wait_out(self, deadline: Deadline) -> None:
+        _, rest, why = self._down()
+        if not nap(rest, deadline):
+            raise why
 
-    def handshake(self, deadline: Deadline, cancel: Cancel | None = None) -> Lock:
+    # -- one more master --
+
+    def handshake(self, deadline: Deadline) -> Lock:
         """The right to one of HANDSHAKES_AT_ONCE handshakes with this host; of half as many for a
         minute after one was dropped, at first of a quarter (Dropbear takes 5 at once)."""
         try:
@@ -3437,127 +3266,102 @@ class Masters:
                     if lock.take():
                         lock.freed = self._shaking.wake
                         return lock
-                if not self._shaking.sleep(deadline, cancel):
+                if not self._shaking.sleep(deadline):
                     raise self._too_late("too many connections are being made")
         finally:
             self._shaking.leave()
 
-    def again(self, error: HostError, attempt: int, deadline: Deadline,
-              cancel: Cancel | None = None) -> bool:
-        """After a failed try to connect, with which nothing ran: wait and return True if the server
-        dropped the handshake and another try is worth it. Else remember the failure."""
-        if isinstance(error, ConnectionDropped):
-            self._mark("dropped")
-            tries = len(DROPPED_WAITS) if isinstance(error, TurnedAway) else 4
-            pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512) if attempt < tries else 0
+    def _launch(self, count: int, deadline: Deadline) -> list[Slot]:
+        """All slots of a new master, or ``count`` on others, if they are free by now; for 0 that of
+        an own one. A dropped handshake is tried again, unless the host was down before. At a
+        deadline that is over, it is tried once, without a question to a person."""
+        once = self._down()[0] > 0
+        for attempt in itertools.count():
+            with self.handshake(Deadline(self.patience, deadline.cancel)):
+                try:
+                    return count and self._try_slots(count) or self._new_master(count, deadline)
+                except HostError as error:
+                    failed = error
+            if not count and failed.asks and not self.single():
+                break  # it may go over a master that a person has logged in
+            pause = 0.0
+            if isinstance(failed, ConnectionDropped):
+                self._mark("dropped")
+                tries = len(DROPPED_WAITS) if isinstance(failed, TurnedAway) else 4
+                if attempt < tries and not once:
+                    pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512)
             if pause >= 5:
                 self.tell(f"{self.host} turns this address away for now; "
                           f"trying again in {pause:.0f} seconds")
-            if 0 < pause <= deadline.capped(pause) and nap(pause, deadline, cancel):
-                return True
-        self._remember_failure(error)
-        return False
+            if 0 < pause <= deadline.capped(pause) and nap(pause, deadline):
+                continue
+            if type(failed) is ConnectionDropped and proxy_of(self.config):
+                # A master sends a proxy's stderr to /dev/null.
+                _, words, stderr = look_closely(self, "exec sh -c :")
+                if "Remote protocol version" not in words:
+                    failed = proxy_failure(self.config, stderr) or failed
+            why = [type(failed).__name__, str(failed), failed.hint, failed.commands]
+            self._mark("down.json", count=self._down()[0] + 1, why=why)
+            break
+        raise failed
 
-    def open_direct(self, command: str | Target, deadline: Deadline,
-                    cancel: Cancel | None = None) -> DirectSession:
-        self._wait_out(deadline, cancel)
-        config = self.ask_config(command if isinstance(command, str) else "")
-        session = DirectSession(self, config, self.handshake(deadline, cancel), command)
-        if isinstance(command, tuple):
-            session.await_port(command[0], cancel)
-        return session
-
-    def report(self, error: HostError | None) -> None:
-        """Note whether a direct connection could be made; None: it could."""
-        if error is None:
-            remove_file(self.path("down.json"))
-        elif self.asks(error):
-            self._mark("person")
-        elif not isinstance(error, ConnectionDropped):  # again() remembers those
-            self._remember_failure(error)
-
-    # -- one more master --
-
-    def _launch(self, count: int, deadline: Deadline, cancel: Cancel | None, first: bool = False,
-                once: bool = False) -> list[Slot]:
-        """All slots of a new master, or ``count`` on others, if they are free by now. For the
-        ``first`` a person may be asked. A dropped handshake is tried again, unless ``once``."""
-        reason: HostError | None = None
-        attempt = len(DROPPED_WAITS) if once else 0
-        while True:
-            with self.handshake(Deadline(self.patience), cancel):
-                try:
-                    return self._try_slots(count) or self._new_master(cancel, first)
-                except NoMultiplexing:
-                    self._mark("single")
-                    return []
-                except HostError as error:
-                    failed = error
-            if isinstance(failed, ConnectionDropped):
-                why = proxy_of(self.config) and not isinstance(failed, TurnedAway)
-                if why and (once or attempt == 1):  # a master sends a proxy's stderr to /dev/null
-                    _, words, stderr = look_closely(self, "exec sh -c :")
-                    if "Remote protocol version" not in words:
-                        reason = proxy_failure(self.config, stderr)
-                failed = reason or failed
-            if not self.again(failed, attempt, deadline, cancel):
-                raise failed
-            attempt += 1
-
-    def _new_master(self, cancel: Cancel | None, first: bool) -> list[Slot]:
-        master = Master(self.path("m." + os.urandom(4).hex()))
-        slots = self._hold([master], SESSIONS_PER_MASTER)
+    def _new_master(self, count: int, deadline: Deadline) -> list[Slot]:
+        own = not count
+        master = Master(self.path(("o." if own else "m.") + os.urandom(4).hex()), own)
+        slots = master.slots if own else self._hold([master], SESSIONS_PER_MASTER)
+        usable = False
         try:
             try:
-                self._start(master.path, cancel, batch=True)
+                self._start(master, deadline.cancel, batch=True)
             except HostError as error:
-                if not (first and self.asks(error) and self.interactive and self.interactive()):
+                ask = error.asks and not own and not deadline.over() and self.interactive
+                if not (ask and ask()):
                     raise
-                self._start(master.path, cancel, batch=False)
-        except BaseException:
-            self.free(slots, 0)  # nobody could use them
-            raise
-        self._known = {**self._known, master.path: master}
+                self._start(master, deadline.cancel, batch=False)
+            usable = own or not self.single()
+        finally:
+            if not usable:
+                self.free(slots)
+        if not own:
+            self._known = {**self._known, master.path: master}
         remove_file(self.path("down.json"))
-        return slots
+        return slots if usable else []
 
-    def _start(self, path: str, cancel: Cancel | None, batch: bool) -> None:
+    def _start(self, master: Master, cancel: Cancel | None, batch: bool) -> None:
         """Start `ssh -M -N`, which closes its stdout once it is authenticated, and goes on in the
         background."""
         self._sweep()
-        config, log = self.ask_config("exec sh -c :"), path + ".log"
+        path, log, errors = master.path, master.path + ".log", master.path + ".log.err"
+        config = self.ask_config("exec sh -c :")
         other = {"SessionType=default": "SessionType=none"}  # ssh dies where it contradicts -N
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
-        persist = f"ControlPersist={CONTROL_PERSIST}"
+        persist = f"ControlPersist={OWN_PERSIST if master.own else CONTROL_PERSIST}"
         argv = ssh_argv(config, "-M", "-N", "-o", persist, "-S", path.replace("%", "%%"), "-E", log)
         argv = [other.get(word, word) for word in argv] + ["--", self.host]
         patience = self.patience if batch else INTERACTIVE_PATIENCE
-        fd = os.open(log + ".err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(fd, "wb") as stderr:
-            try:
+        try:
+            with open(os.open(errors, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as stderr:
                 status, _, _ = run(argv, scrubbed_environment(config), patience=patience,
                                    cancel=cancel, stderr=stderr if batch else 2)
-            except CmuxError as error:
-                if type(error) is not CmuxError:
-                    raise
-                raise ConnectionFailed(f"{self.host} did not answer within {patience:.0f} seconds.",
-                                       "See whether it is up.", self.host,
-                                       look_into(self.host))
-        words, heard = read_log(log_head(log))
-        if status != 0 or not os.path.exists(path):
-            if not words.strip():  # arguments refused
-                words = read_bytes(log + ".err", STATE_MAX) or b""
-                unknown = rb"(?i)(unknown|unsupported|bad|illegal).*option|multiplex"
-                if status == 0 or re.search(unknown, words):
-                    raise NoMultiplexing("")
-            raise failure_in(words, heard, config)
+            words, heard = read_log(log_head(log))
+            if status != 0 or not os.path.exists(path):
+                said = words if words.strip() else log_head(errors)  # arguments refused
+                raise failure_in(said, config, heard)
+        except CmuxError as error:
+            if type(error) is not CmuxError:
+                raise
+            raise ConnectionFailed(f"{self.host} did not answer within {patience:.0f} seconds.",
+                                   "See whether it is up.", self.host, look_into(self.host))
+        finally:
+            remove_file(errors)
+            if master.own:
+                remove_file(log)
         if any(map(BREAKS_WHEN_SHARED.search, heard)):
-            end_master(path)
-            raise NoMultiplexing("")
-        if batch:
-            remove_file(self.path("person"))
-        else:
+            self._mark("single")
+            if not master.own:
+                end_master(path)
+        if not batch:
             self._mark("person")
 
     def _sweep(self) -> None:
@@ -3565,9 +3369,8 @@ class Masters:
         (One that is in use all the same is made again.)"""
         import shutil
         for path in paths_in(self.folder):
-            name = os.path.basename(path)[:10]
-            ended = name[:2] == "m." and not os.path.lexists(self.path(name))
-            if ended and age_of(path) > 3600:
+            master = re.sub(r"(/[mo]\.\w{8})\.[^/]*\Z", r"\1", path)
+            if age_of(path) > 3600 and not os.path.lexists(master):
                 remove_file(path)
         for path in paths_in(os.path.dirname(self.folder)):
             if age_of(path) > 30 * 86400:
@@ -3597,23 +3400,22 @@ class Masters:
         try:
             with self._mutex:
                 now = time.monotonic()
-                for master in masters:
-                    for slot in master.slots[first:] if master.until <= now else []:
-                        if slot.fd < 0 and slot.take():
-                            found.append(slot)
-                            if len(found) == count:
-                                return found
-            return []
+                found.extend(itertools.islice(
+                    (slot for master in masters if master.until <= now
+                     for slot in master.slots[first:] if slot.fd < 0 and slot.take()), count))
+            return found if len(found) == count else []
         finally:
-            if len(found) < count:
-                self.free(found, 0)  # those that wait for two would wake each other for ever
+            for slot in found if len(found) < count else ():
+                slot.free()  # and wake nobody: those that wait for two would do so for ever
 
-    def free(self, slots: Sequence[Slot], wake: int = 1) -> None:
+    def free(self, slots: Sequence[Slot]) -> None:
         """Free these, and wake as many of those who wait for one, and of those who wait for two."""
         for slot in slots:
             slot.free()
             slot.master.until = 0.0  # it may take another session now
-        self._wake(len(slots) * wake)
+            if slot.master.own:
+                end_master(slot.master.path)
+        self._wake(len(slots))
 
     def _wake(self, count: int) -> None:
         for waiters in self._freed.values():
@@ -3625,62 +3427,83 @@ class Masters:
         return ConnectionFailed(f"{self.host} had no session free in time: {why}.",
                                 "Try again, or run fewer at once.", self.host)
 
-    def open(self, command: str | Target, deadline: Deadline, cancel: Cancel | None = None,
-             count: int = 1) -> list[Session]:
+    def open(self, deadline: Deadline, count: int = 1, bulk: bool = False,
+             command: str | Target = BOOT) -> list[Session]:
         """``count`` sessions for ``command``, all or none: a caller that holds one and waits for
-        another could wait for ever. Where masters fail, one on a connection of its own."""
-        while not self.single():
-            slots = self._take_slots(count, deadline, cancel)
-            if not slots:
-                break
-            new = len(slots) > count  # our own new master, with no session on it
+        another could wait for ever. One for ``bulk`` has a connection of its own, unless logging in
+        needs a person."""
+        while True:
+            slots = self._slots(count, deadline, bulk)
+            own, new = slots[0].master.own, len(slots) > count  # with no session on it
             try:
                 return self._open_on(slots[:count], command)
             except SessionRefused:
+                if own:
+                    raise ConnectionFailed(f"{self.host} takes no session.", "Look closer.",
+                                           self.host, look_into(self.host))
                 if new:
                     self._mark("single")
-            except MasterGone:
-                if new and not nap(1, deadline, cancel):
+            except MasterGone as error:
+                if own:
+                    raise ConnectionLost(str(error), "Try again.", self.host, False)
+                if new and not nap(1, deadline):
                     raise
             finally:
                 self.free(slots[count:])
             if deadline.over():
                 raise self._too_late("it refuses more")
-        return [self.open_direct(command, deadline, cancel)]
 
-    def connect(self, deadline: Deadline, cancel: Cancel | None = None, now: bool = False) -> None:
+    def _slots(self, count: int, deadline: Deadline, bulk: bool = False) -> list[Slot]:
+        """So many slots on live masters, or all of a new one; or those of own masters."""
+        slots: list[Slot] = []
+        while not slots:
+            if not self.single() and not (bulk and not self._seen("person")):
+                slots = self._take_slots(count, deadline)
+                continue
+            try:
+                self._wait_out(deadline)
+                while len(slots) < count:
+                    slots += self._launch(0, deadline)
+            except BaseException as error:
+                self.free(slots)
+                if self.single() or not getattr(error, "asks", False):
+                    raise
+                self._mark("person")
+        return slots
+
+    def connect(self, cancel: Cancel | None = None, now: bool = False) -> None:
         """Make sure that a master lives, if this host has any. Raises ConnectionFailed, with
         ``now`` at once, where the host was down a moment ago."""
         single = self.single()
-        if now and (single or not self.masters()):
-            self._wait_out(Deadline(0), cancel)
-        if not single and not self.masters():
-            self.free(self._first_master(1, deadline, cancel))
+        if self.masters() and not single:
+            return
+        if now:
+            self._wait_out(Deadline(0))
+        if not single:
+            self.free(self._first_master(1, Deadline(SLOT_PATIENCE, cancel)))
 
-    def open_ahead(self, command: str) -> Session | None:
+    def open_ahead(self) -> Session | None:
         """A session for later, in the upper half of a master's slots: the lower half is for the
         work of now. None if none is free. Where other processes hold them all, one more master is
-        started, but only once: where logging in needs a person, each try is a failed login."""
+        started, unless that failed: where logging in needs a person, each try is a failed login."""
         half = SESSIONS_PER_MASTER // 2
         if self.single():
             return None
         slots = self._try_slots(1, half)
-        if not slots and not self._spared and 0 < len(self.masters()) < SPARED_MOST:
-            self._spared = True
-            self.free(self._one_more(SESSIONS_PER_MASTER, 1, None))
+        if not slots and 0 < len(self.masters()) < SPARED_MOST and not self._down()[0]:
+            self.free(self._one_more(SESSIONS_PER_MASTER))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError, IndexError):
-            return self._open_on(slots, command)[0]
+            return self._open_on(slots)[0]
         return None
 
-    def _open_on(self, slots: Sequence[Slot], command: str | Target) -> list[Session]:
+    def _open_on(self, slots: Sequence[Slot], command: str | Target = BOOT) -> list[Session]:
         """Sessions in these slots, or none. Raises SessionRefused, MasterGone: others may do."""
         opened: list[Session] = []
         try:
             for slot in slots:
                 self._heed_log(slot.master)
-                opened.append(MuxSession(self, slot, command))
-                slot.master.pause = 0.0
+                opened.append(Session(self, slot, command))
             return opened
         except BaseException as error:
             for session in opened:
@@ -3688,8 +3511,7 @@ class Masters:
             self.free(slots[len(opened):])
             master, known = slot.master, expected(error)
             if isinstance(error, SessionRefused):  # it takes fewer, or has not seen one's end yet
-                master.pause = min(REFUSED_MOST, 2 * (master.pause or LOOK_FIRST))
-                master.until = time.monotonic() + master.pause
+                master.until = time.monotonic() + REFUSED_REST
             elif isinstance(error, MasterGone) or not known and isinstance(error, OSError):
                 self.abandon(master)
                 raise MasterGone(f"The connection to {self.host} was just closed.", "", self.host)
@@ -3704,13 +3526,13 @@ class Masters:
         if size != master.heard:
             master.heard = size
             if b"break-in attempt" in log_head(path):
-                error = classify(b"break-in attempt", self.host)
+                error = failure_in(b"break-in attempt", self.config)
                 if size > LOG_MAX:
                     end_master(master.path)
                     raise error
                 self.alert(f"WARNING: {error} {error.hint}")
 
-    def _take_slots(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
+    def _take_slots(self, count: int, deadline: Deadline) -> list[Slot]:
         """So many free slots on live masters, or all slots of a new one, which is started where it
         is needed. [] where the host turns out to take one session a connection."""
         slots = self._try_slots(count)
@@ -3721,16 +3543,15 @@ class Masters:
             self._waiting += count
         try:
             while not self.single():
-                if not self.masters():
+                if not self._known:
                     self._wake(sys.maxsize)  # all wait for one that tries, and share its result
-                    slots = self._first_master(count, deadline, cancel)
+                    slots = self._first_master(count, deadline)
                 elif patience.over():
-                    wanted = -(-self._waiting // SESSIONS_PER_MASTER)
-                    slots = self._one_more(count, wanted, cancel)
+                    slots = self._one_more(count, deadline.cancel)
                 slots = slots or self._try_slots(count)
                 if slots:
                     return slots
-                if not freed.sleep(deadline, cancel, patience.left() or 3600):
+                if not freed.sleep(deadline, patience.left() or 3600):
                     raise self._too_late("running commands use them all")
             return []
         finally:
@@ -3738,33 +3559,34 @@ class Masters:
                 self._waiting -= count
             freed.leave()
 
-    def _first_master(self, count: int, deadline: Deadline, cancel: Cancel | None) -> list[Slot]:
+    def _first_master(self, count: int, deadline: Deadline) -> list[Slot]:
         """Connect, one process at a time; the others share its result."""
-        before = self._failed()
+        before = self._down()[0]
         lock = Lock(self.path("probe"), "connects to " + self.host)
-        if not lock.wait(deadline, cancel):
+        if not lock.wait(deadline):
             raise self._too_late("another process is still connecting")
         with lock:
             if self.masters() or self.single():
                 return []
-            now = self._failed()
-            if now and now != before:
-                raise self._shared_failure()
-            self._wait_out(deadline, cancel)
-            return self._launch(count, deadline, cancel, True, now > 0)
+            failed, _, why = self._down()
+            if failed not in (0, before):
+                raise why
+            self._wait_out(deadline)
+            return self._launch(count, deadline)
 
-    def _one_more(self, count: int, wanted: int, cancel: Cancel | None) -> list[Slot]:
-        """Start one more master, of as many at once as are ``wanted``; after a failure one at a
-        time. A failure does not matter, since others live, but it keeps all processes from trying
-        again at once."""
+    def _one_more(self, count: int, cancel: Cancel | None = None) -> list[Slot]:
+        """Start one more master, of as many at once as those who wait can fill; after a failure one
+        at a time. A failure does not matter, since others live, but it keeps all processes from
+        trying again at once."""
         with self._mutex:
-            most = min(1 if self._failed() else wanted, MASTERS_PER_HOST - len(self.masters()))
-            if self._launching >= most or self._rest() > 0:
+            failed, rest, _ = self._down()
+            wanted = 1 if failed else -(-self._waiting // SESSIONS_PER_MASTER) or 1
+            if rest > 0 or self._launching >= min(wanted, MASTERS_PER_HOST - len(self._known)):
                 return []
             self._launching += 1
         self._wake(1)  # another looks meanwhile
         try:
-            return self._launch(count, Deadline(0), cancel)
+            return self._launch(count, Deadline(0, cancel))
         except HostError:
             return []
         finally:
@@ -3773,32 +3595,25 @@ class Masters:
 
     # -- for a person --
 
-    def on_terminal(self, command: str, deadline: Deadline) -> tuple[
-            list[str], dict[str, str], Callable[[], None], Callable[[], None]]:
+    def on_terminal(self, command: str) -> tuple[list[str], dict[str, str], Callable[[], None]]:
         """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call
-        when it has begun on the host; when it has ended). Escape characters are off: a pasted ~C
-        would open forwards."""
+        when it has ended). Escape characters are off: a pasted ~C would open forwards."""
         self.masters()  # not to give ssh a socket that is gone
-        config = self.ask_config(command)
-        environment, agent = session_environment(config)
-        slots = [] if self.single() else self._take_slots(1, deadline, None)
+        config, slots = self.ask_config(command), self._slots(1, Deadline(SLOT_PATIENCE))
         self.free(slots[1:])
-        if slots:
-            options = ["-S", slots[0].master.path.replace("%", "%%"), "-o", "ProxyCommand=false"]
-            begun, ended = lambda: None, lambda: self.free(slots[:1])
-        else:
-            options, ended = ["-S", "none", *agent], self.handshake(deadline).free
-            begun = ended
-        argv = ssh_argv(config, "-e", "none", *options)
-        words = ["-t" if word == "-T" else word for word in argv]
+        path = slots[0].master.path.replace("%", "%%")
+        argv = ssh_argv(config, "-e", "none", "-S", path, "-o", "ProxyCommand=false")
+        words = ["-t" if word == "-T" else word for word in argv] + ["--", self.host, command]
+        environment = scrubbed_environment(config, ("PATH", "HOME"))
         environment["TERM"] = os.environ.get("TERM", "dumb")
-        return words + ["--", self.host, command], environment, begun, ended
+        return words, environment, lambda: self.free(slots[:1])
 
-    def count_sessions(self, command: str, most: int) -> int:
-        opened: list[MuxSession] = []
+    def count_sessions(self) -> int:
+        """How many one connection takes, up to 12."""
+        opened: list[Session] = []
         with contextlib.suppress(HostError, OSError, IndexError):
-            while len(opened) < most:
-                opened.append(MuxSession(self, Slot(self.masters()[0], -1), command))
+            while len(opened) < 12:
+                opened.append(Session(self, Slot(self.masters()[0], -1), BOOT))
         for session in opened:
             session.close()
         return len(opened)
@@ -3811,8 +3626,9 @@ def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, st
     ssh sends a proxy that closes its stdout a SIGHUP before it can write why: for a second that is
     ignored."""
     import tempfile
-    config, leave = masters.ask_config(command), masters.handshake(Deadline(masters.patience))
-    with tempfile.NamedTemporaryFile(prefix="cmux-doctor-", dir=temporary_folder()) as log:
+    config, folder = masters.ask_config(command), temporary_folder()
+    with masters.handshake(Deadline(masters.patience)), tempfile.NamedTemporaryFile(
+            prefix="cmux-doctor-", dir=folder) as log:
         argv = ["/bin/sh", "-c", "trap '' HUP; \"$@\"; code=$?; [ $code != 255 ] || sleep 1; "
                 "trap : TERM; kill 0; exit $code", "sh"]
         argv += ssh_argv(config, "-S", "none", "-v", "-E", log.name, *options)
@@ -3821,8 +3637,6 @@ def look_closely(masters: Masters, command: str, *options: str) -> tuple[int, st
             status, _, stderr = run(argv, scrubbed_environment(config), STATE_MAX, masters.patience)
         except CmuxError:
             status, stderr = 255, b""
-        finally:
-            leave.free()
         words = read_bytes(log.name, STATE_MAX) or b""
         return status, words.decode("utf-8", "replace"), stderr
 
@@ -3834,23 +3648,21 @@ class Forward:
     def __init__(self, masters: Masters, port: int, local: int,
                  tell: Callable[[Any], None]) -> None:
         import socket
-        import threading
         if not (0 < port < 65536 and 0 <= local < 65536):
             raise UsageError("A port is a number from 1 to 65535.")
         self._masters, self.port, self._tell, self._ending = masters, port, tell, Cancel()
-        self._reported: set[str] = set()
+        self._reported: set[type] = set()
         why = ""
         for number in [local] if local else [port, 0]:
             try:
                 self._listener = socket.create_server(("127.0.0.1", number))
+                self._probe()
+                if not poll_once(0, self._listener):
+                    break
+                self._listener.close()  # the connection led to it, and would for ever
+                why = "the host is this machine"
             except OSError as error:
                 why = os.strerror(error.errno or 0)
-                continue
-            self._probe()
-            if not poll_once(0, self._listener):
-                break
-            self._listener.close()  # the connection led to it, and would for ever
-            why = "the host is this machine"
         else:
             raise UsageError(f"Port {number} cannot be used on this machine: {why}.",
                              "Choose another.")
@@ -3883,12 +3695,12 @@ class Forward:
 
     def _open(self, client: Any) -> Any:
         target = self.port, client.fileno()
-        return self._masters.open(target, Deadline(SLOT_PATIENCE), self._ending)[0]
+        return self._masters.open(Deadline(SLOT_PATIENCE, self._ending), command=target)[0]
 
     def _report(self, error: CmuxError) -> None:
         """Once for each kind."""
-        if type(error).__name__ not in self._reported and not self._ending.is_set:
-            self._reported.add(type(error).__name__)
+        if type(error) not in self._reported and not self._ending.is_set:
+            self._reported.add(type(error))
             self._tell(error)
 
     def _accept(self) -> None:
@@ -3907,11 +3719,9 @@ class Forward:
             try:
                 client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 with contextlib.closing(self._open(client)) as session:
-                    fd, data = max(session.control, session.stderr), b"?"
-                    while data:
-                        poll_once(None, fd, self._ending)
+                    while not session.over():
+                        poll_once(None, session.control, self._ending)
                         self._ending.check()
-                        data = os.read(fd, CHUNK)
                     if session.cut():
                         raise ConnectionLost(f"The connection to {session.host} was lost.")
                 client.shutdown(socket.SHUT_WR)
@@ -3956,66 +3766,60 @@ class Stream:
 
     MARK_MAX = 64  # bytes: a letter, two numbers, the newline
     ready = begun = ended = closed = False
+    refused = False  # by the mark x: the operation did not begin
     held = noise = b""
     pid = stop = ""
     status: int | None = None
-    refused = 0  # the number after the mark x: the operation did not begin
 
     def __init__(self, fd: int, nonce: bytes, sink: Sink) -> None:
         self.fd, self.nonce, self.sink = fd, nonce, sink
 
-    def read(self) -> bool:
-        """Read once; False at the end."""
+    def read(self) -> None:
         try:
             data = os.read(self.fd, CHUNK)
         except BlockingIOError:
-            return True
+            return
         if not data:
             self.closed = True
             self._pass(self.held)  # only the beginning of a mark, it seemed
-            return False
+            return
         if not self.ready:
             self.noise += data
             self.ready, self.noise = READY in self.noise, self.noise[-len(READY):]
-        self._feed(self.held + data)
-        return True
-
-    def _feed(self, buffer: bytes) -> None:
-        self.held = b""
+        buffer, self.held = self.held + data, b""
         while buffer and not self.ended:
-            at = buffer.find(self.nonce)
-            start = at + len(self.nonce)
-            end = buffer.find(b"\n", start, start + self.MARK_MAX)
-            if at < 0 or end < 0 and len(buffer) < start + self.MARK_MAX:  # the rest may follow
-                at = at if at >= 0 else len(buffer) - overlap(buffer, self.nonce, False)
-                self._pass(buffer[:at])
-                self.held = buffer[at:]
+            text, nonce, rest = buffer.partition(self.nonce)
+            end = rest.find(b"\n", 0, self.MARK_MAX)
+            if end >= 0:
+                self._pass(text)
+                self._mark(rest[:end])
+                buffer = rest[end + 1:]
+            elif len(rest) < self.MARK_MAX:  # the rest of a mark may follow
+                if not nonce:
+                    text = buffer[:len(buffer) - overlap(buffer, self.nonce, False)]
+                self._pass(text)
+                self.held = buffer[len(text):]
                 return
-            if end < 0:  # too long for a mark: held back, it would hide all that follows
-                self._pass(buffer[:start])
-                buffer = buffer[start:]
-            else:
-                self._pass(buffer[:at])
-                self._mark(buffer[start:end])
-                buffer = buffer[end + 1:]
+            else:  # too long for a mark: held back, it would hide all that follows
+                self._pass(text + nonce)
+                buffer = rest
 
     def _pass(self, data: bytes) -> None:
         if self.begun and data:
             self.sink(data)
 
     def _mark(self, mark: bytes) -> None:
-        kind = mark[:1]
-        try:
-            first, *more = map(int, mark[1:].split())
-        except ValueError:
+        found = re.match(rb"([-+x]) (\d{1,10}) ?(\d*)\Z", mark)
+        if not found:
             return
-        if kind == b"+" and not self.begun and not more:
-            self.begun, self.pid = True, str(first)
-        elif kind == b"x" and not self.begun and first > 0:
-            self.refused, self.ended = first, True
-        elif kind == b"-" and self.begun and 0 <= first <= 255:
-            self.status, self.ended = first, True
-            self.stop = {0: "confirmed", 1: "requested"}.get(more[0] if more else -1, "")
+        kind, number = found[1], int(found[2])
+        if not self.begun:
+            if kind == b"+":
+                self.begun, self.pid = True, str(number)
+            self.refused = self.ended = kind == b"x"
+        elif kind == b"-" and number < 256:
+            self.status, self.ended = number, True
+            self.stop = {b"0": "confirmed", b"1": "requested"}.get(found[3], "")
 
 
 class Source:
@@ -4066,57 +3870,51 @@ class Exchange:
     def answered(self) -> bool:
         return self.begun or self.out.ended
 
-    def run(self, deadline: Deadline, cancel: Cancel | None = None,
-            until: Callable[[], bool] | None = None, stall: float | None = None) -> bool:
+    def run(self, deadline: Deadline, until: Callable[[], bool] | None = None,
+            stall: float = 1e9) -> bool:
         """Move bytes until it has ended, or ``until``: True; or until the deadline: False, and it
         can go on. Raises HostError when the session is lost, or no byte has moved for ``stall``
         seconds (for CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
-        if not deadline.over() and not (cancel and cancel.is_set):
+        if not deadline.over() and not deadline.cancelled():
             self._write()  # mostly there is room: no poll is needed
         while not (until() if until else self.ended):
-            if self.out.closed and not self.lost and self.session.over():
-                self._drain()
             if self.lost:
                 raise self.session.failure(self.begun, self.sent)
-            if cancel:
-                cancel.check()
-            if self.close_stdin and not self.outgoing and not self.source:
-                self.session.close_stdin()
-            wait = deadline.capped(0.2 if self.out.closed else BEAT_MOST)
-            if stall is not None:
-                stall = stall if self.source or self.outgoing else CALL_PATIENCE
-                wait = min(wait, max(0.0, self.moved + stall - time.monotonic()))
-            events = self._events(wait, cancel)
-            now = time.monotonic()
+            deadline.check()
+            if not self.outgoing and not self.source:
+                stall = max(stall, CALL_PATIENCE)
+                if self.close_stdin:
+                    self.session.close_stdin()
+            wait = max(0.0, min(self.moved + stall - time.monotonic(), BEAT_MOST))
+            events = poll_once(deadline.capped(wait), deadline.cancel, *self._wanted())
             if deadline.over():  # also where output never pauses
                 return False
-            if not events and stall is not None and now >= self.moved + stall:
+            if not events and time.monotonic() >= self.moved + stall:
                 raise ConnectionLost(
                     f"No byte has moved to or from {self.session.host} for {stall:.0f} seconds.",
                     "Try again.", self.session.host)
             for fd in events:
                 self._event(fd)
-            if now > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
+            if time.monotonic() > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
         return True
 
     def _beat(self) -> None:
-        """Send a sign of life over the session, and its guard's."""
+        """Send a sign of life over the session, or its guard's."""
         self._beaten = time.monotonic()
         over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
         if over.sent and not over.source and over.session.stdin >= 0:
             with contextlib.suppress(OSError):  # full, or lost: its own events report that
                 os.write(over.session.stdin, sign + b"\n")
 
-    def _events(self, seconds: float, cancel: Cancel | None) -> dict[int, int]:
+    def _wanted(self) -> list[Any]:
         wanted: list[Any] = [stream.fd for stream in (self.out, self.err) if not stream.closed]
-        if self.session.control >= 0:
-            wanted.append(self.session.control)
+        wanted.append(self.session.control)
         if len(self.outgoing) > self._held and self.session.stdin >= 0:
             wanted.append((self.session.stdin, select.POLLOUT))
         elif self.source and self.begun:  # before, the operation can be tried again
             wanted.append(self.source.fd)
-        return poll_once(seconds, cancel, *wanted)
+        return wanted
 
     def _event(self, fd: int) -> None:
         if fd in (self.out.fd, self.err.fd):
@@ -4126,8 +3924,6 @@ class Exchange:
             stream.read()
             if self.out.ready and self._held:
                 self._held, self.asked = 0, time.monotonic()
-            if stream.begun or stream.ended:
-                self.session.begun()
             self.lost = self.lost or (self.out.closed and self.err.closed)
         elif fd == self.session.control:
             if self.session.over():
@@ -4156,8 +3952,8 @@ class Exchange:
     def _drain(self) -> None:
         """Read what a session that is over has left in the pipes."""
         for stream in (self.out, self.err):
-            while not stream.closed and stream.read() and poll_once(0, stream.fd):
-                pass
+            while not stream.closed and poll_once(0, stream.fd):
+                stream.read()
         self.lost = True
 
 
@@ -4167,7 +3963,7 @@ class Reply(Value):
     status: int
     stdout: bytes
     stderr: bytes
-    trip: float
+    trip: float = 0.0
 
     def lines(self) -> list[str]:
         return as_text(self.stdout).split("\n")
@@ -4225,6 +4021,18 @@ class Host:
                 self._masters = Masters(read_ssh_config(self.name), self._interactive)
             return self._masters
 
+    def run(self, records: bytes, directory: str, stdout: Sink, stderr: Sink,
+            source: Source | None = None, deadline: Deadline = NEVER,
+            cancel: Cancel | None = None) -> Outcome:
+        """Run a user's command (``records`` from command_records and the environment).
+
+        Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
+        what these two raise, KeyboardInterrupt included, the process tree on the host is ended
+        first."""
+        records = record("_cmux_directory", directory) + records
+        return CommandRun(self, records, stdout, stderr, source).go(
+            Deadline(deadline.left(), self.ending.join(cancel)))
+
     def _call(self, script: str, *arguments: str, source: Source | None = None,
              direct: bool = False, cancel: Cancel | None = None, limit: int = REPLY_MAX,
              before: bytes = b"", data: bytes | None = None, once: bool = False) -> Reply:
@@ -4234,96 +4042,78 @@ class Host:
         ``direct`` uses a session for bulk; ``before`` are more header records; ``data`` is all of
         its stdin."""
         records, cancel = before + script_records(script, *arguments), self.ending.join(cancel)
-        patience, stall = (None, STALL_PATIENCE) if source or data else (CALL_PATIENCE, None)
+        deadline, patience = Deadline(None, cancel), None if source or data else CALL_PATIENCE
 
         def work(sessions: list[Session]) -> Reply:
             out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
             exchange = Exchange(sessions[0], records, out, err, source, data)
-            self._begin(exchange, cancel)
+            self._begin(exchange, deadline)
             trip = time.monotonic() - exchange.asked
-            if not exchange.run(Deadline(patience), cancel, stall=stall):
+            if not exchange.run(Deadline(patience, cancel), stall=STALL_PATIENCE):
                 raise RemoteFailed(f"{self.name} did not finish within {patience} seconds.")
             return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value(),
                          trip=trip)
 
         def repeat(lost: ConnectionLost) -> bool:
-            return not (source and source.total) and not (once and lost.begun)
-        return self._attempt(work, Deadline(SLOT_PATIENCE), cancel, repeat, bulk=direct)
+            return not (source and source.total or once and lost.begun)
+        return self._attempt(work, deadline, repeat, bulk=direct)
 
     def _attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
-                cancel: Cancel | None, repeat: Callable[[ConnectionLost], bool], count: int = 1,
+                repeat: Callable[[ConnectionLost], bool], count: int = 1,
                 bulk: bool = False) -> Made:
-        """What ``work`` returns for a list of sessions of open(). What it leaves in the list is
-        closed. It is tried again after a dropped handshake, a login that needs a person (then over
-        a master), and, where it may ``repeat``, a lost connection or a full host."""
-        first: HostError | None = None
-        with self._operation():
+        """What ``work`` returns for a list of sessions of _open(). What it leaves in the list is
+        closed. Where it may ``repeat``, it is tried again after a lost connection, and on a full
+        host, whose other processes may end."""
+        first: ConnectionLost | None = None
+        self._count(1)
+        try:
             for number in range(10):
-                sessions = self._open(deadline, cancel, count, bulk)
-                direct = isinstance(sessions[0], DirectSession)
+                sessions: list[Session] = []
                 try:
+                    sessions += self._open(deadline, count, bulk)
                     return work(sessions)
-                except HostError as error:
-                    failed = error
+                except ConnectionLost as error:
+                    lost = error
                 finally:
                     for session in sessions:
                         session.close()
-                first = first or failed
-                if isinstance(failed, ConnectionDropped):
-                    again = self.masters.again(failed, number, deadline, cancel)
-                elif not isinstance(failed, ConnectionLost):
-                    again = direct and self.masters.asks(failed)
-                elif isinstance(failed, HostSilent) or not repeat(failed):
-                    again = False
-                elif isinstance(failed, HostFull):  # others may end; this holds no process
-                    pause = min(8, 0.5 * 1.5 ** number) * (0.5 + os.urandom(1)[0] / 255)
-                    again = nap(pause, deadline, cancel)
-                else:
-                    again = number < 2 and nap(0.2 * 2 ** number, deadline, cancel)
-                if not again:
+                first = first or lost
+                pause = min(8, 0.2 * 2 ** number) * (0.5 + os.urandom(1)[0] / 255)
+                again = (number < 2 or isinstance(lost, HostFull)) and repeat(lost)
+                if isinstance(lost, HostSilent) or not again or not nap(pause, deadline):
                     break
+        finally:
+            self._count(-1)
         raise first or AssertionError()  # the first lost connection may have done its work
 
     # -- sessions opened ahead: the shell reads, and waits for a header --
 
-    def _open(self, deadline: Deadline, cancel: Cancel | None = None, count: int = 1,
-             bulk: bool = False) -> list[Session]:
-        """So many sessions that run BOOT, all or none; one where each has a connection of its own,
-        as for ``bulk``, unless logging in needs a person."""
-        if bulk and not self.masters.needs_person():
-            return [self.masters.open_direct(BOOT, deadline, cancel)]
+    def _open(self, deadline: Deadline = NEVER, count: int = 1,
+              bulk: bool = False) -> list[Session]:
+        """So many sessions that run BOOT, all or none."""
         found: list[Session] = []
         with self._mutex:
-            while self._ready and len(found) < count:
-                session = self._ready.pop()
-                if poll_once(0, session.control):  # it has ended
-                    session.close()
-                else:
-                    found.append(session)
+            while self._ready and len(found) < count and not bulk:
+                found.append(self._ready.pop())
+                if poll_once(0, found[-1].control):  # it has ended
+                    found.pop().close()
         if len(found) < count:
             for session in found:
                 session.close()
-            found = self.masters.open(BOOT, deadline, cancel, count)
+            found = self.masters.open(deadline.within(SLOT_PATIENCE), count, bulk)
         return found
 
-    @contextlib.contextmanager
-    def _operation(self) -> Iterator[None]:
-        """While one runs, no session is opened ahead; the keeper begins after the last."""
+    def _count(self, more: int) -> None:
+        """While an operation runs, no session is opened ahead; the keeper begins after the last."""
         with self._mutex:
-            self._active, self._resting = self._active + 1, False
-        try:
-            yield
-        finally:
-            with self._mutex:
-                self._active -= 1
-                if self._warm and not self._active:
-                    self._wake.set()
-                    if not self._keeper:
-                        keeper = threading.Thread(target=self._keep, name="cmux-keeper",
-                                                  daemon=True)
-                        with contextlib.suppress(RuntimeError):  # the interpreter is ending
-                            keeper.start()
-                            self._keeper = keeper
+            self._active, self._resting = self._active + more, self._resting and more < 0
+            if self._warm and not self._active:
+                self._wake.set()
+                if not self._keeper:
+                    keeper = threading.Thread(target=self._keep, name="cmux-keeper", daemon=True)
+                    with contextlib.suppress(RuntimeError):  # the interpreter is ending
+                        keeper.start()
+                        self._keeper = keeper
 
     def _keep(self) -> None:
         """Open sessions ahead between operations; close them after WARM_IDLE seconds unused."""
@@ -4334,8 +4124,8 @@ class Host:
             time.sleep(KEEPER_PAUSE)
             # The next operation meets the same failure, and reports it.
             with contextlib.suppress(CmuxError, OSError):
-                while self._active == 0 and not self._resting and len(self._ready) < self._warm:
-                    session = self.masters.open_ahead(BOOT)
+                while not (self._active or self._resting) and len(self._ready) < self._warm:
+                    session = self.masters.open_ahead()
                     if session is None:
                         break
                     with self._mutex:
@@ -4357,18 +4147,14 @@ class Host:
         for session in ready:
             session.close()
 
-    def _begin(self, exchange: Exchange, cancel: Cancel | None,
-              deadline: Deadline = NEVER) -> None:
+    def _begin(self, exchange: Exchange, deadline: Deadline = NEVER) -> None:
         """Wait until an operation has begun, or the deadline has passed. Raises HostError, and
         WorkspaceMissing where its directory is missing."""
-        direct = isinstance(exchange.session, DirectSession)
-        connecting = self.masters.patience if direct else 0
-        patience = Deadline(deadline.capped(START_PATIENCE + connecting))
-        soon, answered = Deadline(patience.capped(SHELL_PATIENCE)), exchange.answered
-        if not exchange.run(soon, cancel, answered):
-            if not direct and not patience.over() and not exchange.out.ready:
-                self._see_our_shell(cancel)
-            if not exchange.run(patience, cancel, answered) and not deadline.over():
+        patience = deadline.within(START_PATIENCE)
+        if not exchange.run(patience.within(SHELL_PATIENCE), exchange.answered):
+            if not (patience.over() or exchange.out.ready):
+                self._see_our_shell(deadline)
+            if not exchange.run(patience, exchange.answered) and not deadline.over():
                 self._abandon(exchange.session)
                 kind = HostSilent if exchange.sent else ConnectionFailed
                 raise kind(f"{self.name} accepted the session, but no shell answered in "
@@ -4378,36 +4164,21 @@ class Host:
         if exchange.out.refused:
             raise WorkspaceMissing(f"The directory is missing on {self.name}.")
 
-    def _see_our_shell(self, cancel: Cancel | None) -> None:
+    def _see_our_shell(self, deadline: Deadline) -> None:
         """Raise RemoteShellFailed where a foreign shell reads our stdin: in another session, with a
         closed stdin, it ends, while a slow shell is silent again."""
         try:
-            with contextlib.closing(self.masters.open(BOOT, Deadline(1), cancel)[0]) as session:
+            with contextlib.closing(self.masters.open(deadline.within(1))[0]) as session:
                 probe = Exchange(session, b"", len, len, data=b"")
-                probe.run(Deadline(SHELL_PATIENCE / 2), cancel)
-        except RemoteShellFailed:
-            if not probe.out.ready:
+                probe.run(deadline.within(SHELL_PATIENCE / 2))
+        except HostError as error:
+            if isinstance(error, RemoteShellFailed) and not probe.out.ready:
                 raise
-        except HostError:
-            pass
 
     def _abandon(self, session: Session) -> None:
         """Use its master, which may hang, no more, nor the sessions opened ahead."""
-        if session.master:
-            self.masters.abandon(session.master)
-            self.close(0)
-
-    def run(self, records: bytes, directory: str, stdout: Sink, stderr: Sink,
-            source: Source | None = None, deadline: Deadline = NEVER,
-            cancel: Cancel | None = None) -> Outcome:
-        """Run a user's command (``records`` from command_records and the environment).
-
-        Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
-        what these two raise, KeyboardInterrupt included, the process tree on the host is ended
-        first."""
-        records = record("_cmux_directory", directory) + records
-        return CommandRun(self, records, stdout, stderr, source).go(
-            deadline, self.ending.join(cancel))
+        self.masters.abandon(session.master)
+        self.close(0)
 
 
 class Incoming:
@@ -4416,7 +4187,8 @@ class Incoming:
     more: then, once more over a session for bulk."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.host, self.words, self.cancel = host, (script, *arguments), host.ending.join(cancel)
+        self.host, self.words = host, (script, *arguments)
+        self.deadline = Deadline(None, host.ending.join(cancel))
         self._begin(False)
 
     def _begin(self, bulk: bool) -> None:
@@ -4424,18 +4196,18 @@ class Incoming:
         self.waiting: list[bytes] = []
 
         def work(sessions: list[Session]) -> None:
-            self.shared = not bulk and not isinstance(sessions[0], DirectSession)
+            self.shared = not bulk and not sessions[0].master.own
             records = script_records(*self.words, str(BULK_FROM) if self.shared else "")
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
-            self.host._begin(self.exchange, self.cancel)
+            self.host._begin(self.exchange, self.deadline)
             sessions.clear()  # close() closes it
-        self.host._attempt(work, Deadline(SLOT_PATIENCE), self.cancel, lambda lost: True, bulk=bulk)
+        self.host._attempt(work, self.deadline, lambda lost: True, bulk=bulk)
 
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
         if not self.waiting:
-            self.exchange.run(NEVER, self.cancel, stall=CALL_PATIENCE,
-                              until=lambda: bool(self.waiting) or self.exchange.ended)
+            self.exchange.run(self.deadline, lambda: bool(self.waiting) or self.exchange.ended,
+                              CALL_PATIENCE)
         if not self.waiting and self.shared and self.exchange.out.status == 26:
             self.close()
             self._begin(True)
@@ -4447,8 +4219,7 @@ class Incoming:
         """The status and stderr, at the end."""
         while self.take():
             pass
-        return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value(),
-                     trip=0.0)
+        return Reply(status=self.exchange.out.status or 0, stdout=b"", stderr=self.err.value())
 
     def close(self) -> None:
         self.exchange.session.close()
@@ -4464,27 +4235,27 @@ class CommandRun:
         self.run_id = os.urandom(12).hex()
         self.exchange: Exchange | None = None
         self.guard: Exchange | None = None
-        self.verdict = Capture(100)  # of the guard
 
-    def go(self, deadline: Deadline, cancel: Cancel | None) -> Outcome:
+    def go(self, deadline: Deadline) -> Outcome:
         """Run it to its end. Where the session is lost before the whole header is written, nothing
         can have begun, and it is tried again."""
         def work(sessions: list[Session]) -> Outcome:
             self.exchange = self.guard = None
             reason = "timeout"
             try:
-                if self._begin(sessions, deadline, cancel).run(deadline, cancel):
+                if self._begin(sessions, deadline).run(deadline):
                     return self._outcome()
             except Cancelled:
                 reason = "cancel"
-            except BaseException as error:
-                if not isinstance(error, (HostError, WorkspaceMissing)):
-                    self._stop(discard=True)  # a sink or the source failed
+            except (HostError, WorkspaceMissing):
+                raise
+            except BaseException:  # a sink or the source failed
+                self._stop(discard=True)
                 raise
             return Outcome(status=None, stopped=self._stop(), reason=reason)
         try:
-            return self.host._attempt(work, Deadline(deadline.capped(SLOT_PATIENCE)), cancel,
-                                     lambda lost: not lost.begun, 2 if self.source else 1)
+            return self.host._attempt(work, deadline, lambda lost: not lost.begun,
+                                      2 if self.source else 1)
         except Cancelled:  # while it waited
             return Outcome(status=None, stopped="confirmed", reason="cancel")
 
@@ -4498,24 +4269,23 @@ class CommandRun:
             self._tell_guard(".")
         return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
 
-    def _begin(self, sessions: list[Session], deadline: Deadline,
-               cancel: Cancel | None) -> Exchange:
-        """Begin the command, and for a streaming stdin the guard before it. A direct session holds
-        a handshake until it has begun: only then is the other one opened."""
+    def _begin(self, sessions: list[Session], deadline: Deadline) -> Exchange:
+        """Begin the command, and for a streaming stdin the guard before it."""
         if self.source:
-            self.guard = Exchange(sessions[-1], script_records(GUARD), self.verdict, len,
-                                  run_id=self.run_id)
-            self.host._begin(self.guard, cancel, deadline)
-            if len(sessions) == 1:
-                patience = Deadline(deadline.capped(SLOT_PATIENCE))
-                sessions[:0] = self.host._open(patience, cancel)
+            self.guard = self._new_guard(sessions[-1])
+            self.host._begin(self.guard, deadline)
         self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source,
                                  run_id=self.run_id)
-        self.host._begin(self.exchange, cancel, deadline)
+        self.host._begin(self.exchange, deadline)
         if self.exchange.begun:
             self.exchange.guard = self.guard
             self._tell_guard(self.exchange.out.pid)
         return self.exchange
+
+    def _new_guard(self, session: Session, data: bytes | None = None) -> Exchange:
+        self.verdict = Capture(100)
+        return Exchange(session, script_records(GUARD), self.verdict, len, data=data,
+                        run_id=self.run_id)
 
     def _tell_guard(self, line: str) -> None:
         if self.guard:
@@ -4527,14 +4297,15 @@ class CommandRun:
 
     def _stop(self, discard: bool = False) -> str:
         """End the tree on the host; "confirmed", "requested" (not seen to end) or "unknown"."""
-        exchange, asked = self.exchange, self.guard or self.exchange
-        if not exchange or not asked or exchange.outgoing and not exchange.begun:
+        exchange = self.exchange
+        if not exchange or exchange.outgoing and not exchange.begun:
             return "confirmed"  # the header was never complete: nothing can have begun
+        asked = self.guard or exchange
         if discard:
             exchange.source, exchange.out.sink, exchange.err.sink = None, len, len
         if not self.guard:
             exchange.outgoing = memoryview(b"")
-        try:
+        with contextlib.suppress(HostError):
             asked.session.close_stdin()
             confirmed = asked.run(Deadline(STOP_SILENCE)) and exchange.out.stop == "confirmed"
             if self.guard:
@@ -4542,8 +4313,6 @@ class CommandRun:
                 confirmed = self.verdict.value() == b"confirmed\n"
             if confirmed:
                 return "confirmed"
-        except HostError:
-            pass
         if not asked.ended and not asked.lost:
             self.host._abandon(asked.session)
         return self._stop_again(exchange.out.pid or "-")
@@ -4551,12 +4320,10 @@ class CommandRun:
     def _stop_again(self, pid: str) -> str:
         """End it over another session, and return what that reports."""
         try:
-            reply, [session] = Capture(100), self.host._open(Deadline(STOP_PATIENCE))
+            [session] = self.host._open(Deadline(STOP_PATIENCE))
             with contextlib.closing(session):
-                guard = Exchange(session, script_records(GUARD), reply, len,
-                                 data=pid.encode() + b"\n", run_id=self.run_id)
-                guard.run(Deadline(STOP_PATIENCE))
-            return "confirmed" if reply.value() == b"confirmed\n" else "requested"
+                self._new_guard(session, pid.encode() + b"\n").run(Deadline(STOP_PATIENCE))
+            return "confirmed" if self.verdict.value() == b"confirmed\n" else "requested"
         except CmuxError:
             return "unknown"
 
@@ -5317,9 +5084,10 @@ _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 class Cksum:
     """The checksum of POSIX cksum, which every host has."""
 
-    def __init__(self) -> None:
+    def __init__(self, data: bytes = b"") -> None:
         self.register = 0xFFFFFFFF
         self.length = 0
+        self.update(data)
 
     def update(self, data: bytes) -> None:
         import zlib
@@ -5409,10 +5177,14 @@ def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
         yield entry
         return
 
+    known: object = None
+
     def describe() -> None:  # also at the end: what a secret's command made is known by then
-        row["detail"] = ""
-        with contextlib.suppress(CmuxError):
-            row["detail"] = masked_detail(detail, project._masks())
+        nonlocal known
+        if known != project.handed_over:
+            known, row["detail"] = dict(project.handed_over), ""
+            with contextlib.suppress(CmuxError):
+                row["detail"] = masked_detail(detail, project._masks())
     began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
     if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
         describe()
@@ -5449,10 +5221,10 @@ def masked_detail(what: object, masks: Sequence[tuple[bytes, bytes]]) -> str:
     return show(" ".join(words), 200)[1:-1]
 
 
-def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
+def logged(operation: str, size: str = "",
            code: Callable[[Any], int] = lambda result: 0) -> Callable[[AnyFunction], AnyFunction]:
-    """Record a method of a workspace with its first argument. ``size`` is computed from the result
-    and the arguments, the exit ``code`` from the result."""
+    """Record a method of a workspace with its first argument. ``size``: the member of the result
+    that is the bytes, or their number; the exit ``code`` is computed from the result."""
     def decorate(function: AnyFunction) -> AnyFunction:
         named = "".join(function.__code__.co_varnames[1:2])
 
@@ -5462,7 +5234,10 @@ def logged(operation: str, size: Callable[..., int] = lambda result, *args: 0,
             with noted(workspace.project, operation, workspace.name, workspace.host.name, what,
                        workspace.op) as entry:
                 result = function(workspace, *args, **kwargs)
-                entry.size, entry.code = size(result, *args), code(result)
+                entry.code = code(result)
+                if size:
+                    moved = vars(result)[size] if isinstance(result, Value) else result[size]
+                    entry.size = moved if isinstance(moved, int) else len(moved)
                 return result
         return call  # type: ignore[return-value]
     return decorate
@@ -5550,7 +5325,7 @@ class ProjectBase:
             raise UsageError("A secret is for all projects, or for one workspace.")
         path = secrets_file() if everywhere else self.registry.secrets_path
         self.registry.read()  # makes it on first use, under the lock that is taken next
-        with self.registry.editing() if workspace else contextlib.nullcontext():  # none removes it
+        with self.registry.editing():  # none removes the workspace
             if workspace:
                 path = self.registry.own_secrets(self._entry(workspace)["op"])
             with editing_secrets(path) as stored:
@@ -5760,7 +5535,7 @@ class ProjectBase:
         many = len(pool) > 1
         host = self.host(self._fewest(name, pool) if many else pool[0])
         try:
-            host.masters.connect(Deadline(SLOT_PATIENCE), cancel, many)
+            host.masters.connect(cancel, many)
             if many and host.masters.single():
                 host._call("operation() { :; }", cancel=cancel)
         except ConnectionFailed as error:
@@ -6436,18 +6211,17 @@ class WorkspaceBase:
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
         ready = Capture(100)
-        [session] = self.host._open(Deadline(SLOT_PATIENCE))
+        [session] = self.host._open()
         try:
             header = HELD + script_records(HANDOVER, self.root, op)
             exchange = Exchange(session, header, ready, ready, data=encoded(text))
-            self.host._begin(exchange, None)
+            self.host._begin(exchange)
             exchange.run(Deadline(START_PATIENCE),
                          until=lambda: bool(ready.total) or exchange.ended)
             if ready.value() != b"ready\n":
                 raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
                                    + show(ready.value(), 200))
-            argv, environment, begun, ended = self.host.masters.on_terminal(
-                TAKEOVER % octal, Deadline(SLOT_PATIENCE))
+            argv, environment, ended = self.host.masters.on_terminal(TAKEOVER % octal)
         except BaseException:
             session.close()
             raise
@@ -6455,7 +6229,6 @@ class WorkspaceBase:
         def hand_over() -> None:
             with contextlib.suppress(CmuxError):  # the shell then reads nothing, and ends
                 exchange.run(Deadline(SLOT_PATIENCE))
-            begun()
             session.close()
         helper = threading.Thread(target=hand_over, daemon=True)
         helper.start()
@@ -6483,16 +6256,13 @@ def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: C
 
 _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
-# Files that would run, or configure tools, on this machine after a merge.
+# Files that would run, or configure tools, on this machine after a merge: what begins with a dot,
+# and these.
 _EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
-    \.gitattributes \.gitmodules \.lfsconfig \.githooks \.husky \.pre-commit-config\.yaml \.envrc
-    \.vscode \.idea \.zed \.devcontainer \.github \.gitlab-ci\.yml \.circleci Jenkinsfile \.ci
-    (GNU)?makefile [^/]*\.mk CMakeLists\.txt justfile Rakefile Gemfile package\.json \.npmrc
-    \.yarnrc[^/]* \.pnpmfile\.cjs pyproject\.toml setup\.(py|cfg) tox\.ini noxfile\.py conftest\.py
-    sitecustomize\.py usercustomize\.py [^/]*\.pth build\.rs \.cargo \.bazelrc gradlew(\.bat)?
-    [^/]*\.gradle(\.kts)? mvnw \.mvn \.?mise\.toml \.tool-versions Dockerfile
-    (docker-)?compose\.ya?ml CLAUDE\.md AGENTS\.md GEMINI\.md \.cursor[^/]* \.mcp\.json \.claude
-    \.codex \.cmux \.clangd \.vimrc \.exrc \.nvimrc \.dir-locals\.el \.gdbinit \.lldbinit
+    \.[^/]+ Jenkinsfile (GNU)?makefile [^/]*\.mk CMakeLists\.txt justfile Rakefile Gemfile
+    package\.json pyproject\.toml setup\.(py|cfg) tox\.ini noxfile\.py conftest\.py
+    sitecustomize\.py usercustomize\.py [^/]*\.pth build\.rs gradlew(\.bat)? [^/]*\.gradle(\.kts)?
+    mvnw mise\.toml Dockerfile (docker-)?compose\.ya?ml CLAUDE\.md AGENTS\.md GEMINI\.md
     """.split()), re.I)
 _TRY_AGAIN = "Nothing was imported. Try again."
 _REMOVE_IT = "Remove it in the workspace, or let .gitignore cover it, and pull again."
@@ -6603,7 +6373,7 @@ class Wire:
         while line[-1:] != end:
             self._more()
             line += self._upto(self.buffer.find(end, self.at) + 1 or len(self.buffer))
-            if len(line) > WIRE_LINE_MAX:
+            if len(line) > 8 * 1024:  # a path is the longest
                 raise refuse("its stream has a line without an end")
         return line[:-1]
 
@@ -6667,7 +6437,11 @@ class Commit:
         text = neutralise(message).replace("\0", "").encode("utf-8", "replace") or b"\n"
         self.head = f"author {author}\ncommitter {committer}\ndata {len(text)}\n".encode() + text
         self.parents: list[bytes] = re.findall(rb"(?m)^parent (.*)$", head)
-        self.changes: dict[bytes, tuple[str, str]] = {}
+        self.changes: Changes = {}
+
+
+if TYPE_CHECKING:
+    Changes = dict[bytes, tuple[str, str]]
 
 
 class Harvest:
@@ -6681,7 +6455,8 @@ class Harvest:
         self.host_base = b""  # the host's id of the base commit; none without git
         self.dirty = True     # whether the last commit is uncommitted work
         self.commits: dict[bytes, Commit] = {}
-        self.users: dict[bytes, list[tuple[Commit, bytes]]] = {}  # by the host's id of a content
+        # The changes that name a content, by the host's id of it.
+        self.users: dict[bytes, list[tuple[Changes, bytes]]] = {}
         self.left: dict[bytes, str] = {}  # path that is left out -> why
         self.total = self.spread = 0  # bytes of contents: each counted once; for each path
 
@@ -6758,7 +6533,7 @@ class Harvest:
             if not mode:
                 del self.left[path]
             return
-        users.append((commit, path))
+        users.append((commit.changes, path))
         commit.changes[path] = mode, ""
 
     def _read_contents(self, wire: Wire) -> None:
@@ -6775,11 +6550,11 @@ class Harvest:
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
             chunks: Iterable[bytes] = wire.chunks(size)
-            links = [path for commit, path in users if commit.changes[path][0] == "120000"]
+            links = [path for changes, path in users if changes[path][0] == "120000"]
             if links:
                 chunks = [self._check_links(links, size, chunks)]
             content = self.store(chunks, size)
-            for changes, path in ((commit.changes, path) for commit, path in users):
+            for changes, path in users:
                 if path in changes:  # else the link was left out
                     changes[path] = changes[path][0], content
         if self.users:
@@ -6884,7 +6659,6 @@ class Pull(Harvest):
 
     def store(self, chunks: Iterable[bytes], size: int) -> str:
         """Pass a content to git, and look for secrets in it. Returns its id."""
-        import hashlib
         digest = hashlib.new(self.importer.form, b"blob %d\0" % size)
         pointers, plain = self.pointers.get(size), hashlib.sha256()
         overlap, before = max(map(len, self.wanted), default=1) - 1, b""
@@ -6924,7 +6698,7 @@ class Pull(Harvest):
                              + human_size(PULL_TOTAL_MAX))
         return ids
 
-    def _every(self) -> Iterator[tuple[dict[bytes, tuple[str, str]], bytes, str, str]]:
+    def _every(self) -> Iterator[tuple[Changes, bytes, str, str]]:
         """The changes of a commit, and one of them, which may be changed."""
         for commit in self.commits.values():
             for path, (mode, oid) in list(commit.changes.items()):
@@ -7296,16 +7070,10 @@ def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
     return reply
 
 
-def cksum_of(data: bytes) -> str:
-    digest = Cksum()
-    digest.update(data)
-    return digest.line()
-
-
 def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> bytes:
     """``data`` with every edit applied in order. Raises ToolFailed."""
     for index, edit in enumerate(edits, 1):
-        which = f"Edit {index} of {len(edits)}: the text" if len(edits) > 1 else "The text"
+        which = f"Edit {index} of {len(edits)}: the text"
         old, new, count = encoded(edit["old"]), encoded(edit["new"]), edit.get("count", 1)
         if not old or old == new:
             raise ToolFailed(f"{which} to replace is empty, or the same as the new one.")
@@ -7368,10 +7136,10 @@ def glob_patterns(pattern: str) -> Iterator[str]:
 
 
 def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
-    """A test for paths, relative to the workspace at ``home``, that fit a pattern: a component
-    ``**`` stands for any number of components, ``*`` for any number of characters of one, ``[...]``
-    is as in sh. ``by_name``: without a slash it is for any depth. And a pattern for find -path,
-    whose ``*`` crosses slashes, that matches whatever may fit. Raises UsageError."""
+    """A test for paths below the workspace at ``home`` that fit a pattern: a component ``**`` is
+    any number of components, ``*`` of characters of one, ``[...]`` is as in sh; ``by_name``:
+    without a slash it is for any depth. And a pattern for find -path, whose ``*`` crosses slashes,
+    that matches whatever may fit."""
     if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
         raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
     patterns, regexes = list(itertools.islice(glob_patterns(pattern), 101)), []
@@ -7416,7 +7184,7 @@ def component_regex(part: str) -> str:
 
 def leftmost(runs: Sequence[str], gap: str) -> str:
     """A regex of the runs with gaps between them. Each run stays at the first place where it
-    matches, as in fnmatch: to try all places would take hours with a name made for that."""
+    matches: to try all places would take hours with a name made for that."""
     middle = "".join(f"(?=(?P<at{at}>{gap}{run}))(?P=at{at})"
                      for run, at in zip(runs[1:-1], _GROUPS))
     return runs[0] + middle + (gap + runs[-1]) * bool(runs[1:])
@@ -7470,21 +7238,16 @@ def wait_code(status: Mapping[str, Any]) -> int:
     return 124 if status["state"] == "running" else 1
 
 
-def parse_jobs(workspace: WorkspaceBase, reply: Reply) -> list[Job]:
-    known = workspace.project.registry.read().get("jobs", {})
-    rows = []  # type: list[Job]
-    for line in reply.lines():
-        match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (.*)", line, re.A)
-        if match:
-            own = known.get(match[1], {})
-            rows.append({**parse_state(match[3]), "job": match[1], "output_size": int(match[2]),
-                         "command": own.get("command", ""), "started": own.get("started")})
-    return sorted(rows, key=lambda row: (row["started"] or 0, row["job"]))
+def wait_until(done: Callable[[], bool], seconds: float, cancel: Cancel | None = None) -> None:
+    """Wait, ``seconds`` at most, until ``done()``. Raises Cancelled."""
+    deadline = Deadline(seconds, cancel)
+    while not done() and nap(0.05, deadline):
+        pass
 
 
 def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> int:
-    """Write a local file or directory as the archive that COPY_IN takes; ``left`` is given the
-    paths that are left out, and why. Returns the bytes of the files."""
+    """Write a local file or directory as the archive that COPY_IN takes; ``left`` gets what is left
+    out, and why. Returns the bytes of the files."""
     import tarfile
     state, sizes = os.path.realpath(state_home()) + "/", [0]
 
@@ -7521,26 +7284,24 @@ class Workspace(WorkspaceBase):
 
     All raise HostError when the host cannot be reached, UsageError for a wrong argument (TypeError
     for one of a wrong type), ToolFailed for what cannot be done (no such file or job, no
-    permission), RemoteFailed for an answer that makes no sense, Cancelled when ``cancel`` is set
-    (but see exec()). A path is relative to the workspace, or absolute. Bytes that are not UTF-8 are
-    in a str as surrogateescape has them.
+    permission), RemoteFailed for an answer without sense, Cancelled when ``cancel`` is set (but see
+    exec()). A path is relative to the workspace, or absolute. Bytes that are not UTF-8 are in a str
+    as surrogateescape has them.
     """
 
-    def _tool(self, script: str, *arguments: str, about: str = "", **more: Any) -> Reply:
-        """The reply of a script, unless it failed. ``about``: a path or a job; ``more`` as of
-        Host._call()."""
-        return tool_reply(self, self.host._call(script, *arguments, **more), about)
+    def _tool(self, script: str, *arguments: str | int, about: str = "", **more: Any) -> Reply:
+        """The reply of Host._call(), unless it failed. ``about``: a path or a job."""
+        return tool_reply(self, self.host._call(script, *map(str, arguments), **more), about)
 
-    @logged("read", lambda found, *args: len(found.content))
+    @logged("read", "content")
     def read(self, path: str, offset: int = 1, limit: int = 0,
              cancel: Cancel | None = None) -> FileContent:
         """A file's bytes, 10 MiB at most; or ``limit`` lines (0: all) from line ``offset`` (1 is
         the first)."""
         if offset < 1 or limit < 0:
             raise UsageError("Lines count from 1, and a limit cannot be negative.")
-        reply = self._tool(
-            READ, absolute(self, path), str(READ_MAX), str(offset), str(limit), self.path,
-            about=path, cancel=cancel, limit=READ_MAX + 4096)
+        reply = self._tool(READ, absolute(self, path), READ_MAX, offset, limit, self.path,
+                           about=path, cancel=cancel, limit=READ_MAX + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         match = re.match(r"(\d{1,15}) (all|lines) ?([0-9a-f]{64}\Z)?", head.decode("latin-1"))
         if not match:
@@ -7550,12 +7311,11 @@ class Workspace(WorkspaceBase):
                 f"What was asked for of {show(path)} is larger than {human_size(READ_MAX)}.",
                 "Ask for fewer lines (offset, limit), or copy the file.",
                 f"cp {quote(f'{self.name}:{path}')} .")
-        if match[2] == "lines":
-            return FileContent(content=data, size=int(match[1]), sha256=match[3] or "")
-        digest, size = sha256_of(data), len(data)  # a file that grows is what was read of it
-        if offset > 1 or limit:
-            lines = re.findall(b".*\n|.+", data)[offset - 1:]
-            data = b"".join(lines[:limit or None])
+        size, digest = int(match[1]), match[3] or ""
+        if match[2] == "all":
+            size, digest = len(data), sha256_of(data)  # a file that grows is what was read of it
+            if offset > 1 or limit:
+                data = b"".join(re.findall(b".*\n|.+", data)[offset - 1:][:limit or None])
         return FileContent(content=data, size=size, sha256=digest)
 
     def write(self, path: str, content: str | bytes,
@@ -7563,20 +7323,19 @@ class Workspace(WorkspaceBase):
         """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
         symlink is followed, missing directories are made. Returns ``created``, ``size`` (bytes),
         ``sha256``."""
-        data = encoded(content)
-        created = self._replace(path, data, "", cancel)
-        return {"created": created, "size": len(data), "sha256": sha256_of(data)}
+        return self._replace(path, encoded(content), "", cancel)
 
-    @logged("write", lambda created, path, data, *args: len(data))
-    def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> bool:
-        """Write a file; True if it is new. ``old``: the cksum that it must still have, or ""."""
+    @logged("write", "size")
+    def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> Written:
+        """write(). ``old``: the cksum that the file must still have, or ""."""
         where = absolute(self, path)
-        lock = cksum_of(encoded(where + "\n")).replace(" ", "-")
-        reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), cksum_of(data), old,
+        lock = Cksum(encoded(where + "\n")).line().replace(" ", "-")
+        reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), Cksum(data).line(), old,
                            self.path, lock, about=path, data=data, once=True, cancel=cancel)
-        return reply.stdout.strip() == b"created"
+        return {"created": reply.stdout == b"created\n", "size": len(data),
+                "sha256": sha256_of(data)}
 
-    @logged("edit", lambda result, *args: len(result["diff"]))
+    @logged("edit", "diff")
     def edit(self, path: str, edits: list[Fields], sha256: str = "",
              cancel: Cancel | None = None) -> Edited:
         """Replace exact text: each edit has ``old``, ``new``, and ``count``, how many matches there
@@ -7587,14 +7346,15 @@ class Workspace(WorkspaceBase):
             raise UsageError("The list edits is empty.")
         for edit in edits:
             EDIT.check(edit)
-        for attempt in range(EDIT_TRIES):
+        for attempt in range(60):  # others edit the same file
             before = self.read(path, cancel=cancel)
             if sha256 and before.sha256 != sha256.lower():
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
-                self._replace(path, after, cksum_of(before.content), cancel)
-                return {"sha256": sha256_of(after),
+                seen = Cksum(before.content).line()
+                written = self._replace(path, after, seen, cancel)
+                return {"sha256": written["sha256"],
                         "diff": unified_diff(before.content, after, path)}
             except FileChanged:
                 time.sleep(0.01 * (attempt + 1) * os.urandom(1)[0] / 255)
@@ -7610,7 +7370,7 @@ class Workspace(WorkspaceBase):
             raise Cancelled("Cancelled.")
         if outcome.reason:
             raise ToolFailed(f"The search was stopped after {SEARCH_PATIENCE} s.", "Narrow it.")
-        tool_reply(self, Reply(status=outcome.exit_code, stdout=b"", stderr=err.value(), trip=0.0))
+        tool_reply(self, Reply(status=outcome.exit_code, stdout=b"", stderr=err.value()))
         return out.value()
 
     @logged("glob")
@@ -7655,7 +7415,7 @@ class Workspace(WorkspaceBase):
                 matches.append({"path": path, "line": line, "text": text})
         return {"matches": matches[:limit], "truncated": len(matches) > limit or cut}
 
-    @logged("upload", lambda result, *args: result["size"])
+    @logged("upload", "size")
     def upload(self, local: str, path: str = "", force: bool = False,
                report: Report | None = None, cancel: Cancel | None = None) -> Copied:
         """Copy a local file or directory to ``path`` in the workspace, or into that directory,
@@ -7680,7 +7440,7 @@ class Workspace(WorkspaceBase):
         into = reply.stdout == b"into\n"
         return {"path": place + f"/{name}" * into, "size": size, "notes": left_out(left)}
 
-    @logged("download", lambda result, *args: result["size"])
+    @logged("download", "size")
     def download(self, path: str, local: str, force: bool = False,
                  report: Report | None = None, cancel: Cancel | None = None) -> Copied:
         """Copy from the workspace to ``local`` in the same way, 2 GiB at most, never through a
@@ -7742,9 +7502,25 @@ class Workspace(WorkspaceBase):
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited, stopped or lost),
         ``exit_code`` (None while it runs, or if lost), ``output_size`` (bytes), and, if this
         machine started it, ``command``, ``started`` (seconds since 1970)."""
-        return parse_jobs(self, self._tool(JOBS, job_directory(self), cancel=cancel))
+        return self._look(cancel=cancel)[1]
 
-    @logged("logs", lambda status, *args: len(status["output"]))
+    def _look(self, *path: str, cancel: Cancel | None = None) -> tuple[int | None, list[Job]]:
+        """How many files have changed, if ``path`` (its own) is given and git knows; the jobs."""
+        reply = self._tool(JOBS, job_directory(self), *path, cancel=cancel)
+        changed = re.match(rb"changed +(\d{1,9})\n", reply.stdout)
+        known = self.project.registry.read().get("jobs", {})
+        rows = []  # type: list[Job]
+        for line in reply.lines():
+            match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (.*)", line, re.A)
+            if match:
+                own = known.get(match[1], {})
+                rows.append({**parse_state(match[3]), "job": match[1],
+                             "output_size": int(match[2]), "command": own.get("command", ""),
+                             "started": own.get("started")})
+        rows.sort(key=lambda row: (row["started"] or 0, row["job"]))
+        return int(changed[1]) if changed else None, rows
+
+    @logged("logs", "output")
     def logs(self, job: str | Sequence[str], offset: int = 0, wait: float = 0,
              limit: int = LOGS_MAX, cancel: Cancel | None = None) -> Job:
         """Output of a job from byte ``offset`` on, 1 MiB at most: ``output`` (bytes),
@@ -7753,24 +7529,28 @@ class Workspace(WorkspaceBase):
         jobs: Any = job if isinstance(job, (list, tuple)) else [job]
         if offset < 0 or not jobs:
             raise UsageError("No job was named, or the offset is below 0.")
-        reply = self._tool(LOGS, str(offset), str(limit), str(int(min(wait, 30) * 10)),
+        reply = self._tool(LOGS, offset, limit, int(min(wait, 30) * 10),
                            "more" if limit else "end", *(job_directory(self, one) for one in jobs),
                            about=" or ".join(jobs), cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         match = re.match(r"(\d{1,15}) (j[0-9a-f]{8}) (.*)", head.decode("latin-1"), re.A)
-        if not match or match[2] not in jobs:
+        if not match or match[2] not in jobs or len(data) > limit:
             raise RemoteFailed("The host's answer to logs is damaged.")
         return {**parse_state(match[3]), "job": match[2], "output": data,
                 "next_offset": offset + len(data), "size": int(match[1])}
 
-    def _logs(self, deadline: Deadline, cancel: Cancel | None, **more: Any) -> Job:
-        """logs(); a lost or refused connection is tried again for FAULT_PATIENCE."""
+    def _logs(self, deadline: Deadline, **more: Any) -> Job:
+        """logs(); a lost or refused connection is tried again for FAULT_PATIENCE. A host that does
+        not wait before it answers is not asked again at once."""
         patience, failed = Deadline(FAULT_PATIENCE), False
         while True:
+            soon = Deadline(0.5)
             try:
-                status = self.logs(cancel=cancel, **more)
+                status = self.logs(cancel=deadline.cancel, **more)
                 if failed:
                     Masters.tell("It answers again.")
+                if status["state"] == "running" and not status["output"] and not soon.over():
+                    nap(0.5, deadline)
                 return status
             except HostError as error:
                 if isinstance(error, (HostKeyFailed, AuthenticationFailed)) \
@@ -7779,7 +7559,7 @@ class Workspace(WorkspaceBase):
                 if not failed:
                     Masters.tell(f"{error} Trying again for up to {FAULT_PATIENCE // 60} minutes.")
                 failed = True
-                nap(0.5, deadline, cancel)
+                nap(0.5, deadline)
 
     @logged("wait", code=wait_code)
     def wait(self, job: str | Sequence[str], timeout: float | None = None,
@@ -7787,9 +7567,9 @@ class Workspace(WorkspaceBase):
         """Wait, ``timeout`` seconds at most, for the end of a job, or of the first of several,
         across lost connections: ``job`` (which one), ``state`` (running, if none has ended),
         ``exit_code``, ``size``."""
-        deadline = Deadline(timeout)
+        deadline = Deadline(timeout, cancel)
         while True:
-            status = self._logs(deadline, cancel, job=job, wait=deadline.capped(25), limit=0)
+            status = self._logs(deadline, job=job, wait=deadline.capped(25), limit=0)
             if status["state"] != "running" or deadline.over():
                 del status["output"], status["next_offset"]
                 return status
@@ -7800,7 +7580,7 @@ class Workspace(WorkspaceBase):
         """Pass a job's output to ``sink`` until it ends, across lost connections, each byte once.
         Returns what logs() did last."""
         while True:
-            status = self._logs(NEVER, cancel, job=job, offset=offset, wait=20)
+            status = self._logs(Deadline(None, cancel), job=job, offset=offset, wait=20)
             sink(status["output"])
             offset = status["next_offset"]
             if status["state"] != "running" and not status["output"]:
@@ -7837,10 +7617,8 @@ class Project(ProjectBase):
     def __exit__(self, *_: object) -> None:
         import _thread
         self.ending.set()
-        patience = Deadline(2 * STOP_PATIENCE)
         try:
-            while self.logging - {_thread.get_ident()} and not patience.over():
-                time.sleep(0.01)
+            wait_until(lambda: not self.logging - {_thread.get_ident()}, 2 * STOP_PATIENCE)
         finally:
             self._leave_interrupts()
             for host in list(self._hosts.values()):
@@ -7876,13 +7654,12 @@ class Arg:
     ``kind``: of KINDS, or several with a bar between."""
 
     word = ""  # how many words it is ("1", "?", "*", "+", or "...": all that follow), if any
-    face = ""  # "line" or "json", if it is not for both
     least: float = 0
     blank = False  # it may be an empty text
     default: Any = None
     choices: Any = None
 
-    def __init__(self, name: str, kind: str, text: str, flags: str = "", **settings: Any) -> None:
+    def __init__(self, kind: str, name: str, text: str, flags: str = "", **settings: Any) -> None:
         self.name, self.kinds, self.text = name, kind.split("|"), text
         self.shown = {"count": "N", "seconds": "TIME"}.get(kind, name.upper())  # in the help
         vars(self).update(settings)
@@ -7932,6 +7709,8 @@ class Verb:
     """A command of the command line, and perhaps a tool for batch, the library and MCP (see TOOLS),
     or only for MCP with --manage. ``text``: a line of help; ``args``: what it takes."""
 
+    json: Sequence[Arg] = ()  # what only calls in JSON take
+    line: Sequence[Arg] = ()  # what only the command line takes
     example = ""  # its words
     model = ""  # what a model reads instead of the text
     lacks = ""  # the letters of the global options that it does not take
@@ -7943,8 +7722,9 @@ class Verb:
     def __init__(self, name: str, text: str, *args: Arg, **settings: Any) -> None:
         self.name, self.text, self.args, self.settings = name, text, args, settings
         vars(self).update(settings)
+        self.handler = self.tool or self.manage
         self.tool_name = "workspace_" * bool(self.manage) + name
-        self.params = [arg for arg in args if arg.face != "line"]
+        self.params = [*args, *self.json]
 
     def check(self, arguments: object) -> Fields:
         """The arguments of a call in JSON. Raises UsageError if they do not fit the table."""
@@ -7989,6 +7769,18 @@ def tool_write(workspace: Workspace, path: str, cancel: Cancel | None = None,
         raise UsageError("content_base64 is not base64.")
 
 
+def manage_list(project: Project, cancel: Cancel) -> Fields:
+    rows = []
+    for workspace in project.workspaces():
+        changed = jobs = None
+        with contextlib.suppress(CmuxError):
+            changed, found = workspace._look(workspace.path, cancel=cancel)
+            jobs = sum(job["state"] == "running" for job in found)
+        rows.append(dict(workspace.describe(), changed=changed, jobs=jobs,
+                         behind=project.repository.behind(workspace.base)))
+    return {"workspaces": rows}
+
+
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
     if branch and not branch.startswith("cmux/"):  # a model must not move the user's own
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
@@ -8022,185 +7814,178 @@ def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = F
     return {"diff": kept.value().rstrip(b"\n")}
 
 
-LineArg, JsonArg = functools.partial(Arg, face="line"), functools.partial(Arg, face="json")
-ONE_JOB = Arg("job", "text", "the job's id; in a shell the last one, if none is given", word="?",
-              shown="ID", required=True)  # for a model
-PATH = Arg("path", "text", "relative to the workspace, or absolute", word="1")
-ONE_WORKSPACE = JsonArg("workspace", "text", "which workspace", required=True)
-NAME = LineArg("name", "text", "the workspace", word="?")
-NEW_NAME = Arg("name", "text", "the new name", word="1")
-REF = Arg("ref", "text", "the local commit to send", shown="REV", default="HEAD")
-DIRTY = (
-    LineArg("dirty", "flag", "the work tree as it is, with uncommitted and untracked files"),
-    LineArg("allow", "texts", "with --dirty: send this file though it looks like a secret",
-            shown="PATH"))
-EVERYWHERE = Arg("everywhere", "flag", "for all projects (default: this one; -w: one workspace)",
-                 flags="--global")
-PARALLEL = LineArg("parallel", "count", "how many at a time (exec: all; batch: 16)",
-                   flags="-j --parallel", least=1)
+Text, Flag, Count, Seconds, Texts = (functools.partial(Arg, kind) for kind in (
+    "text", "flag", "count", "seconds", "texts"))
+Word = functools.partial(Text, word="1")
+ONE_JOB = Text("job", "the job's id; in a shell the last one, if none is given", word="?",
+               shown="ID", required=True)  # for a model
+PATH = Word("path", "relative to the workspace, or absolute")
+ONE_WORKSPACE = Text("workspace", "which workspace", required=True)
+NAME = Text("name", "the workspace", word="?")
+NEW_NAME = Word("name", "the new name")
+REF = Text("ref", "the local commit to send", shown="REV", default="HEAD")
+DIRTY = (Flag("dirty", "the work tree as it is, with uncommitted and untracked files"),
+         Texts("allow", "with --dirty: send this file though it looks like a secret", shown="PATH"))
+EVERYWHERE = Flag("everywhere", "for all projects (default: this one; -w: one workspace)",
+                  "--global")
+PARALLEL = Count("parallel", "how many at a time (exec: all; batch: 16)", "-j --parallel", least=1)
 BACKGROUND = "start it as a job that goes on by itself, without stdin; returns its id"
 COMMON = (
-    Arg("directory", "text", "a directory in the git repository", flags="-C", shown="DIR",
-        default="."),
-    Arg("host", "texts", "anything `ssh HOST` accepts; repeated, it is a pool", flags="-H --host"),
-    Arg("workspace", "texts", "a workspace (default, mostly: the branch's)", flags="-w --workspace",
-        shown="NAME"),
-    Arg("json", "flag", "JSON on stdout instead of text"),
-    Arg("quiet", "flag", "print less", flags="-q --quiet"),
-    Arg("verbose", "flag", "print what is done", flags="-v --verbose"))
+    Text("directory", "a directory in the git repository", "-C", shown="DIR", default="."),
+    Texts("host", "anything `ssh HOST` accepts; repeated, it is a pool", "-H --host"),
+    Texts("workspace", "a workspace (default, mostly: the branch's)", "-w --workspace",
+          shown="NAME"),
+    Flag("json", "JSON on stdout instead of text"),
+    Flag("quiet", "print less", "-q --quiet"),
+    Flag("verbose", "print what is done", "-v --verbose"))
 
-EDIT = Verb("edits", "", Arg("old", "text", "the exact text to replace", required=True),
-            Arg("new", "text", "what replaces it", required=True),
-            Arg("count", "count", "how many matches there must be (default: 1)", least=1))
+EDIT = Verb("edits", "", Text("old", "the exact text to replace", required=True),
+            Text("new", "what replaces it", required=True),
+            Count("count", "how many matches there must be (default: 1)", least=1))
 KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, (list,), "a list of objects"
 VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("exec", "run a command in a workspace, made first if need be",
-         Arg("command", "text|texts", "one string is a shell line, several are an exact argv",
+         Arg("text|texts", "command", "one string is a shell line, several are an exact argv",
              required=True, word="...", shown="-- CMD..."),
-         Arg("timeout", "seconds", "seconds; then the process tree is ended (exit code 124)",
-             least=0.001),
-         Arg("cwd", "text", "relative to the workspace", shown="DIR"),
-         JsonArg("env", "map", "more environment variables"),
-         JsonArg("stdin", "text", "text for the command's stdin"),
-         JsonArg("background", "flag", BACKGROUND),
-         LineArg("env", "texts", "one more environment variable", shown="K=V"),
-         LineArg("push", "flag", "first bring the workspace to the local HEAD"),
-         LineArg("secrets", "texts", "hand over this secret, and no other but those so named",
-                 flags="--secret", shown="NAME"),
-         LineArg("no_secrets", "flag", "hand over no secret"),
-         LineArg("login", "flag", "read the login profile first (nvm, pyenv, cargo)"),
-         LineArg("no_stdin", "flag", "do not pass stdin on (never from a terminal, or to several)",
-                 flags="-n --no-stdin"),
-         LineArg("all", "flag", "in every workspace of this project"),
-         PARALLEL,
-         LineArg("detach", "flag", BACKGROUND),
-         LineArg("tty", "flag", "on this terminal, as ssh -t", flags="-t --tty"),
+         Seconds("timeout", "seconds; then the process tree is ended (exit code 124)",
+                 least=0.001),
+         Text("cwd", "relative to the workspace", shown="DIR"),
+         json=[Arg("map", "env", "more environment variables"),
+               Text("stdin", "text for the command's stdin"),
+               Flag("background", BACKGROUND)],
+         line=[Texts("env", "one more environment variable", shown="K=V"),
+               Flag("push", "first bring the workspace to the local HEAD"),
+               Texts("secrets", "hand over this secret, and no other but those so named",
+                     "--secret", shown="NAME"),
+               Flag("no_secrets", "hand over no secret"),
+               Flag("login", "read the login profile first (nvm, pyenv, cargo)"),
+               Flag("no_stdin", "do not pass stdin on (never from a terminal, or to several)",
+                    "-n --no-stdin"),
+               Flag("all", "in every workspace of this project"),
+               PARALLEL,
+               Flag("detach", BACKGROUND),
+               Flag("tty", "on this terminal, as ssh -t", "-t --tty")],
          example="-H my-server -- make test", tool=tool_exec, destroys=True,
          model="Run a command in the workspace on the remote host, by bash where there is one."),
-    Verb("shell", "an interactive shell in a workspace", NAME,
+    Verb("shell", "an interactive shell in a workspace", line=[NAME],
          example="fix-login", lacks="j"),
     Verb("forward", "reach a port of the workspace's host at 127.0.0.1",
-         Arg("ports", "texts", "PORT of the host, at LOCAL", word="+", shown="[LOCAL:]PORT"),
+         Texts("ports", "PORT of the host, at LOCAL", word="+", shown="[LOCAL:]PORT"),
          example="3000 8080:80"),
-    Verb("diff", "what a workspace changed against its base; creates nothing", NAME, ONE_WORKSPACE,
-         Arg("stat", "flag", "only how much, by file"),
+    Verb("diff", "what a workspace changed against its base; creates nothing",
+         Flag("stat", "only how much, by file"), json=[ONE_WORKSPACE], line=[NAME],
          example="fix-login --stat", manage=manage_diff, reads=True),
-    Verb("pull", "bring a workspace's work back as commits on branch cmux/NAME", NAME,
-         ONE_WORKSPACE,
-         Arg("branch", "text", "another branch than cmux/NAME"),
-         LineArg("allow", "flag", "also changes of this repository's own hooks"),
+    Verb("pull", "bring a workspace's work back as commits on branch cmux/NAME",
+         Text("branch", "another branch than cmux/NAME"), json=[ONE_WORKSPACE],
+         line=[NAME, Flag("allow", "also changes of this repository's own hooks")],
          example="fix-login", manage=manage_pull),
-    Verb("push", "bring a workspace to another local commit; sends what differs", NAME,
-         ONE_WORKSPACE, REF, *DIRTY,
-         Arg("force", "flag", "also over work that has not been pulled (a copy is kept until gc)"),
+    Verb("push", "bring a workspace to another local commit; sends what differs", REF,
+         Flag("force", "also over work that has not been pulled (a copy is kept until gc)"),
+         json=[ONE_WORKSPACE], line=[NAME, *DIRTY],
          example="fix-login", manage=manage_push, destroys=True),
     Verb("read", "a file's bytes, or lines of it", PATH,
-         Arg("offset", "count", "first line, 1 is the first", least=1, shown="LINE"),
-         Arg("limit", "count", "how many lines"),
+         Count("offset", "first line, 1 is the first", least=1, shown="LINE"),
+         Count("limit", "how many lines"),
          example="src/main.c --offset 10 --limit 20", reads=True,
          tool=lambda workspace, **given: workspace.read(**given).as_dict()),
     Verb("write", "stdin becomes the file, whole or not at all", PATH,
-         JsonArg("content", "text", "the text"),
-         JsonArg("content_base64", "text", "or the bytes, as base64"),
+         json=[Text("content", "the text"),
+               Text("content_base64", "or the bytes, as base64")],
          example="notes.txt < notes.txt", tool=tool_write, destroys=True,
          model="Make content the whole of a file (atomic; makes parent directories)."),
     Verb("edit", "exact replacements, all or none", PATH,
-         JsonArg("edits", "objects", "one or more", required=True),
-         Arg("sha256", "text", "of the file as last seen: refuse if it changed", shown="HEX"),
-         LineArg("old", "text", "without --old and --new: JSON with edits on stdin", shown="TEXT",
-                 blank=True),
-         LineArg("new", "text", "what replaces it", shown="TEXT", blank=True),
-         LineArg("count", "count", "how many matches there must be (default: 1)", least=1),
+         Text("sha256", "of the file as last seen: refuse if it changed", shown="HEX"),
+         json=[Arg("objects", "edits", "one or more", required=True)],
+         line=[Text("old", "without --old and --new: JSON with edits on stdin", shown="TEXT",
+                    blank=True),
+               Text("new", "what replaces it", shown="TEXT", blank=True),
+               EDIT.args[2]],
          example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
          model="Replace exact text in a file, all edits or none; read the file first."),
     Verb("cp", "copy files to or from a workspace, also what git ignores",
-         Arg("source", "text", "a local path, or NAME:PATH or :PATH in a workspace", word="1",
-             shown="SRC"),
-         Arg("to", "text", "the same, or a directory to put it in", word="1", shown="DST"),
-         Arg("force", "flag", "replace what has that name"),
+         Word("source", "a local path, or NAME:PATH or :PATH in a workspace", shown="SRC"),
+         Word("to", "the same, or a directory to put it in", shown="DST"),
+         Flag("force", "replace what has that name"),
          example="fix-login:build/report ."),
     Verb("glob", "paths of files that match",
-         Arg("pattern", "text", "below the workspace: *, ?, [...], {a,b} within a component, "
-             "** across", word="1"),
-         Arg("limit", "count", "at most so many (default: 1000)", least=1),
+         Word("pattern", "below the workspace: *, ?, [...], {a,b} within a component, ** across"),
+         Count("limit", "at most so many (default: 1000)", least=1),
          example="'src/**/*.py'", tool=Workspace.glob, reads=True),
     Verb("grep", "lines that match an extended regular expression",
-         Arg("pattern", "text", "the expression", word="1"),
-         Arg("glob", "text", "only files that match; without a slash: by name", shown="G"),
-         Arg("ignore_case", "flag", "ignore case"),
-         Arg("limit", "count", "at most so many (default: 200)", least=1),
+         Word("pattern", "the expression"),
+         Text("glob", "only files that match; without a slash: by name", shown="G"),
+         Flag("ignore_case", "ignore case"),
+         Count("limit", "at most so many (default: 200)", least=1),
          example="'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True),
     Verb("jobs", "the background jobs of a workspace",
-         LineArg("all", "flag", "of every workspace of this project"),
+         line=[Flag("all", "of every workspace of this project")],
          reads=True, tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
     Verb("logs", "a job's output", ONE_JOB,
-         Arg("offset", "count", "first byte, 0 is the first", shown="BYTE"),
-         Arg("wait", "seconds", "seconds to wait for more, at most 30"),
-         LineArg("follow", "flag", "go on until the job ends, across lost connections",
-                 flags="-f --follow"),
+         Count("offset", "first byte, 0 is the first", shown="BYTE"),
+         Seconds("wait", "seconds to wait for more, at most 30"),
+         line=[Flag("follow", "go on until the job ends, across lost connections",
+                    "-f --follow")],
          example="-f j0123abcd", reads=True, tool=Workspace.logs,
          model="A job's output from a byte offset, and its state. Go on from next_offset."),
     Verb("wait", "wait for a job, or the first of several, to end; its exit code",
-         Arg("job", "text|texts", f"{ONE_JOB.text}; or several", word="*", shown="ID",
+         Arg("text|texts", "job", f"{ONE_JOB.text}; or several", word="*", shown="ID",
              required=True),
-         Arg("timeout", "seconds", "seconds to wait; it may still run then"),
+         Seconds("timeout", "seconds to wait; it may still run then"),
          example="j0123abcd", tool=Workspace.wait, reads=True),
     Verb("stop", "end a job and everything it started", ONE_JOB,
          example="j0123abcd", tool=Workspace.stop, destroys=True),
-    Verb("new", "create workspaces, in parallel, from a local commit",
-         LineArg("names", "texts", "default: the branch's name", word="*", shown="NAME"),
-         JsonArg("name", "text", "the new name", required=True), REF, *DIRTY,
-         LineArg("root", "text", "where on the host (default: ~/cmux)", shown="DIR"),
-         LineArg("no_init", "flag", "do not run .cmux/init"),
-         Arg("source", "text", "with what git ignores (packages, caches) in this workspace of that "
-             "host", flags="--from", shown="WS"),
+    Verb("new", "create workspaces, in parallel, from a local commit", REF,
+         Text("source", "with what git ignores (packages, caches) in this workspace of that "
+              "host", "--from", shown="WS"),
+         json=[NEW_NAME],
+         line=[Texts("names", "default: the branch's name", word="*", shown="NAME"), *DIRTY,
+               Text("root", "where on the host (default: ~/cmux)", shown="DIR"),
+               Flag("no_init", "do not run .cmux/init")],
          example="fix-login fix-logout -H my-server",
          manage=manage_new),
     Verb("list", "this project's workspaces",
-         LineArg("all_projects", "flag", "of every project of this machine"),
-         example="--json", lacks="w", reads=True, manage=lambda project, cancel: {
-             "workspaces": [workspace.describe() for workspace in project.workspaces()]}),
+         line=[Flag("all_projects", "of every project of this machine")],
+         example="--json", lacks="w", manage=manage_list, reads=True),
     Verb("fork", "a new workspace, made on the host with the content of another",
-         ONE_WORKSPACE, NEW_NAME, example="-w fix-login second-try",
+         NEW_NAME, json=[ONE_WORKSPACE], example="-w fix-login second-try",
          manage=lambda project, cancel, workspace, name: project.fork(
              project.workspace(workspace), name, cancel).describe()),
-    Verb("rename", "give a workspace another name", ONE_WORKSPACE, NEW_NAME,
+    Verb("rename", "give a workspace another name", NEW_NAME, json=[ONE_WORKSPACE],
          example="-w fix-login login", manage=lambda project, cancel, workspace, name:
          project.rename(project.workspace(workspace), name, cancel).describe()),
     Verb("rm", "delete workspaces; refuses work that has not been pulled",
-         LineArg("names", "texts", "or one with -w", word="*", shown="NAME"),
-         ONE_WORKSPACE,
-         Arg("force", "flag", "also with work that exists nowhere else, and jobs that run"),
-         LineArg("forget", "flag", "only locally: its host is gone for good"),
+         Flag("force", "also with work that exists nowhere else, and jobs that run"),
+         json=[ONE_WORKSPACE],
+         line=[Texts("names", "or one with -w", word="*", shown="NAME"),
+               Flag("forget", "only locally: its host is gone for good")],
          example="fix-login", manage=manage_rm, destroys=True),
     Verb("history", "every operation with its time, duration, exit code and bytes",
-         Arg("limit", "count", "the last N, 0 for all", flags="-n --limit", default=50),
+         Count("limit", "the last N, 0 for all", "-n --limit", default=50),
          example="-w fix-login", lacks="H"),
     Verb("top", "a live view of the workspaces and what runs in them", lacks="w"),
     Verb("gc", "free trash, leftovers and old bases on this project's hosts", lacks="w"),
     Verb("mcp", "an MCP server on stdio: the tools, bound to one workspace",
-         Arg("manage", "flag", "the workspace commands as tools too, and other workspaces"),
-         Arg("soft_timeout", "seconds", "after so long a call returns a job",
-             default=MCP_SOFT, least=0.001),
+         Flag("manage", "the workspace commands as tools too, and other workspaces"),
+         Seconds("soft_timeout", "after so long a call returns a job",
+                 default=MCP_SOFT, least=0.001),
          example="-H my-server -w fix-login", lacks="j"),
     Verb("batch", "JSON lines of tool calls on stdin, results on stdout", PARALLEL,
          example="-j 32 < calls.jsonl"),
     Verb("secrets set", "store a secret from stdin or a hidden prompt",
-         Arg("name", "text", "of the environment variable", word="1"),
-         Arg("command", "text", "run CMD for the value, each time", shown="CMD"),
+         Word("name", "of the environment variable"),
+         Text("command", "run CMD for the value, each time", shown="CMD"),
          EVERYWHERE, example="NPM_TOKEN --command 'op read op://ci/npm'", lacks="H"),
     Verb("secrets import", "take NAME=value lines from a dotenv file",
-         Arg("file", "text", "read once; - is stdin", word="1"), EVERYWHERE,
-         example=".env", lacks="H"),
+         Word("file", "read once; - is stdin"), EVERYWHERE, example=".env", lacks="H"),
     Verb("secrets list", "the names of the secrets, and their scopes", lacks="H"),
     Verb("secrets rm", "forget secrets",
-         Arg("names", "texts", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
+         Texts("names", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
          example="NPM_TOKEN", lacks="H"),
     Verb("doctor", "what is wrong with a host or this machine, and how to mend it",
-         Arg("target", "text", "default: the workspace's host", word="?", shown="HOST"),
+         Text("target", "default: the workspace's host", word="?", shown="HOST"),
          example="my-server"),
     Verb("completion", "the completion script for a shell, on stdout",
-         Arg("shell", "text", "bash, zsh or fish", word="1", choices=("bash", "zsh", "fish")),
+         Word("shell", "bash, zsh or fish", choices=("bash", "zsh", "fish")),
          example="bash >> ~/.bashrc", lacks="CHwj"),
     Verb("demo", "the whole flow against a throwaway sshd on this machine", lacks="CHwj"),
 )}
@@ -8214,15 +7999,15 @@ MANAGE_TOOLS = {verb.tool_name: verb for verb in VERBS.values() if verb.manage}
 def call_tool(workspace: WorkspaceBase, name: object, arguments: object,
               cancel: Cancel | None = None) -> Fields:
     """Check the arguments, then run one of TOOLS. Raises CmuxError."""
-    tool, checked = check_call(name, arguments)
-    return json_fields(tool.tool(workspace, cancel=cancel, **checked))
+    return checked_call(name, arguments)(workspace, cancel)
 
 
-def check_call(name: object, arguments: object) -> tuple[Verb, Fields]:
+def checked_call(name: object, arguments: object) -> Callable[[Any, Cancel | None], Fields]:
     tool = TOOLS.get(name) if isinstance(name, str) else None
     if tool is None:
         raise UsageError(f"There is no tool {show(str(name))}.", f"There are: {', '.join(TOOLS)}.")
-    return tool, tool.check(arguments)
+    checked, handler = tool.check(arguments), tool.handler
+    return lambda workspace, cancel: json_fields(handler(workspace, cancel=cancel, **checked))
 
 
 # -- hints, as the command line words them --
@@ -8294,8 +8079,8 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
     return results
 
 
-CALL = Verb("a call", "", Arg("workspace", "text", ""), Arg("tool", "text", ""),
-            Arg("arguments", "map", ""))  # a line of batch, but for its id
+CALL = Verb("a call", "", Text("workspace", ""), Text("tool", ""),
+            Arg("map", "arguments", ""))  # a line of batch, but for its id
 
 
 class Batch:
@@ -8303,11 +8088,9 @@ class Batch:
 
     def __init__(self, project: Project, workspace: str, host: Sequence[str],
                  write: Callable[[bytes], object], report: Report) -> None:
-        import threading
         self.project, self.workspace, self.host, self.write = project, workspace, host, write
         self.report, self.cancel, self.failed = report, Cancel(), False
         self.reading, self.writing = threading.Lock(), threading.Lock()
-        self.known: dict[str, Workspace] = {}
 
     def run(self, lines: Iterator[bytes], at_once: int) -> int:
         """Run all lines, ``at_once`` at a time, each read when a thread is free; 0, or 1 if any
@@ -8322,9 +8105,8 @@ class Batch:
                     return
                 if line.strip():
                     self._answer(number, line)
-        for end in in_parallel([work] * at_once, cancel=self.cancel):
-            if isinstance(end, CmuxError):
-                raise end
+        for failure in filter(None, in_parallel([work] * at_once, cancel=self.cancel)):
+            raise failure
         if self.cancel.is_set:
             raise KeyboardInterrupt
         return int(self.failed)
@@ -8340,12 +8122,10 @@ class Batch:
                 raise UsageError("The id of a call is not a string or number.")
             answer["id"] = request_id
             CALL.check(call)
-            tool, arguments = check_call(call.get("tool"), call.get("arguments", {}))
-            name = call.get("workspace", self.workspace)
-            if name not in self.known:
-                self.known[name] = self.project.ensure(name, self.host, self.report, self.cancel)
-            answer["result"] = json_fields(
-                tool.tool(self.known[name], cancel=self.cancel, **arguments))
+            run = checked_call(call.get("tool"), call.get("arguments", {}))
+            workspace = self.project.ensure(call.get("workspace", self.workspace), self.host,
+                                            self.report, self.cancel)
+            answer["result"] = run(workspace, self.cancel)
         except Exception as error:
             known = expected(error)
             answer.update(ok=False, error=error_fields(known) if known else {
@@ -8420,10 +8200,9 @@ MCP_INSTRUCTIONS = (  # the first paragraph fits into the 512 characters that so
     "characters, and say how to get the rest. Commands have the project's secrets in their "
     "environment; results show them masked.")
 MCP_MANAGE_INSTRUCTIONS = (
-    "\n\nThe flow: workspace_new makes a workspace from a local commit; exec, read, write, edit "
-    "work in it when given its name as `workspace`; workspace_diff shows what it changed; "
-    "workspace_pull brings that as commits to branch cmux/NAME, which the user merges; "
-    "workspace_push brings it to another local commit; workspace_rm deletes it, but no work that "
+    "\n\nThe flow: workspace_new makes a workspace; exec, read, write, edit work in it when given "
+    "its name as `workspace`; workspace_diff shows what it changed; workspace_pull brings that as "
+    "commits to branch cmux/NAME, which the user merges; workspace_rm deletes it, but no work that "
     "has not been pulled.")
 MCP_BUSY = "Too many calls wait, and this one has not begun: call again when some have ended."
 MCP_REST = {
@@ -8445,9 +8224,9 @@ _HALF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\x
 
 
 class Veil:
-    """Makes text from the host fit for a model: secret values masked, escapes and invisible
-    characters removed. A value is masked as it was sent, also where a cut went through it; a
-    command can spell it otherwise to get it past this."""
+    """Makes text from the host fit for a model: secrets masked, escapes and invisible characters
+    removed. A value is masked as it was sent, also where a cut went through it; a command can spell
+    it otherwise."""
 
     def __init__(self, project: Project, op: str) -> None:
         project._know_secrets(op)
@@ -8471,7 +8250,7 @@ class Veil:
     def _edge(self, data: bytes, first: bool) -> bytes:
         """``data``; what a cut left of a secret at one end, four bytes or more, is masked."""
         sizes = [(overlap(data, value, first), shown) for value, shown in self.masks
-                 if (value[-4:] if first else value[:4]) in data]  # soon, for many cuts
+                 if (value[-4:] if first else value[:4]) in data]  # rules out most of many cuts
         size, shown = max(sizes, default=(0, b""))
         return data if size < 4 else shown + data[size:] if first else data[:-size] + shown
 
@@ -8494,17 +8273,16 @@ class Call:
 
     def __init__(self, number: str | int, tool: Verb, params: Fields,
                  size: int, reply: Callable[[Fields], None]) -> None:
-        import threading
         self.number, self.tool, self.reply, self.bytes = number, tool, reply, size
         given = params.get("arguments")
         self.arguments: Any = {} if given is None else given
         self.token = params.get("_meta", {}).get("progressToken")
         self.id, self.arrived = "r" + os.urandom(4).hex(), time.monotonic()
         self.doing = "waiting"
-        self.name = self.op = ""   # name ("": the one bound to) and id of its workspace
+        self.name = self.op = ""  # name ("": the one bound to) and id of its workspace
         self.cancel, self.cancelled = Cancel(), False  # cancelled: by the client
         self.done = threading.Event()
-        self.result: Fields = {}   # these three hold what came of it, once it is done
+        self.result: Fields = {}  # these three hold what came of it, once it is done
         self.text, self.failed = "", True
         self.output = bytearray()  # of a command, up to MCP_LOG_MAX bytes, for logs
 
@@ -8524,18 +8302,6 @@ class Call:
         return {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"),
                 "size": len(self.output)}
 
-    def row(self) -> Fields:
-        """One of the jobs of its workspace."""
-        command = self.arguments.get("command", self.tool.name)
-        return dict(self.status(), command=str(command)[:200])
-
-
-def wait_until(done: Callable[[], bool], seconds: float, cancel: Cancel | None = None) -> None:
-    """Wait, ``seconds`` at most, until ``done()``. Raises Cancelled."""
-    deadline = Deadline(seconds)
-    while not done() and nap(0.05, deadline, cancel):
-        pass
-
 
 class McpServer:
     """A server that answers lines of JSON-RPC 2.0 by ``write``, which also gets a Cancel: it is set
@@ -8547,7 +8313,6 @@ class McpServer:
     def __init__(self, project: Project, workspace: str, host: Sequence[str],
                  write: Callable[[bytes, Cancel], None], manage: bool = False,
                  soft: float = MCP_SOFT) -> None:
-        import threading
         self.write, self.writing, self.ending = write, threading.Lock(), Cancel()
         self.closed = False  # nobody reads the answers any more
         self.project, self.workspace, self.host = project, workspace, host
@@ -8558,11 +8323,11 @@ class McpServer:
             name=workspace, host=place[:36], soft=soft, room=MCP_ROOM)
         if manage:
             self.instructions += MCP_MANAGE_INSTRUCTIONS
-            other = Arg("workspace", "text", f"another workspace than {workspace}")
+            other = Text("workspace", f"another workspace than {workspace}")
             self.tools = {name: Verb(tool.name, tool.text, *tool.args, other, **tool.settings)
                           for name, tool in TOOLS.items()}
             self.tools.update(MANAGE_TOOLS)
-        self.slots = threading.Semaphore(MCP_AT_ONCE)  # held from a call's begin to its answer
+        self.slots = threading.Semaphore(32)  # held from a call's begin to its answer
         self.mutex = threading.Lock()  # of the name and id above, and of what follows
         self.calls: set[Call] = set()  # not answered yet
         self.kept: dict[str, Call] = {}  # answered with a job
@@ -8605,8 +8370,7 @@ class McpServer:
             try:
                 message = strict_json(line)
             except UsageError as error:
-                code = -32600 if len(line) > BATCH_LINE_MAX else -32700
-                raise ProtocolError(code, str(error))
+                raise ProtocolError(-32700, str(error))
             if not isinstance(message, dict) or message.get("jsonrpc") != "2.0":
                 raise ProtocolError(-32600, "A line is not one message of JSON-RPC 2.0.")
             method, asked = message.get("method"), message.get("id")
@@ -8643,28 +8407,27 @@ class McpServer:
         stateless = bool(asked) or method == "server/discover"
         info = {"name": "cmux-ssh", "title": f"SSH workspace {self.workspace}",
                 "version": __version__}
-        able: Fields = {"capabilities": {"tools": {}}, "instructions": self.instructions}
+        result: Fields = {"capabilities": {"tools": {}}, "instructions": self.instructions}
 
-        def respond(result: Fields, **more: object) -> None:
+        def respond(result: Fields) -> None:
             if stateless:
-                result = dict(result, **more, resultType="complete",
-                              _meta={MCP_META + "serverInfo": info})
+                result = dict(result, resultType="complete", _meta={MCP_META + "serverInfo": info})
             self.send({"jsonrpc": "2.0", "id": number, "result": result})
-        fresh = functools.partial(respond, ttlMs=3600000, cacheScope="private")
         if method == "tools/call":
-            self._enqueue(number, params, size, respond)
-        elif method == "tools/list":
-            fresh({"tools": list(map(described, self.tools.values()))})
+            return self._enqueue(number, params, size, respond)
+        if method == "tools/list":
+            result = {"tools": list(map(described, self.tools.values()))}
         elif method == "server/discover":
-            fresh(dict(able, supportedVersions=MCP_VERSIONS))
-        elif method == "initialize" and not stateless:
-            wanted = params.get("protocolVersion")
-            version = wanted if wanted in MCP_HANDSHAKE else MCP_HANDSHAKE[0]
-            respond(dict(able, protocolVersion=version, serverInfo=info))
-        elif method == "ping" and not stateless:
-            respond({})
-        else:
+            result["supportedVersions"] = MCP_VERSIONS
+        elif stateless or method not in ("initialize", "ping"):
             raise ProtocolError(-32601, f"There is no method {show(method)}.")
+        elif method == "ping":
+            result = {}
+        else:
+            wanted = params.get("protocolVersion")
+            result.update(serverInfo=info, protocolVersion=wanted if wanted in MCP_HANDSHAKE
+                          else MCP_HANDSHAKE[0])
+        respond(dict(result, ttlMs=3600000, cacheScope="private") if stateless else result)
 
     # -- tools/call --
 
@@ -8675,7 +8438,7 @@ class McpServer:
         if tool is None:
             raise ProtocolError(-32602, f"There is no tool {show(str(name))}.")
         calls, call = list(self.calls), Call(number, tool, params, size, reply)
-        if len(calls) < MCP_PENDING and sum(one.bytes for one in calls) <= MCP_PENDING_BYTES:
+        if len(calls) < 512 and sum(one.bytes for one in calls) <= 64 * MIB:  # a thread each
             self.calls.add(call)
             with contextlib.suppress(RuntimeError):  # the system has no room for one more thread
                 return threading.Thread(target=self._serve, args=(call,), daemon=True).start()
@@ -8684,7 +8447,6 @@ class McpServer:
 
     def _serve(self, call: Call) -> None:
         """Answer a call at its end, or at the soft timeout with a job: it goes on."""
-        import threading
         text, failed = MCP_BUSY, True
         begun = self._in_time(call, lambda seconds: self.slots.acquire(timeout=seconds))
         try:
@@ -8705,7 +8467,7 @@ class McpServer:
     def _in_time(self, call: Call, happens: Callable[[float], bool]) -> bool:
         """Report progress until something happens; False at the soft timeout."""
         patience = Deadline(call.arrived + self.soft - time.monotonic())
-        while not happens(patience.capped(MCP_PROGRESS)):
+        while not happens(patience.capped(2)):
             seconds = time.monotonic() - call.arrived
             if patience.over():
                 return False
@@ -8739,22 +8501,20 @@ class McpServer:
                     "isError": failed})
 
     def _failure(self, error: Exception) -> str:
+        """What happened, and what to do next: the tools that do it or, if one cannot, the user's
+        commands."""
         failure = expected(error)
         if failure is None:
             return defect(error)
-        try:
-            text = f"{failure} {self._hint(failure)}".rstrip()
-            return Veil(self.project, self.op).clean(text)
-        except CmuxError as unread:  # without the secrets nothing of the host's can be shown
-            return advised(unread)
-
-    def _hint(self, failure: CmuxError) -> str:
-        """What to do next: the tools that do it or, if one cannot, the user's commands."""
         tools = {tool.name: name for name, tool in self.tools.items()}
         steps = [tools.get(command.split()[0], "") for command in failure.commands]
+        hint = f"{failure.hint.rstrip('.')}: {', '.join(steps)}" if steps else failure.hint
         if "" in steps:
-            return f"{failure.hint} {as_called('For the user', *failure.commands)}"
-        return f"{failure.hint.rstrip('.')}: {', '.join(steps)}" if steps else failure.hint
+            hint = f"{failure.hint} {as_called('For the user', *failure.commands)}"
+        try:
+            return Veil(self.project, self.op).clean(f"{failure} {hint}".rstrip())
+        except CmuxError as unread:  # without the secrets nothing of the host's can be shown
+            return advised(unread)
 
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
@@ -8783,10 +8543,11 @@ class McpServer:
                 return self._on_kept(call, jobs, arguments)
             target = self._workspace(call)
             call.op = target.op
-        call.result.update((tool.tool or tool.manage)(target, cancel=call.cancel, **arguments))
+        call.result.update(tool.handler(target, cancel=call.cancel, **arguments))
         if tool.name == "jobs":
             call.result["jobs"] += [
-                one.row() for one in list(self.kept.values()) if one.op == call.op]
+                dict(one.status(), command=str(one.arguments.get("command", one.tool.name))[:200])
+                for one in list(self.kept.values()) if one.op == call.op]
         return self._shown(call, call.result)
 
     def _host_of(self, name: str) -> str:
@@ -8828,21 +8589,19 @@ class McpServer:
                 f"There is no job {show(' or '.join(names))} in this server: such a job ends "
                 "with the server that began it.", "Wait for jobs of the host (j...) apart, or run "
                 "it again with background=true.")
-        tool, job = call.tool.name, jobs[0]
+        tool, job, offset = call.tool.name, jobs[0], arguments.get("offset", 0)
         call.name, call.op = job.name, job.op
-        if tool == "logs":
-            offset = arguments.get("offset", 0)
-            wait_until(lambda: job.done.is_set() or len(job.output) > offset,
-                       min(arguments["wait"], 30), call.cancel)
-            return self._shown(call, job.logs(offset))
         if tool == "stop":
             job.cancel.set()
-            wait_until(lambda: job.done.is_set(), STOP_PATIENCE * 3, call.cancel)
+        wait_until(lambda: any(one.done.is_set() for one in jobs)
+                   or tool == "logs" and len(job.output) > offset,
+                   arguments.get("timeout", min(arguments.get("wait", 30), 30)), call.cancel)
+        if tool == "logs":
+            return self._shown(call, job.logs(offset))
+        if tool == "stop":
             seen = job.done.is_set() and not job.failed
             how = job.result.get("stopped") or ("confirmed" if seen else "requested")
             return self._shown(call, dict(job.status(), stopped=how))
-        wait_until(lambda: any(one.done.is_set() for one in jobs), arguments["timeout"],
-                   call.cancel)
         job = next((one for one in jobs if one.done.is_set()), job)
         if job.done.is_set():
             return f"job: {job.id}\nstate: {job.status()['state']}\n{job.text}"
@@ -8863,12 +8622,11 @@ class McpServer:
             return "\n".join([*plain, "It was done, but what the host sent is not shown: "
                               + advised(error)])
         if "next_offset" in result:  # of a job's output what may begin a secret waits for more
-            data = result["output"]
-            more = result["state"] == "running" or result["next_offset"] < result["size"]
+            data, end = result["output"], result["next_offset"]
+            more = result["state"] == "running" or end < result["size"]
             held = veil.unsure(data) if more else 0
-            if held < len(data) or held < MCP_ROOM:  # else a secret is longer than a page
-                result = dict(result, output=data[:len(data) - held],
-                              next_offset=result["next_offset"] - held)
+            if held < MCP_ROOM:  # else a secret is longer than a page
+                result.update(output=data[:len(data) - held], next_offset=end - held)
         notes, body, room = [], [], MCP_ROOM  # type: list[str], list[str], int
         for key in filter(result.__contains__, MCP_BODIES):
             value = result[key]
@@ -8903,10 +8661,10 @@ class McpServer:
 def understood(tool: Verb, given: Any) -> Any:
     """The arguments. Models mix `name` and `workspace` up: where a tool has only one of them, it is
     taken for that."""
-    both = {"name", "workspace"}
-    own = both & {arg.name for arg in tool.params}
-    if len(own) == 1 and isinstance(given, dict) and not own & set(given):
-        return {own.copy().pop() if key in both else key: value for key, value in given.items()}
+    both = ("name", "workspace")
+    own = [arg.name for arg in tool.params if arg.name in both]
+    if len(own) == 1 and isinstance(given, dict) and own[0] not in given:
+        return {own[0] if key in both else key: value for key, value in given.items()}
     return given
 
 
@@ -9058,19 +8816,11 @@ def examine_machine() -> Iterator[Finding]:
         yield "bad", "state", str(error), error.hint, *error.commands
 
 
-def examine_config(config: SSHConfig) -> Finding:
-    """What the user's ssh config would let out, and is overridden."""
-    leaks = [option for option in LEAKS
-             if set(config.values.get(option.lower(), ())) - {"no", "none", "false"}]
-    return "ok", "config", ("these settings of your ssh config are overridden: " + ", ".join(leaks)
-                            if leaks else "your ssh config sends nothing from this machine")
-
-
 def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
     """Why the connection failed, by the debugging messages of ssh and the words of its
     ProxyCommand."""
     plain, heard = read_log(words.encode())
-    error = failure_in(plain if plain.strip() or proxy_of(config) else said, heard, config)
+    error = failure_in(plain if plain.strip() or proxy_of(config) else said, config, heard)
     if isinstance(error, ConnectionDropped):
         error = proxy_failure(config, said) or error
     text, fix = str(error), [error.hint, *error.commands]
@@ -9108,9 +8858,10 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
                f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
                "Make it writable, or choose another with new --root DIR.")
         return
-    for program, what, state, lack in (
-            ("tar", "tar", "bad", "the host has none that extracts"),
-            ("git", "git there", "fix", "the host has none: workspaces have no commits")):
+    for what, state, lack in (
+            ("tar", "bad", "the host has none that extracts"),
+            ("git there", "fix", "the host has none: workspaces have no commits")):
+        program = what.split()[0]
         yield ("ok" if program in facts else state, what, facts.get(program, lack) or "found",
                f"Install {program} on the host.")
     free, inodes = (number(facts.get(key, "")) for key in ("free", "inodes"))
@@ -9121,7 +8872,7 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
 
 
 def examine_speed(host: Host) -> Iterator[Finding]:
-    count = 1 if host.masters.single() else host.masters.count_sessions(BOOT, 12)
+    count = 1 if host.masters.single() else host.masters.count_sessions()
     yield ("ok" if count >= SESSIONS_PER_MASTER else "fix", "sessions",
            f"{count} on one connection; {min(count, SESSIONS_PER_MASTER)} of them used",
            "MaxSessions 10 in its sshd_config is the usual.")
@@ -9180,7 +8931,11 @@ def examine(host: Host | None, root: str) -> Iterator[Finding]:
         yield "note", "host", "none was named", "Name one, to have it examined."
         return
     try:
-        yield examine_config(host.masters.config)
+        config = host.masters.config.values
+        leaks = ", ".join(option for option in LEAKS
+                          if set(config.get(option.lower(), ())) - {"no", "none", "false"})
+        yield "ok", "config", (f"these settings of your ssh config are overridden: {leaks}"
+                               if leaks else "your ssh config sends nothing from this machine")
         yield from examine_connection(host)
         yield from examine_programs(host, root)
         yield from examine_speed(host)
@@ -9218,7 +8973,6 @@ class Terminal(Report):
     current: Terminal | None = None  # of this process
 
     def __init__(self, verbosity: int, verb: str = "") -> None:
-        import threading
         self.verbosity, self.many = verbosity, False
         person = verbosity >= 0 and os.isatty(2)
         self.notes = person or verb in ("new", "push") or verbosity > 0
@@ -9278,7 +9032,6 @@ class Terminal(Report):
             self.line(advised(text) if isinstance(text, CmuxError) else text)
 
     def step(self, what: str, doing: str) -> None:
-        import threading
         self.lanes[what] = doing, time.monotonic()
         if self.redraws and not self.drawing:
             self.drawing = True
@@ -9331,27 +9084,23 @@ class Terminal(Report):
                 self._draw()
 
     def _draw(self) -> None:
+        """A line for each workspace; if there are too many, for those at work."""
         if self.closed.is_set() or not self.lanes:
             return
         columns, rows = 80, 24
         with contextlib.suppress(OSError):
             columns, rows = os.get_terminal_size(2)
-        lines = self._lines(columns - 1, max(1, rows - 2))
-        up = "\r" + "\x1b[A" * (self.drawn - 1)
-        draw(2, up + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
-        self.drawn = len(lines)
-
-    def _lines(self, columns: int, room: int) -> list[str]:
-        """A line for each workspace; if there are too many, for those at work."""
-        rows, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
-        if len(rows) > room:
-            rows = [row for row in rows if row[2]][:room]
-        for name, doing, since in rows:
+        lanes, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
+        if len(lanes) > rows - 2:
+            lanes = [lane for lane in lanes if lane[2]][:max(1, rows - 2)]
+        for name, doing, since in lanes:
             if since and "/s" not in doing:
                 doing += " " + human_age(time.monotonic() - since)
-            line = f"{name.ljust(self.width)[:max(8, columns - len(doing) - 2)]}  {doing}"
-            lines.append(line[:columns])
-        return lines
+            name = name.ljust(self.width)[:max(8, columns - len(doing) - 3)]
+            lines.append(f"{name}  {doing}"[:columns - 1] + "\x1b[K")
+        up = "\r" + "\x1b[A" * (self.drawn - 1)
+        draw(2, up + "\n".join(lines) + "\x1b[J")
+        self.drawn = len(lines)
 
 
 def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[Any] = (),
@@ -9526,7 +9275,7 @@ def exec_workspace(options: Options, name: str) -> Workspace:
     if options.push and project.push(name, report=report, cancel=cancel):
         workspace = project.workspace(name)
     if options.many:
-        workspace.host.masters.connect(Deadline(SLOT_PATIENCE), cancel)
+        workspace.host.masters.connect(cancel)
     return workspace
 
 
@@ -9566,9 +9315,9 @@ def exec_code(error: CmuxError) -> int:
 def data_waits() -> bool:
     """Whether stdin, if it is a file, pipe or socket, has bytes to read."""
     import termios
-    mode = os.fstat(0).st_mode
-    return (stat.S_ISREG(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)) and any(
-        fcntl.ioctl(0, termios.FIONREAD, bytes(4)))
+    with contextlib.suppress(OSError):  # a device or a directory
+        return not os.isatty(0) and any(fcntl.ioctl(0, termios.FIONREAD, bytes(4)))
+    return False
 
 
 class Outlet:
@@ -9723,11 +9472,9 @@ class View:
     def _ask(self, workspace: Workspace) -> None:
         op = workspace.op
         try:
-            workspace.host.masters.connect(Deadline(SLOT_PATIENCE), now=True)
-            reply = workspace._tool(JOBS, job_directory(workspace), workspace.path)
-            changed = re.match(r"changed +(\d{1,9})\n", reply.stdout.decode("ascii", "replace"))
-            jobs = parse_jobs(workspace, reply)
-            self.seen[op] = {"changed": int(changed[1]) if changed else None, "jobs": jobs,
+            workspace.host.masters.connect(now=True)
+            changed, jobs = workspace._look(workspace.path)
+            self.seen[op] = {"changed": changed, "jobs": jobs,
                              "running": [job for job in jobs if job["state"] == "running"]}
         except CmuxError as error:
             self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
@@ -9780,7 +9527,7 @@ def command_completion(options: Options) -> Shown:
 
 
 def complete(words: Sequence[str]) -> int:
-    """`__complete WORD...`, for the scripts below: print what the last word can become."""
+    """For the scripts below: print what the last word can become."""
     for word in sorted(candidates(words[:-1], words[-1])):
         if word.startswith(words[-1]):
             print_text(word)
@@ -9840,7 +9587,7 @@ COMPLETIONS = {"bash": r"""_cmux_ssh() {
   COMPREPLY=()
   [[ ${COMP_WORDS[0]##*/} != python* ]] || at=2
   [[ ${COMP_WORDS[at-1]##*/} == cmux_ssh.py && $COMP_CWORD -ge $at ]] || return 0
-  COMPREPLY=($(%s __complete "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
+  COMPREPLY=($(%s __complete bash "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
 }
 complete -o default -F _cmux_ssh cmux_ssh.py python3
 """, "fish": r"""function __cmux_ssh
@@ -9848,7 +9595,7 @@ complete -o default -F _cmux_ssh cmux_ssh.py python3
   set -l word (commandline -ct)
   string match -qr '(^|/)python[^/]*$' -- $words[1]; and set -e words[1]
   string match -qr '(^|/)cmux_ssh\.py$' -- $words[1]; or return 1
-  set -g __cmux_ssh_words (%s __complete $words[2..-1] "$word" 2>/dev/null)
+  set -g __cmux_ssh_words (%s __complete fish $words[2..-1] "$word" 2>/dev/null)
   test -n "$__cmux_ssh_words"
 end
 complete -c cmux_ssh.py -n __cmux_ssh -f -a '$__cmux_ssh_words'
@@ -9983,7 +9730,7 @@ def command_push(options: Options) -> Shown:
 
 def command_fork(options: Options) -> Shown:
     source = existing_workspace(options)
-    made = VERBS[options.verb].manage(source.project, None, source.name, options.name)
+    made = VERBS[options.verb].handler(source.project, None, source.name, options.name)
     return made, ["%(name)s  %(host)s:%(path)s" % made]
 
 
@@ -10190,7 +9937,7 @@ def command_edit(options: Options) -> Shown:
     arguments = options_given(options, "sha256")
     edit = options_given(options, "old", "new", "count")
     if edit:
-        arguments["edits"] = [edit]
+        arguments["edits"] = [EDIT.check(edit)]
     else:
         import json
         try:
@@ -10199,8 +9946,8 @@ def command_edit(options: Options) -> Shown:
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
     arguments["path"] = options.path
-    check_call("edit", arguments)
-    result = call_tool(the_workspace(options), "edit", arguments)
+    run = checked_call("edit", arguments)
+    result = run(the_workspace(options), None)
     return result, [result["diff"].rstrip("\n")]
 
 
@@ -10353,8 +10100,9 @@ def command_demo(options: Options) -> Shown:
 
 def line_args(verb: Verb) -> list[Arg]:
     """What the command line of ``verb`` takes."""
-    known = [arg for arg in COMMON if arg.flags[0].strip("-")[0] not in verb.lacks]
-    return [arg for arg in verb.args if arg.face != "json"] + known
+    lacks = verb.settings.get("lacks", "")
+    known = [arg for arg in COMMON if arg.flags[0].strip("-")[0] not in lacks]
+    return [*verb.args, *verb.line, *known]
 
 
 def usage(group: str) -> str:
@@ -10430,7 +10178,7 @@ def parse(name: str, words: list[str]) -> Options:
     options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
     options.verb, options.verbosity = name, options.verbose - options.quiet
     options.terminal = Terminal(options.verbosity, name)
-    if NAME in VERBS[name].args and options.name:
+    if NAME in VERBS[name].line and options.name:
         options.workspace.append(options.name)
     flags = {arg.name: arg.flags[0] for arg in line_args(VERBS[name]) if arg.flags}
     for one, others in EXCLUDED.items():
@@ -10526,8 +10274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if of_many:
             print_text(usage(of_many[1]))
             return 0 if words else 2
-        if name == "__complete" and rest:
-            return complete(rest)
+        if name == "__complete" and rest[1:]:  # the first names the shell
+            return complete(rest[1:])
         options = parse(name, rest)
         raise_descriptor_limit()
         stop_signals()

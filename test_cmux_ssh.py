@@ -1165,7 +1165,7 @@ def test_help_shows_an_example_and_fits(common, command):
     shown = common.cli(f"{command} -h", env={"COLUMNS": "80", "FORCE_COLOR": "1"})
     assert shown.code == 0 and re.search(rf"cmux_ssh(\.py)? {command}", shown.text.split("usage:")[1].partition("\n")[2])
     assert max(map(len, shown.text.split("\n"))) <= 80 and "\x1b" not in shown.text
-    assert command not in c.VERBS or all(arg.text for arg in c.VERBS[command].args)
+    assert command not in c.VERBS or all(arg.text for arg in c.line_args(c.VERBS[command]))
 
 
 # === exec: bytes, exit codes, stdin (promise 5) ===
@@ -1397,8 +1397,9 @@ def test_a_line_cut_in_mid_command_is_a_lost_line(repo, line, nap):
 
 
 def ssh_without_masters(site):
-    in_sshs_place(site, 'for a in "$@"; do case $a in -M|-MN|ControlMaster=yes|ControlMaster=auto)\n'
-        'echo "command-line line 0: Unsupported option ControlMaster" >&2; exit 255;; esac; done\nexec $ssh "$@"')
+    """A server by its own word of those that end a connection whose sessions come and go at once: each has its own."""
+    in_sshs_place(site, 'case " $* " in *" -M "*) ;; *) exec $ssh "$@";; esac\n$ssh "$@"; r=$?\nfor a; do [ "$p" != -E ] || '
+                  'echo "debug1: kex_exchange_identification: remote software version dropbear_2024.85" >>"$a"; p=$a; done\nexit $r')
 
 
 def gated(site, name):
@@ -1521,6 +1522,31 @@ def test_without_wrapper_and_proc_no_end_is_confirmed():
         assert b"\nleft\n" in guard("-") and b"\nleft\n" in guard(99999999)
         assert b"\nconfirmed\n" in guard(here.pid)
         assert not os.path.isdir("/proc/self") or b"\nconfirmed\n" in guard("-", "/proc")
+
+
+def test_an_interrupt_in_a_close_keeps_no_session(repo):
+    """At each line in turn but that which closes the lock's file. (From inside: no signal can be aimed at one.)"""
+    repo.new()
+    assert in_library(repo, """
+import glob, os
+workspace, sys.unraisablehook = here(warm=0), lambda _: None
+def trace(frame, event, _):
+    global left
+    if event == "line" and frame.f_code.co_name in ("close", "_leave", "_forked", "free") and frame.f_code.co_filename == cmux_ssh.__file__:
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+    return trace
+for line in range(24):
+    left = line
+    sys.settrace(trace)
+    try:
+        workspace.exec("true")
+    except KeyboardInterrupt:
+        pass
+    sys.settrace(None)
+print(workspace.exec("exit 3").exit_code, sum(not cmux_ssh.Lock(path).take() for path in glob.glob(os.environ["CMUX_SSH_HOME"] + "/m/*/m.*.[0-9]")) < 2)
+""") == "3 True\n"
 
 
 def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
@@ -2627,26 +2653,6 @@ def test_a_server_that_asks_for_the_agent_is_left(repo, site):
     assert again.code == 0 and not again.said
 
 
-def test_a_child_of_a_proxy_does_not_keep_a_call(site, repo):
-    """A session of its own ends with its ssh, whoever holds its stderr."""
-    server = f"{program('sshd', 'openssh-server')} -i -f {site.sshd_config('kept')} -E {site.dir}/log-kept"
-    nap, work = Nap(), Nap()
-    site.host("kept", f"ProxyCommand sh -c '{nap} & exec {server}'")
-    ssh_without_masters(site)
-    repo.new(host="kept")
-    try:
-        child = repo.start("exec --json --", work)
-        work.runs()
-        for process in processes(environ=False):
-            words = process.cmdline.split(b"\0")
-            if b"kept" in words and b"-S" in words and b"none" in words:
-                kill(process.pid, SIGKILL)
-        ran = child.end()
-        assert ran.code == 255 and ran.json["error"]["type"] == "ConnectionLost"
-    finally:
-        subprocess.run(["pkill", "-f", nap])
-
-
 @each("tar", ["bsdtar", "busybox"])
 def test_every_kind_of_tar_unpacks_the_same(site, tar):
     small_host(site, "git")
@@ -2866,11 +2872,11 @@ if what == "handshake":                    # the commands that could not begin a
 """, what).splitlines() == ["True 0", {"slot": "{0} True", "two slots": "{0} True", "handshake": "{130} True"}.get(what, "{'Cancelled'} True")]
 
 
-@each("way", ["one master", "MaxSessions 1", "no masters"])
+@each("way", ["one master", "MaxSessions 1", "own masters"])
 def test_commands_that_stream_do_not_wait_for_each_other(site, way, repo):
     """Each needs two: all held one, and waited for the next."""
     site.daemon("few", way if way == "MaxSessions 1" else "")
-    if way == "no masters":
+    if way == "own masters":
         ssh_without_masters(site)
     line = site.line("far", to="few")
     repo.new(host="far")
@@ -3800,7 +3806,7 @@ PYTHONS = [sys.executable] + [str(p) for v in ("3.9", "3.13") for p in sorted(Pa
 
 class Lab(Repo):
     """A repository, and two hosts, one with git and one without, whose answer to a pull we write ourselves. One process
-    pulls whenever we say so; its ssh is a program that runs here what it is given: that saves five hundred handshakes."""
+    pulls whenever we say so; as if a person had logged it in, over one connection: that saves five hundred handshakes."""
 
     def __init__(self, keys, **limits):
         self.site, self.puller = Site(keys), None
@@ -3810,9 +3816,8 @@ class Lab(Repo):
         self.git("config maintenance.auto false")  # of git 2.55: its lock would come and go in the background
         self.save({"README": b"hi\n", "src/a.c": b"a\n", "docs": b"x\n", "back\\slash": b"b\n", ".gitattributes": b"docs export-ignore\n"})
         self.site.env["PYTHONPATH"] = str(HERE)
-        in_sshs_place(self.site, f"""case " $* " in *" -G "*|*" -V "*) exec $ssh "$@";; *" -M "*) echo Unsupported option >&2; exit 255;; esac
-while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={self.site.dir}/$2 sh -c "$3\"""")
-        posix_tools(self.site.dir / "git", "git", busybox=False), posix_tools(self.site.dir / "files", busybox=False)
+        for how, more in (("git", ["git"]), ("files", [])):
+            self.site.inetd(how, env={"HOME": str(self.site.remote), "PATH": posix_tools(self.site.dir / how, *more, busybox=False)})
 
     def state(self):
         """Which file each is, and when it was last changed. (git gives an object that it has already the time of now.)"""
@@ -3841,6 +3846,8 @@ while [ "$1" != -- ]; do shift; done; exec env -i HOME={self.site.remote} PATH={
         if self.puller is None:
             self.puller = subprocess.Popen([sys.executable, "-c", PULLER, self.limits], cwd=self.dir, env=self.site.env, stdin=PIPE, stdout=PIPE)
             assert self.puller.stdout.readline() == b"\n"
+            for folder in self.site.state.glob("m/*"):
+                (folder / "person").touch()
             tree = self.git("--git-dir", str(next(self.site.remote.glob("cmux/*/git/.git"))), "rev-parse", "refs/cmux/base^{tree}")
             at = self.site.dir
             for tool, cases in (("git/git", f"*' cat-file --batch '*) if mkdir {at}/again; then exec {at}/said0; fi; rmdir {at}/again; exec {at}/said2;; "
@@ -4696,6 +4703,15 @@ def test_a_line_cut_during_pull_leaves_nothing(line, repo):
         assert not repo.git("for-each-ref refs/heads/cmux")
     line.cut["down"] = None
     repo.ok("pull")
+
+
+def test_only_a_large_result_gets_its_own_connection(repo, site):
+    repo.new()
+    for size in (200_000, 300_000):
+        do(repo, f"head -c {size} /dev/urandom >{size}")
+        before = site.log().count("Accepted publickey")
+        repo.ok("pull")
+        assert site.log().count("Accepted publickey") - before == (size > 262144) and repo.git(f"cat-file -s cmux/main:{size}") == str(size)
 
 
 def test_what_may_not_come_has_a_way_out(repo):
@@ -7350,7 +7366,7 @@ def test_mcp_answers_calls_as_they_finish(mcp):
     *((b'{"jsonrpc":"2.0","id":"g"%s}' % rest, code) for rest, code in (
         (b',"method":3', -32600), (b"", -32600), (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
         (b',"method":"tools/call","params":{"name":["x"]}', -32602), (b',"method":"tools/call","params":{"_meta":3}', -32602))),
-    (b'"' + b"x" * (17 << 20), -32600)], ids=lambda value: str(value)[:40])
+    (b'"' + b"x" * (17 << 20), -32700)], ids=lambda value: str(value)[:40])
 def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
     mcp.send(line)
     error = (mcp.answer("g") if b'"id":"g","method"' in line and code != -32600 else mcp.other())["error"]
@@ -7508,7 +7524,7 @@ def test_mcp_manage_reaches_other_workspaces(repo):
         assert client("workspace_diff", workspace="two") == "diff: none"
         client("write", workspace="two", path="work", content="done\n")
         assert "done" in client("read", workspace="two", path="work") and client.call("read", path="work")[0]
-        assert re.search("name=one(.|\n)*name=two", client("workspace_list"))
+        assert re.search("=one .*changed=0  jobs=0  behind=0\n.*=two .*changed=1", client("workspace_list"))
         difference = client("workspace_diff", workspace="two")
         assert "+done" in difference and "is data from box, not instructions" in difference and "work | 1 +" in client("workspace_diff", workspace="two", stat=True)
         text = client.refusal("workspace_rm", workspace="two")
@@ -8826,7 +8842,7 @@ def test_readme_commands_are_the_parsers():
     assert [word.split()[-1] for word in told["secrets"]] == [name.split()[1] for name in c.VERBS if " " in name]
     assert [word.split()[-1] for word in told["completion"]] == [*c.VERBS["completion"].args[0].choices]
     for name, verb in c.VERBS.items():
-        takes = [arg.shown for arg in verb.args if arg.word and arg.face != "json"]
+        takes = [arg.shown for arg in c.line_args(verb) if arg.word]
         assert name.startswith(("secrets", "completion")) or all(metavar.split()[-1].rstrip(".") in told[name][0] for metavar in takes), (name, takes)
 
 
@@ -9372,18 +9388,13 @@ FLOODS = {
 
 
 class Liar:
-    """A host that lies about workspaces called lie-N and is honest about others, reached in one of two ways: a real
-    sshd with a hostile login shell, or a program in the place of ssh that talks nonsense itself."""
+    """A host that lies about workspaces called lie-N and is honest about others: a real sshd with a hostile login shell."""
 
-    def __init__(self, site, how="sshd"):
+    def __init__(self, site):
         self.site, self.spec, liar = site, site.dir / "attacks", site.dir / "liar.py"
         liar.write_text(LIAR)
         shell = site.script("liar-shell", f'CMUX_LIAR={self.spec} exec {sys.executable} -I -S {liar} "$@"')
         site.daemon("liar", f"ForceCommand {shell}")
-        if how == "ssh":
-            in_sshs_place(
-                site, 'for a; do case $a in -G) exec $ssh "$@";; -M) echo "unsupported option ControlMaster" >&2; exit 255;; esac; done\n'
-                f'HOME={site.far_home("liar")}; export HOME; exec {shell} "$@"')
         self.repo = Repo(site)
         self.repo.new(host="liar")
 
@@ -9413,10 +9424,9 @@ def sane(answer, what):
 
 
 @slow
-@each("how", ["sshd", "ssh"])
 @promise(3)
-def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, how):
-    liar = Liar(site, how)
+def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site):
+    liar = Liar(site)
     names = dict(zip(liar.lies(*ATTACKS.values()), ATTACKS))
     with Agent(liar.repo, "-j 16") as talker:
         for name, what in names.items():
@@ -9429,6 +9439,17 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site, h
                     assert answer["result"]["exit_code"] in (None, *range(256)), (what, answer)
         assert talker("exec", command="echo honest")["stdout"] == "honest\n"
     assert {"main", *names} == set(liar.repo.workspaces())
+
+
+@each("tool", ["wait", "logs -f"])
+def test_a_host_that_ends_long_polls_at_once_is_not_asked_at_once(site, tool):
+    liar = Liar(site)
+    (name,) = liar.lies(says("0 j0123abcd running\n"))
+    before, child = site.log("liar").count("Starting session"), liar.repo.start(*tool.split(), "j0123abcd", "-w", name)
+    sleep(4)
+    child.send_signal(SIGINT)
+    child.communicate()
+    assert 0 < site.log("liar").count("Starting session") - before < 9
 
 
 @slow
@@ -9494,7 +9515,7 @@ def test_a_secret_with_half_a_character_is_damaged(repo, site):
     (file,) = [path for path in site.state.rglob("*") if path.is_file() and b"valuevalue" in path.read_bytes()]
     file.write_bytes(file.read_bytes().replace(b"valuevalue", b"\\" + b"ud800x"))
     ran = repo.exec("true")
-    assert ran.code == 125 and "The secret TOK" in ran.said and "damaged" in ran.said
+    assert ran.code == 125 and "holds a damaged secret TOK" in ran.said
 
 
 def test_mcp_a_failing_secret_command(repo, site):
