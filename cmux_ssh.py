@@ -19,16 +19,17 @@ sh and tar remotely. It reads and writes one directory of its own, $CMUX_SSH_HOM
 The file is a row of rooms. A room uses only the rooms above it, and each door to the outside
 (processes, local state, ssh, git, the terminal) belongs to one room. Tests check this.
 
-     1 Header        what this is                   11 Git           archive, trees, shadows
-     2 Limits        numbers and their reasons      12 Workspaces    create, push, fork, remove
-     3 Errors        what can go wrong              13 Results       pull and diff, all checked
-     4 Values        results, deadlines             14 Tools         what an agent works with
-     5 Checking      names, hosts, quoting          15 Parallel      threads, batch
-     6 Remote        scripts: every byte of sh      16 MCP           the tools for any agent
-     7 Processes     spawn, poll, kill              17 Demo          a throwaway sshd
-     8 State         files, locks, secrets          18 Doctor        what is wrong, and its fix
-     9 SSH           masters, control protocol      19 Command line  the only room that prints
-    10 Operations    one operation on a host
+     1 Header        what this is                   12 Uploads       a commit's files to a host
+     2 Limits        every number, its reason       13 Results       pull and diff, all checked
+     3 Errors        what can go wrong              14 Tools         edits, patterns, jobs
+     4 Values        results, deadlines             15 Workspaces    create, push, fork, remove
+     5 Checking      names, hosts, quoting          16 Verbs         one table for all faces
+     6 Remote        scripts: every byte of sh      17 Parallel      threads, batch
+     7 Processes     spawn, poll, kill              18 MCP           the tools for any agent
+     8 State         files, locks, secrets          19 Demo          a throwaway sshd
+     9 SSH           masters, control protocol      20 Doctor        what is wrong, and its fix
+    10 Operations    one operation on a host        21 Command line  the only room that prints
+    11 Git           archive, trees, shadows
 
 Licence: MIT.  Copyright (c) 2026 The cmux_ssh.py authors.
 Permission is hereby granted, free of charge, to any person obtaining a copy of this software
@@ -2699,6 +2700,84 @@ def check_secret(name: str, value: bytes) -> bytes:
     return value
 
 
+@contextlib.contextmanager
+def noted(project: "Project", operation: str, workspace: str, host: str = "",
+          detail: object = "", op: str = "") -> Iterator[types.SimpleNamespace]:
+    """Record an operation in the history, unless it is part of another. The block sets ``size``
+    (bytes) and ``code`` (the exit code, unless it raises). ``op``: the workspace's id."""
+    thread = threading.get_ident()
+    row: Fields = {"operation": operation, "workspace": workspace, "host": host, "op": op}
+    entry = types.SimpleNamespace(row=row, code=0, size=0)
+    if thread in project.logging:
+        yield entry
+        return
+
+    known: object = None
+
+    def describe() -> None:  # also at the end: what a secret's command made is known by then
+        nonlocal known
+        if known != project.handed_over:
+            known, row["detail"] = dict(project.handed_over), ""
+            with contextlib.suppress(CmuxError):
+                row["detail"] = masked_detail(detail, project._masks())
+    began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
+    if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
+        describe()
+        lock = project.history.begin(row)
+    try:
+        project.logging.add(thread)  # in the try: after an interrupt it must be discarded
+        yield entry
+    except BaseException as error:
+        entry.code = getattr(error, "exit_code", 130 if type(error) is KeyboardInterrupt else 1)
+        raise
+    finally:
+        project.logging.discard(thread)
+        if lock:
+            lock.free()  # first: what follows fails where no descriptor is free
+        describe()
+        seconds = round(time.monotonic() - began, 3)
+        project.history.append(dict(row, duration=seconds, exit_code=entry.code, bytes=entry.size))
+
+
+def mask(data: bytes, masks: Iterable[tuple[bytes, bytes]]) -> bytes:
+    for value, shown in masks:
+        data = data.replace(value, shown)
+    return data
+
+
+def masked_detail(what: object, masks: Sequence[tuple[bytes, bytes]]) -> str:
+    """A command, path or pattern for the history: masked, one line, bounded."""
+    line = isinstance(what, str)
+    words = []
+    for word in [what] if line else what if isinstance(what, (list, tuple)) else ():
+        word = as_text(word) if isinstance(word, bytes) else str(word)
+        masked = as_text(mask(encoded(word), masks))
+        words.append(masked if masked != word or line else quote(word))
+    return show(" ".join(words), 200)[1:-1]
+
+
+def logged(operation: str, size: str = "",
+           code: Callable[[Any], int] = lambda result: 0) -> Callable[[AnyFunction], AnyFunction]:
+    """Record a method of a workspace with its first argument. ``size``: the member of the result
+    that is the bytes, or their number; the exit ``code`` is computed from the result."""
+    def decorate(function: AnyFunction) -> AnyFunction:
+        named = "".join(function.__code__.co_varnames[1:2])
+
+        @functools.wraps(function)
+        def call(workspace: "Workspace", *args: Any, **kwargs: Any) -> Any:
+            what = args[0] if args else kwargs.get(named, "")
+            with noted(workspace.project, operation, workspace.name, workspace.host.name, what,
+                       workspace.op) as entry:
+                result = function(workspace, *args, **kwargs)
+                entry.code = code(result)
+                if size:
+                    moved = vars(result)[size] if isinstance(result, Value) else result[size]
+                    entry.size = moved if isinstance(moved, int) else len(moved)
+                return result
+        return call  # type: ignore[return-value]
+    return decorate
+
+
 # === 9. SSH ===
 # Owns: ssh's options, the masters and their control protocol, session slots, the memory of
 # failures. The only room that names ssh and opens sockets. Promises: the host is reached as the
@@ -5141,690 +5220,9 @@ class Archive(Source):
             raise GitFailed(f"git archive failed: {why}.", _PARTIAL)
 
 
-# === 12. Workspaces ===
-# Owns: making, listing and removing workspaces, and what a command in one sees. May touch: the
-# rooms above. Promises: a workspace exists whole or not at all, on the host and in the registry.
-
-@contextlib.contextmanager
-def noted(project: ProjectBase, operation: str, workspace: str, host: str = "",
-          detail: object = "", op: str = "") -> Iterator[types.SimpleNamespace]:
-    """Record an operation in the history, unless it is part of another. The block sets ``size``
-    (bytes) and ``code`` (the exit code, unless it raises). ``op``: the workspace's id."""
-    thread = threading.get_ident()
-    row: Fields = {"operation": operation, "workspace": workspace, "host": host, "op": op}
-    entry = types.SimpleNamespace(row=row, code=0, size=0)
-    if thread in project.logging:
-        yield entry
-        return
-
-    known: object = None
-
-    def describe() -> None:  # also at the end: what a secret's command made is known by then
-        nonlocal known
-        if known != project.handed_over:
-            known, row["detail"] = dict(project.handed_over), ""
-            with contextlib.suppress(CmuxError):
-                row["detail"] = masked_detail(detail, project._masks())
-    began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
-    if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
-        describe()
-        lock = project.history.begin(row)
-    try:
-        project.logging.add(thread)  # in the try: after an interrupt it must be discarded
-        yield entry
-    except BaseException as error:
-        entry.code = getattr(error, "exit_code", 130 if type(error) is KeyboardInterrupt else 1)
-        raise
-    finally:
-        project.logging.discard(thread)
-        if lock:
-            lock.free()  # first: what follows fails where no descriptor is free
-        describe()
-        seconds = round(time.monotonic() - began, 3)
-        project.history.append(dict(row, duration=seconds, exit_code=entry.code, bytes=entry.size))
-
-
-def mask(data: bytes, masks: Iterable[tuple[bytes, bytes]]) -> bytes:
-    for value, shown in masks:
-        data = data.replace(value, shown)
-    return data
-
-
-def masked_detail(what: object, masks: Sequence[tuple[bytes, bytes]]) -> str:
-    """A command, path or pattern for the history: masked, one line, bounded."""
-    line = isinstance(what, str)
-    words = []
-    for word in [what] if line else what if isinstance(what, (list, tuple)) else ():
-        word = as_text(word) if isinstance(word, bytes) else str(word)
-        masked = as_text(mask(encoded(word), masks))
-        words.append(masked if masked != word or line else quote(word))
-    return show(" ".join(words), 200)[1:-1]
-
-
-def logged(operation: str, size: str = "",
-           code: Callable[[Any], int] = lambda result: 0) -> Callable[[AnyFunction], AnyFunction]:
-    """Record a method of a workspace with its first argument. ``size``: the member of the result
-    that is the bytes, or their number; the exit ``code`` is computed from the result."""
-    def decorate(function: AnyFunction) -> AnyFunction:
-        named = "".join(function.__code__.co_varnames[1:2])
-
-        @functools.wraps(function)
-        def call(workspace: WorkspaceBase, *args: Any, **kwargs: Any) -> Any:
-            what = args[0] if args else kwargs.get(named, "")
-            with noted(workspace.project, operation, workspace.name, workspace.host.name, what,
-                       workspace.op) as entry:
-                result = function(workspace, *args, **kwargs)
-                entry.code = code(result)
-                if size:
-                    moved = vars(result)[size] if isinstance(result, Value) else result[size]
-                    entry.size = moved if isinstance(moved, int) else len(moved)
-                return result
-        return call  # type: ignore[return-value]
-    return decorate
-
-
-class ProjectBase:
-    """A local git repository and its workspaces: see Project, which adds the tools."""
-
-    kind: type["Workspace"]  # see the room Tools
-
-    def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
-                 warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
-        self._warm, self._pool = warm, pool_of(host)
-        self._passed: dict[str, str] = {}  # host that is down -> the first workspace to notice
-        self.repository = Repository(directory)
-        self.registry = Registry(self.repository.common_dir)
-        self._interactive = interactive
-        self._hosts: dict[str, Host] = {}
-        self.ending = Cancel()
-        self._forked()
-        fork_aware().add(self)
-        self.handed_over: dict[bytes, str] = {}  # value of a secret -> its name
-        self.history = History(self.registry)
-        self._made: set[str] = set()
-
-    def _forked(self) -> None:
-        self._mutex = threading.Lock()
-        self.looking = threading.Lock()  # one thread reports what is not sent
-        self._fetching = threading.Lock()
-        self._unknown: dict[str, tuple[float, CmuxError]] = {}  # command -> why it failed
-        self.fetched: set[str] = set()   # commands of secrets that this process has run
-        self.logging: set[int] = set()   # threads in the middle of a logged operation
-
-    def _fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
-        """The values of secrets, remembered for masking: the last 1000, for a command may print
-        another each time."""
-        values = secret_values(secrets, cancel)
-        with self._mutex:
-            self.fetched.update(entry.get("command", "") for entry in secrets.values())
-            self.handed_over.update({value: name for name, value in values.items()})
-            for value in list(self.handed_over)[:-1000]:
-                del self.handed_over[value]
-        return values
-
-    def _know_secrets(self, op: str, cancel: Cancel | None = None) -> None:
-        """Run the commands for a workspace's secrets, unless this process has: an earlier process
-        may have sent what they print. Also where a narrower scope wins now."""
-        with self._fetching:
-            for name, entry, _ in self.registry.stored(op):
-                command = entry.get("command")
-                if not command or command in self.fetched:
-                    continue
-                until, why = self._unknown.get(command, (0.0, CmuxError("")))
-                if time.monotonic() < until:
-                    raise why
-                try:
-                    self._fetch({name: entry}, cancel)
-                except CmuxError as error:
-                    if not isinstance(error, Cancelled):
-                        self._unknown[command] = time.monotonic() + 10, error
-                    raise
-
-    def _known_secrets(self) -> dict[bytes, str]:
-        """value -> name of the secrets that this process has fetched, and of all that are stored.
-        """
-        return {**self.handed_over, **{encoded(entry.get("value", "")): name
-                                       for name, entry, _ in self.registry.stored()}}
-
-    def _masks(self) -> list[tuple[bytes, bytes]]:
-        """(a secret's value, what to show instead), longest first; also the lines of a value: a key
-        may be printed with other line ends or an indent. A value below four bytes would mask half
-        of all text."""
-        known = self._known_secrets()
-        for value, name in list(known.items()):
-            lines = map(bytes.strip, value.split(b"\n"))
-            known.update({line: name for line in lines if len(line) >= 16})
-        masks = [(value, b"[secret %s]" % name.encode()) for value, name in known.items()
-                 if len(value) >= 4]
-        return sorted(masks, key=lambda item: -len(item[0]))
-
-    @contextlib.contextmanager
-    def _editing_secrets(self, workspace: str = "", everywhere: bool = False) -> Iterator[Fields]:
-        """The secrets of one scope, to be changed: see set_secret()."""
-        if workspace and everywhere:
-            raise UsageError("A secret is for all projects, or for one workspace.")
-        path = secrets_file() if everywhere else self.registry.secrets_path
-        self.registry.read()  # makes it on first use, under the lock that is taken next
-        with self.registry.editing():  # none removes the workspace
-            if workspace:
-                path = self.registry.own_secrets(self._entry(workspace)["op"])
-            with editing_secrets(path) as stored:
-                yield stored
-
-    def set_secret(self, name: str, value: str | bytes | None, workspace: str = "",
-                   everywhere: bool = False) -> None:
-        """Store a secret, which commands see as the environment variable ``name``, in a local 0600
-        file; None forgets it. It is for this project, for one ``workspace`` of it, or
-        (``everywhere``) for all projects; the narrower wins. Raises UsageError, WorkspaceMissing,
-        StateFailed."""
-        check_variable(name, secret=True)
-        with self._editing_secrets(workspace, everywhere) as stored:
-            stored.pop(name, None)
-            if value is not None:
-                stored[name] = {"value": as_text(encoded(value))}
-
-    @property
-    def name(self) -> str:
-        """The project's name: its directory's, made safe."""
-        return str(self.registry.read()["name"])
-
-    def host(self, name: str) -> Host:
-        """The Host of that name, always the same object. Raises UsageError."""
-        with self._mutex:
-            if name not in self._hosts:
-                self._hosts[name] = Host(name, self._interactive, self._warm, self.ending)
-            return self._hosts[name]
-
-    def default_workspace(self) -> str:
-        """The current branch's name, made safe."""
-        return safe_workspace(self.repository.branch() or "detached")
-
-    def _hosts_for(self, workspace: str, host: str | Sequence[str] = (),
-                  source: str = "") -> list[str]:
-        """The pool for a new workspace: the host of the workspace ``source``, if that is named;
-        else ``host``, this object's, the words of $CMUX_SSH_HOST, or the values of the user's
-        `git config cmux.host`. Raises UsageError."""
-        if source:
-            place = self._entry(source)["host"]
-            self._check_place(source, place, host)
-            return [place]
-        words = os.environ.get("CMUX_SSH_HOST", "").split(" ")  # a tab separates nothing
-        hosts = pool_of(host) or self._pool or [*filter(None, words)] or [
-            *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
-        if not hosts:
-            raise UsageError(
-                f"There is no workspace {show(workspace)}, and no host is known to make it on.",
-                "Name one (also in $CMUX_SSH_HOST).",
-                f"new {workspace} -H HOST", "git config cmux.host HOST")
-        return pool_of(hosts)
-
-    def _entries(self) -> dict[str, Fields]:
-        """The registry's entries of finished workspaces, by name."""
-        return {name: entry for name, entry in self.registry.read()["workspaces"].items()
-                if entry.get("state") == "ready"}
-
-    def workspace(self, name: str) -> "Workspace":
-        """An existing workspace. Raises WorkspaceMissing."""
-        entry, lock = self._entry(name), self.registry.creation_lock(name)
-        if "intent" in entry and lock.take():  # else an operation on it runs
-            with lock:
-                entry = self._settle(name)
-        return self.kind(self, name, entry)
-
-    def workspaces(self) -> list["Workspace"]:
-        """All that are finished, by name. Connects to no host."""
-        return [self.kind(self, name, entry) for name, entry in sorted(self._entries().items())]
-
-    def _entry(self, name: str) -> Fields:
-        """The registry's entry of a finished workspace. Raises WorkspaceMissing."""
-        entry = self._entries().get(check_workspace(name))
-        if entry is None:
-            raise self._missing(name)
-        return entry
-
-    def _slip_of(self, name: str) -> str:
-        """The workspace that is probably meant where ``name`` is mistyped, or "". None that this
-        object has made: a program's own names are no slips of each other."""
-        return next((other for other in sorted(self._entries())
-                     if other not in self._made and is_slip(name, other)), "")
-
-    def _missing(self, name: str, make: bool = True) -> WorkspaceMissing:
-        slip = self._slip_of(name)
-        meant = f"; did you mean {slip}?" if slip else "."
-        return WorkspaceMissing(f"There is no workspace {show(name)} in this project{meant}",
-                                "List them" + (", or make it." if make else "."),
-                                "list", *[f"new {name} -H HOST"] * make)
-
-    def _update(self, name: str, **fields: Any) -> None:
-        with self.registry.editing() as record:
-            record["workspaces"][name].update(fields)
-
-    def _forget(self, name: str) -> None:
-        """Remove a workspace's own secrets, then its entry in the registry."""
-        with self.registry.editing() as record:
-            entry = record["workspaces"].pop(name, None)
-            if entry:
-                own = self.registry.own_secrets(entry["op"])
-                remove_file(own)
-                remove_file(own + ".new")  # of a killed writer
-
-    def _operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
-                change: Mapping[str, Any] | None = None, **more: Any) -> Reply:
-        """Put ``change`` into the registry, then run an operation on a workspace's name on its
-        host. The first word is the operation's id. The host refuses an operation once one of a
-        higher turn has begun: its client was killed."""
-        Shadow.reap(temporary_folder())
-        with self.registry.editing() as record:
-            turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
-            record["workspaces"].setdefault(name, {}).update(change or {})
-            record.get("placing", {}).pop(name, None)
-        place = entry["root"], entry["project"], str(turn), name
-        return self.host(entry["host"])._call(script, *place, *words, **more)
-
-    def _discard(self, name: str, entry: Fields, cancel: Cancel | None = None) -> None:
-        """Move the directory into the host's trash, then forget the entry. It is not listed
-        meanwhile."""
-        words = [os.urandom(8).hex(), entry["op"]]
-        try:
-            reply = self._operate(REMOVE, name, entry, words, {"state": "removing"}, cancel=cancel)
-            check_reply(reply, entry["host"], f"remove the workspace {name}")
-        except CmuxError as error:
-            if not isinstance(error, (ConnectionLost, Cancelled)):  # after those it may be removed
-                self._update(name, state=entry["state"])
-            raise
-        self._forget(name)
-
-    def _vacate(self, name: str) -> None:
-        """Make sure that a name is free, under its lock. An entry that is not ready, and half a
-        rename to the name, were left by a killed process: they are cleared away."""
-        for other, entry in self._entries().items():
-            if entry.get("intent", {}).get("to") == name:
-                lock = self.registry.creation_lock(other)
-                if not lock.wait(Deadline(5)):  # its owner may wait for our lock
-                    raise WorkspaceExists(f"The workspace {other} is about to get the name {name}.",
-                                          "Try again in a moment.")
-                with lock:
-                    self._settle(other)
-        left = self.registry.read()["workspaces"].get(name)
-        if left and left["state"] == "ready":
-            raise WorkspaceExists(f"The workspace {name} exists already.",
-                                  "Choose another name, or remove it.", f"rm {name}")
-        if left:
-            self._discard(name, left)
-
-    def _settle(self, name: str) -> Fields:
-        """The entry of a workspace, after a push or rename that was cut off is settled: a push that
-        the host has finished counts, a rename is undone. Needs the workspace's lock."""
-        entry = self._entry(name)
-        intent = entry.get("intent")
-        if intent:
-            words = [os.urandom(8).hex(), intent.get("to", name), name, entry["op"]]
-            reply = self._operate(RENAME, name, entry, words)
-            if reply.status not in (20, 22):  # else it is gone, or its name is taken
-                check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
-            self._end_intent(name, intent["op"] in reply.lines())
-        return self._entry(name)
-
-    def _end_intent(self, name: str, pushed: bool) -> None:
-        """Forget the intent of a push or rename; one that has ``pushed`` counts."""
-        with self.registry.editing() as record:
-            entry = record["workspaces"][name]
-            intent = entry.pop("intent", {})
-            if pushed:
-                entry.update(intent, op=entry["op"])
-                entry.get("pulled", {}).pop("left", None)
-                entry["over"] = dict(entry.get("branches", {}))
-
-    def create(self, name: str, host: str | Sequence[str], ref: str = "HEAD", root: str = "",
-               init: bool = True, report: Report | None = None, cancel: Cancel | None = None,
-               source: str = "", secrets: Collection[str] | None = None) -> "Workspace":
-        """Make workspace ``name`` from commit ``ref`` on ``host`` (of several: the one that can be
-        reached and has the fewest workspaces), below its directory ``root`` (default ~/cmux), with
-        the files that git ignores (packages, caches) in the workspace ``source`` of that host. Then
-        run its init hook, with ``secrets`` as for exec(), if ``init``. A hook that fails and a host
-        that is passed over are reported, and undo nothing.
-
-        Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
-        """
-        self._made.add(check_workspace(name))
-        pool = self._hosts_for(name, host, source)
-        self.registry.secrets("", secrets)
-        if not root.isprintable() or len(root) > PATH_MAX or re.match("-|~[^/]", root):
-            raise UsageError(f"{show(root)} cannot be the root directory.")
-        # Without the lock: a hundred callers share the failure of a host that is down.
-        report, cancel = report or Report(), self.ending.join(cancel)
-        report.step(name, "connecting")
-        host = self._reach(name, pool, report, cancel)
-        report.step(name, "being made")
-        with self.registry.creation_lock(name).hold(cancel):
-            self._vacate(name)
-            project = "{name}-{id}".format_map(self.registry.read())  # its directory on the host
-            place = {"host": host, "root": root, "project": project}
-            with noted(self, "new", name, host, ref) as log, contextlib.closing(
-                    Upload(self, name, place, ref, report, cancel)) as upload:
-                log.row["op"] = upload.op  # not earlier: no entry had it
-                self._make(upload, init, source)
-                log.size = upload.sent
-                if "init" in self._entry(name):
-                    self._run_init(upload, secrets)
-                return self.workspace(name)
-
-    def _reach(self, name: str, pool: Sequence[str], report: Report,
-               cancel: Cancel | None) -> str:
-        """Connect to a host of a pool for a workspace, passing over those that are down."""
-        many = len(pool) > 1
-        host = self.host(self._fewest(name, pool) if many else pool[0])
-        try:
-            host.masters.connect(cancel, many)
-            if many and host.masters.single():
-                host._call("operation() { :; }", cancel=cancel)
-        except ConnectionFailed as error:
-            if not many:
-                raise
-            if self._passed.setdefault(host.name, name) == name:  # else it was reported
-                report.warn(f"{host.name} is passed over. {error}")
-            return self._reach(name, [one for one in pool if one != host.name], report, cancel)
-        self._passed.pop(host.name, None)
-        return host.name
-
-    def _fewest(self, name: str, pool: Sequence[str]) -> str:
-        """The host with the fewest workspaces of this user. The choice counts for others who choose
-        now, until the workspace itself is in the registry."""
-        with self.registry.editing() as record:
-            hosts: list[str] = []
-            for value in all_projects(lambda error: None):
-                placing = {other: row for other, row in value.get("placing", {}).items()
-                           if row[1] > time.time() - 60}
-                hosts += [entry["host"] for entry in value["workspaces"].values()]
-                hosts += [host for host, _ in placing.values()]
-                if value["id"] == record["id"]:
-                    record["placing"] = placing
-            best = min(pool, key=hosts.count)
-            record.setdefault("placing", {})[name] = [best, time.time()]
-            return best
-
-    def _make(self, upload: Upload, init: bool, source: str) -> None:
-        name, host = upload.name, upload.host.name
-        words = [upload.op, upload.tree, self._entry(source)["path"] if source else ""]
-        entry: Fields = {
-            "state": "creating", **upload.entry, "op": upload.op, "created": int(time.time()),
-            **upload.base()}
-        upload.note_unsent()
-        try:
-            reply = upload.with_base(lambda: self._operate(
-                CREATE, name, entry, words, entry, cancel=upload.cancel))
-            if reply.status == 9:
-                raise RemoteFailed(f"Only git knows what is ignored in {source}: it needs git on "
-                                   f"{host}, and a repository.", "Make it without those.")
-            check_reply(reply, host, "make the workspace", name, source, "made")
-        except CmuxError as error:
-            # After those it may exist; the next `new` or `rm` clears it away.
-            if not isinstance(error, (ConnectionLost, Cancelled)):
-                self._forget(name)
-            raise
-        root = next((line[5:] for line in reply.lines() if line[:5] == "root "), "")
-        check_remote_path(root)
-        entry.update(state="ready", root=root, path=f"{root}/{entry['project']}/{name}")
-        if "nogit" in reply.lines():
-            upload.report.warn(f"git failed on {host}; {name} is not a repository.")
-        if init and "init" in reply.lines():
-            entry["init"] = "pending"
-        with self.registry.editing() as record:
-            record["workspaces"][name] = entry
-            upload.note_sent(record, root)
-
-    def _run_init(self, upload: Upload, secrets: Collection[str] | None) -> None:
-        name, report = upload.name, upload.report
-        report.say(f"running .cmux/init in {name}")
-        report.step(name, "init hook")
-        end: object = "lost"
-        output = functools.partial(report.output, what=name)
-        try:
-            result = self.workspace(name).run(["./.cmux/init"], output, output, secrets=secrets,
-                                              cancel=upload.cancel)
-            if result.reason:
-                raise Cancelled(f"Interrupted: the init hook of the workspace {name} was ended.")
-            end = result.status
-            if end:
-                why = " Is its directory on a noexec file system?" if end == 126 else ""
-                report.warn(f"The init hook of {name} failed with status {end}.{why}")
-        except HostError as error:
-            report.warn(f"The init hook of {name} was cut off: {error}")
-        finally:
-            self._update(name, init=end)
-
-    def ensure(self, name: str, host: str | Sequence[str] = (), report: Report | None = None,
-               cancel: Cancel | None = None,
-               secrets: Collection[str] | None = None) -> "Workspace":
-        """The workspace, made first from HEAD if it does not exist, on ``host`` (default: this
-        object's, then $CMUX_SSH_HOST, then `git config cmux.host`); waits while another process
-        makes it. Raises as create() does, UsageError if it is on another host, and WorkspaceMissing
-        if another one is probably meant."""
-        entry = self._entries().get(check_workspace(name))
-        if entry and entry.get("init") == "pending":
-            self.registry.creation_lock(name).hold(cancel).free()
-        if entry is None:
-            begun = name in self.registry.read()["workspaces"]  # by another process
-            if not begun and self._slip_of(name) and name != self.default_workspace():
-                raise self._missing(name)
-            report = report or Report()
-            try:
-                made = self.create(name, host, report=report, cancel=cancel, secrets=secrets)
-                report.note(f"The workspace {name} is new, on {made.host.name}.")
-                return made
-            except WorkspaceExists:
-                if name not in self._entries():
-                    raise
-        return self.existing(name, host)
-
-    def existing(self, name: str, host: str | Sequence[str]) -> "Workspace":
-        """A workspace. Raises UsageError if it is not on ``host``, or one of several."""
-        found = self.workspace(name)
-        self._check_place(name, found.host.name, host)
-        return found
-
-    def _check_place(self, name: str, place: str, host: str | Sequence[str]) -> None:
-        """Raise UsageError unless ``place`` is ``host``, one of several, or none is given."""
-        pool = pool_of(host)
-        if pool and place not in pool:
-            raise UsageError(f"The workspace {name} is on {place}, not on {' or '.join(pool)}.",
-                             "Leave the host out, or use another name.")
-
-    def remove(self, name: str, force: bool = False, forget: bool = False,
-               cancel: Cancel | None = None) -> list[str]:
-        """Remove a workspace. Without ``force``, jobs that run and work that has not been pulled
-        raise WorkspaceDirty. ``forget``: only locally, its host is gone for good. Returns [name],
-        or [] when there is none. Raises HostError, RemoteFailed, Cancelled."""
-        with self.registry.creation_lock(check_workspace(name)).hold(cancel):
-            entry = self.registry.read()["workspaces"].get(name)
-            if entry is None:
-                return []
-            option = "--forget" if forget else "--force" if force else ""
-            with noted(self, "rm", name, entry["host"], option, entry["op"]):
-                if forget:
-                    self._forget(name)
-                    return [name]
-                if entry["state"] == "ready":
-                    entry = self._settle(name)
-                    if not force:
-                        self._refuse_lost(name, entry, cancel)
-                self._discard(name, entry, cancel)
-        return [name]
-
-    def _refuse_lost(self, name: str, entry: Fields, cancel: Cancel | None) -> None:
-        if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
-               for row in self._running_now()):
-            raise WorkspaceDirty(f"A command runs in the workspace {name}.",
-                                 "Wait for it, or give it up.", f"rm --force {name}")
-        words = *self._looked_at(name, entry, os.urandom(8).hex()), entry["op"]
-        reply = self.host(entry["host"])._call(CHANGED, *words, cancel=cancel)
-        if reply.status != 22:  # the directory is not there
-            check_reply(reply, entry["host"], f"look for changes in {name}")
-            self._refuse(name, entry, reply.lines(), "rm")
-
-    def _running_now(self) -> list[Fields]:
-        """What this machine runs now, oldest first, by the workspaces' present names."""
-        names = {entry["op"]: name for name, entry in self._entries().items()}
-        return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
-                for row in self.history.now()]
-
-    def _past(self, name: str | None = None) -> list[Fields]:
-        """The history, oldest first: of all workspaces; or of the one that has this name now, also
-        under earlier names; or, if none has it, of those that had it."""
-        op = self._entries().get(name, {}).get("op") if name else None
-        return [row for row in self.history.rows() if not name or (
-            row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
-
-    @contextlib.contextmanager
-    def _moving(self, operation: str, source: str, name: str,
-                cancel: Cancel | None) -> Iterator[Fields]:
-        """Hold the locks of a workspace (not while it is copied) and of a new name, which is free.
-        Yields the entry for that name."""
-        if check_workspace(name) == source:
-            raise WorkspaceExists(f"The workspace {name} has that name already.")
-        with contextlib.ExitStack() as held:
-            locks = {one: held.enter_context(self.registry.creation_lock(one).hold(cancel))
-                     for one in sorted((name, source))}  # or two would wait for each other
-            entry = self._settle(source)
-            self._vacate(name)
-            if operation == "fork":
-                locks[source].free()
-            held.enter_context(noted(self, operation, source, entry["host"], name, entry["op"]))
-            yield dict(entry, path=entry["path"][:-len(source)] + name)
-
-    def fork(self, source: WorkspaceBase, name: str,
-             cancel: Cancel | None = None) -> "Workspace":
-        """A new workspace with the content and the own secrets of ``source``, copied on the host.
-        Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled."""
-        with self._moving("fork", source.name, name, cancel) as entry:
-            secrets = read_secrets(self.registry.own_secrets(entry["op"]))
-            op = os.urandom(8).hex()
-            entry.update(state="forking", op=op, branches={}, over={}, created=int(time.time()))
-            words = op, source.name
-            reply = self._operate(FORK, name, entry, words, entry, cancel=cancel)
-            if reply.status in (20, 22):
-                self._forget(name)
-            check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
-            if secrets:
-                write_json(self.registry.own_secrets(op), {"secrets": secrets})
-            self._update(name, state="ready")
-            return self.workspace(name)
-
-    def rename(self, source: WorkspaceBase, name: str,
-               cancel: Cancel | None = None) -> "Workspace":
-        """Give a workspace another name, locally and on the host. Returns the new object; the old
-        one can no longer be used. Until all is done, the old name counts. Raises as fork() does."""
-        with self._moving("rename", source.name, name, cancel) as entry:
-            op = os.urandom(8).hex()
-            words = [op, source.name, name, entry["op"]]
-            reply = self._operate(RENAME, source.name, entry, words,
-                                 {"intent": {"op": op, "to": name}}, cancel=cancel)
-            if reply.status in (20, 22):
-                self._settle(source.name)
-            check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
-            with self.registry.editing() as record:
-                del record["workspaces"][source.name]
-                record["workspaces"][name] = entry
-            return self.workspace(name)
-
-    def push(self, name: str, ref: str = "HEAD", force: bool = False,
-             report: Report | None = None, cancel: Cancel | None = None) -> bool:
-        """Bring a workspace to another local commit; False when it has that already. Raises
-        WorkspaceDirty if it has work that has not been pulled; with ``force`` a copy stays in the
-        host's trash until gc. Raises as create() does, too."""
-        with self.registry.creation_lock(check_workspace(name)).hold(cancel):
-            entry, report = self._settle(name), report or Report()
-            with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
-                upload.note_unsent()
-                stands = entry["base"], entry.get("whole")
-                if not force and (upload.commit, upload.tree) == stands:
-                    return False
-                with noted(self, "push", name, entry["host"], ref, entry["op"]) as log:
-                    self._push(upload, entry, force)
-                    log.size = upload.sent
-                self._end_intent(name, True)
-                with self.registry.editing() as record:
-                    upload.note_sent(record, entry["root"])
-            return True
-
-    def _push(self, upload: Upload, entry: Fields, force: bool) -> None:
-        name, host, op = upload.name, entry["host"], upload.op
-        if not force:
-            self._refuse(name, entry, (), "push")
-        words = [op, *self._looked_at(name, entry, op), upload.tree, "1" if force else ""]
-        self._update(name, intent={"op": op, **upload.base()})
-        reply = upload.with_base(lambda: self._operate(
-            PUSH, name, entry, words, cancel=upload.cancel), entry["tree"])
-        if reply.status in (5, 25):  # nothing was done
-            self._end_intent(name, False)
-        if reply.status == 25:
-            self._refuse(name, entry, reply.lines(), "push")
-        if reply.status == 5:
-            raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was "
-                               "made anew, or a lock or a branch like main/x is in the way.",
-                               "Put that right, or replace the directory.",
-                               f"push --force -w {name}")
-        check_reply(reply, host, f"push to {name}", name, name, "pushed")
-        for line in reply.lines():
-            if line.startswith("kept "):
-                upload.report.warn(f"What was in {name} is kept until gc, on {host}: "
-                                   + show(line[5:], PATH_MAX))
-
-    def gc(self, only: str | Sequence[str] = (),
-           cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
-        """Free trash, leftovers and old bases on the hosts that have or had a workspace of the
-        project, or ``only`` on some: (bytes by host, the errors of others). Raises UsageError for
-        another host."""
-        used = {(entry["host"], entry["root"]) for entry in self._entries().values()}
-        known = used.union(map(tuple, self.registry.read().get("places", [])))
-        pool = pool_of(only)
-        places = [place for place in sorted(known) if not pool or place[0] in pool]
-        if pool and not places:
-            names = " or ".join(map(show, pool))
-            raise UsageError(f"This project has nothing on {names}.",
-                             "List them.", "list")
-        freed: dict[str, int] = {}
-        failed: list[CmuxError] = []
-        done: set[tuple[str, str]] = set()
-        for host, root in places:
-            try:
-                with noted(self, "gc", "", host):
-                    reply = self.host(host)._call(GC, root, cancel=cancel)
-                    check_reply(reply, host, "clear up")
-                    freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
-                    done.add((host, root))
-            except CmuxError as error:
-                failed.append(error)
-        with self.registry.editing() as record:
-            record["places"] = [place for place in record.get("places", [])
-                                if tuple(place) not in done - used]
-        return freed, failed
-
-    def _looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
-        """The words by which PULL, CHANGED and PUSH compare a workspace."""
-        tree = entry.get("host_tree", "")
-        return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
-                tree if len(tree) == 40 else "",  # the host's ids are SHA-1
-                op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
-                entry.get("pulled", {}).get("op", "")]
-
-    def _refuse(self, name: str, entry: Fields, lines: Iterable[str],
-                verb: str) -> None:
-        lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
-        way, command = "Pull it first", f"pull -w {name}"
-        if lost and all(line.startswith("a job that runs") for line in lost):
-            way, command = "Wait for it, or end it with stop", f"jobs -w {name}"
-        elif not lost:
-            way = "Look at it"
-            command = f"exec -w {name} -- git status --short"
-        lost += entry.get("pulled", {}).get("left", ())
-        if lost:
-            some = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
-            error = WorkspaceDirty(f"The workspace {name} has work that would be lost: {some}.",
-                                   way + ", or give it up.", command, f"{verb} --force -w {name}")
-            error.lost = lost
-            raise error
-
+# === 12. Uploads ===
+# Owns: the files of one commit on their way to one host. May touch: the rooms above. Promises: only
+# what the host has confirmed by length and checksum becomes a base.
 
 def gone_there(name: str, host: str) -> WorkspaceMissing:
     return WorkspaceMissing(f"The directory of {name} is not on {host} (any more).",
@@ -5883,7 +5281,7 @@ class Warnings(Report):
 class Upload:
     """One commit on its way to one host."""
 
-    def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any], ref: str,
+    def __init__(self, project: "Project", name: str, entry: Mapping[str, Any], ref: str,
                  report: Report, cancel: Cancel | None) -> None:
         self.project, self.name, self.report, self.cancel = project, name, report, cancel
         self.host, self.entry, self.head = project.host(entry["host"]), entry, ref == "HEAD"
@@ -6047,185 +5445,6 @@ class Upload:
             raise cut from lost
         archive.check()
         return reply
-
-
-class WorkspaceBase:
-    """A directory on a host in which commands run: see Workspace, which adds the tools. ``path`` on
-    the host, ``base`` (the commit's id), ``created`` (seconds)."""
-
-    def __init__(self, project: ProjectBase, name: str, entry: Mapping[str, Any]) -> None:
-        self.project, self.name = project, name
-        self.host = project.host(entry["host"])
-        self.root: str = entry["root"]
-        self.place: str = entry["project"]
-        self.op: str = entry["op"]  # its id, which no other of this name had
-        self.path: str = check_remote_path(entry["path"])
-        self.base: str = entry["base"]
-        self.created: float = entry["created"]
-        init = entry.get("init")  # pending, its status, or lost
-        self.state = "init failed" if init else "ready"
-        if init == "pending":
-            lock = project.registry.creation_lock(name)
-            if lock.take():  # the process that ran it was killed
-                lock.free()
-            else:
-                self.state = "init running"
-
-    def __repr__(self) -> str:
-        return f"Workspace({self.name!r} on {self.host.name!r})"
-
-    def describe(self) -> Fields:
-        """Its fields in `list --json`; ``created`` in seconds since 1970."""
-        return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
-                "created": self.created, "project": self.project.name, "state": self.state}
-
-    def _environment(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
-                    only: Collection[str] | None) -> bytes:
-        """The header records of a command's environment: CMUX_ variables, the secrets (``only``
-        these), then ``extra``."""
-        values = self._values(extra, cancel, only)
-        records = [record("_cmux_path" if name == "PATH" else name, value)
-                   for name, value in values.items()]
-        return b"".join([HELD if len(values) > 2 else b"", *records])
-
-    def _values(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
-                only: Collection[str] | None) -> dict[str, bytes]:
-        stored = self.project.registry.secrets(self.op, only)
-        secrets = self.project._fetch(stored, self.project.ending.join(cancel))
-        values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(self.project.name),
-                  **secrets}
-        for name, value in (extra or {}).items():
-            values[check_variable(name)] = encoded(value)
-        if sum(map(len, values.values())) > SECRETS_MAX:
-            raise UsageError(f"The environment is larger than {human_size(SECRETS_MAX)}.",
-                             "Hand over fewer secrets.")
-        return values
-
-    def run(self, command: str | Sequence[str], stdout: Sink, stderr: Sink,
-            source: Source | None = None, cwd: str = "", env: Mapping[str, str] | None = None,
-            login: bool = False, timeout: float | None = None, cancel: Cancel | None = None,
-            secrets: Collection[str] | None = None) -> Outcome:
-        """Run ``command`` and stream its output to the callables, which may raise to end it; see
-        exec() for the rest. ``source``: a stream for the command's stdin."""
-        words = command_records(command, login, source is not None)
-        if timeout is not None and not 0 < timeout < 1e8:
-            raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
-        try:
-            records = self._environment(env, cancel, secrets) + words
-        except Cancelled:  # while a secret's command ran
-            return Outcome(status=None, stopped="confirmed", reason="cancel")
-        directory = os.path.join(self.path, cwd) if cwd else self.path
-        with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
-            def count(sink: Sink, data: bytes) -> None:
-                entry.size += len(data)
-                sink(data)
-            out, err = (functools.partial(count, sink) for sink in (stdout, stderr))
-            try:
-                outcome = self.host.run(records, directory, out, err, source, Deadline(timeout),
-                                        cancel)
-            except WorkspaceMissing:
-                raise self._no_directory(cwd)
-            entry.code = outcome.exit_code
-            return outcome
-
-    def _no_directory(self, cwd: str) -> CmuxError:
-        if not cwd:
-            return gone_there(self.name, self.host.name)
-        where = "on " + self.host.name if cwd[0] == "/" else "in the workspace " + self.name
-        return UsageError(f"There is no directory {show(cwd)} {where}.",
-                          "cwd is relative to the workspace, or absolute.")
-
-    def exec(self, command: str | Sequence[str], timeout: float | None = None,
-             cwd: str = "", env: Mapping[str, str] | None = None,
-             stdin: str | bytes | None = None, login: bool = False, limit: int = CAPTURE_MAX,
-             cancel: Cancel | None = None, tee: Sink | None = None,
-             secrets: Collection[str] | None = None) -> ExecResult:
-        """Run a command and wait for it.
-
-        ``command``: a string is a shell line, a sequence an exact argv. ``timeout``: seconds; then
-        its process tree is ended, and its output so far returned. ``cwd``: relative to the
-        workspace. ``stdin``: bytes or a str (None: /dev/null). ``limit``: bytes kept of each
-        stream. ``tee`` gets the bytes of both as they come. ``secrets``: the names of those that it
-        gets (None: all of this workspace). Raises HostError (the connection), UsageError and
-        WorkspaceMissing. A status of the command raises nothing, nor does ``cancel``, which ends it
-        as a timeout does, with ``exit_code`` 130 and ``stopped`` (None for a command's own 130).
-        """
-        began, out, err = time.monotonic(), Capture(limit), Capture(limit)
-        sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
-        with contextlib.ExitStack() as held:
-            source = None
-            if stdin is not None:
-                source = Source(held.enter_context(spool(encoded(stdin))).fileno())
-            outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout,
-                               cancel, secrets)
-        return exec_result(self, outcome, out, err, began)
-
-    @logged("forward")
-    def forward(self, port: int, local: int = 0,
-                report: Report | None = None) -> contextlib.closing[Forward]:
-        """A context manager that gives a Forward: while it is open, ``port`` of the host is reached
-        at the local port ``local`` (0: the same, or one that is free)."""
-        return contextlib.closing(
-            Forward(self.host.masters, port, local, (report or Report()).warn))
-
-    @logged("shell", code=lambda status: 255 if status is None else status)
-    def shell(self, command: str | Sequence[str] = "", cwd: str = "",
-              env: Mapping[str, str] | None = None, login: bool = False,
-              secrets: Collection[str] | None = None) -> int | None:
-        """The user's login shell on the host, or a command as for exec(), on this terminal; its
-        exit status, None if it was cut off.
-
-        The terminal is the session's stdin, so a second session writes the secrets into a FIFO that
-        the shell reads once. They are in no argv and on no disk.
-        """
-        values = dict(self._values(env, None, secrets), CMUX_RUNTIME=b"ssh")
-        text = "".join(f"{name}={quote(as_text(value))}; export {name}\n"
-                       for name, value in values.items())
-        text += f"cd {quote(os.path.join(self.path, cwd))} || exit 125\n"
-        if command:
-            line, words = check_command(command)
-            words = ["-lc" if login else "-c", "--", line, "sh", *words]
-            text += ON_TERMINAL % " ".join(map(quote, words))
-        else:
-            text += 'exec "${SHELL:-/bin/sh}" -l\n'
-        op = os.urandom(8).hex()
-        octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
-        ready = Capture(100)
-        [session] = self.host._open()
-        try:
-            header = HELD + script_records(HANDOVER, self.root, op)
-            exchange = Exchange(session, header, ready, ready, data=encoded(text))
-            self.host._begin(exchange)
-            exchange.run(Deadline(START_PATIENCE),
-                         until=lambda: bool(ready.total) or exchange.ended)
-            if ready.value() != b"ready\n":
-                raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
-                                   + show(ready.value(), 200))
-            argv, environment, ended = self.host.masters.on_terminal(TAKEOVER % octal)
-        except BaseException:
-            session.close()
-            raise
-
-        def hand_over() -> None:
-            with contextlib.suppress(CmuxError):  # the shell then reads nothing, and ends
-                exchange.run(Deadline(SLOT_PATIENCE))
-            session.close()
-        helper = threading.Thread(target=hand_over, daemon=True)
-        helper.start()
-        try:
-            return attach(argv, environment)
-        finally:
-            ended()
-            helper.join(CONTROL_PATIENCE)
-
-
-def exec_result(workspace: WorkspaceBase, outcome: Outcome, out: Capture, err: Capture,
-                began: float) -> ExecResult:
-    return ExecResult(workspace=workspace.name, host=workspace.host.name,
-                      exit_code=outcome.exit_code, stdout=out.value(), stderr=err.value(),
-                      timed_out=outcome.reason == "timeout", stopped=outcome.stopped,
-                      duration=round(time.monotonic() - began, 3),
-                      truncated=out.truncated or err.truncated)
 
 
 # === 13. Results ===
@@ -6574,7 +5793,7 @@ class Result(Value):
 class Pull(Harvest):
     """One pull or diff."""
 
-    def __init__(self, workspace: WorkspaceBase, shadow: Shadow, report: Report | None,
+    def __init__(self, workspace: "Workspace", shadow: Shadow, report: Report | None,
                  cancel: Cancel | None) -> None:
         super().__init__()
         self.workspace, self.shadow, self.report = workspace, shadow, report or Report()
@@ -6975,14 +6194,14 @@ class Landing(Harvest):
 
 
 @logged("pull")
-def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
+def pull(workspace: "Workspace", branch: str = "", allow: bool = False,
          report: Report | None = None, cancel: Cancel | None = None) -> Result:
     """Fetch the workspace's work as commits on ``branch`` (default cmux/NAME), on top of its base.
     The work tree is not touched. Raises ResultRefused, GitFailed, HostError."""
     project, name = workspace.project, workspace.name
     ref = project.repository.check_branch(branch or "cmux/" + name)
     with project.registry.creation_lock(name).hold(cancel):
-        workspace = project.kind(project, name, project._settle(name))  # a push may have moved it
+        workspace = type(workspace)(project, name, project._settle(name))  # after a push
         with contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
             work = Pull(workspace, shadow, report, cancel)
             try:
@@ -6991,17 +6210,17 @@ def pull(workspace: WorkspaceBase, branch: str = "", allow: bool = False,
                 work.report.step(name, "done")
 
 
-def diff(workspace: WorkspaceBase, stat: bool = False, report: Report | None = None,
+def diff(workspace: "Workspace", stat: bool = False, report: Report | None = None,
          cancel: Cancel | None = None) -> Iterator[str]:
     """What the workspace changed against its base, line by line, neutralised. Creates nothing."""
     return map(neutralise, diff_lines(workspace, stat, report, cancel))
 
 
-def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | None = None,
+def diff_lines(workspace: "Workspace", stat: bool = False, report: Report | None = None,
                cancel: Cancel | None = None, binary: bool = False) -> Iterator[bytes]:
     """diff() as bytes that git apply takes: never for a terminal."""
     project = workspace.project
-    workspace = project.workspace(workspace.name)  # a push may have moved it
+    workspace = project.workspace(workspace.name)  # after a push
     words = ("--stat=100", "--stat-count=500") if stat else ("-p", "--binary")[:1 + binary]
     with noted(project, "diff", workspace.name, workspace.host.name, "", workspace.op), \
             contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
@@ -7015,14 +6234,14 @@ def diff_lines(workspace: WorkspaceBase, stat: bool = False, report: Report | No
 
 
 # === 14. Tools ===
-# Owns: the tools of an agent, the table of which command line, batch and MCP are made; hints. They
-# take and return plain values. May touch: rooms above.
+# Owns: what the tools are made of: edits, patterns, rows of grep, states of jobs, archives, and the
+# arguments that they take. May touch: the rooms above.
 
 class ToolFailed(CmuxError):
     """A tool could not do what was asked."""
 
 
-def absolute(workspace: WorkspaceBase, path: object) -> str:
+def absolute(workspace: "Workspace", path: object) -> str:
     """A tool's path for the host: absolute, or below the workspace."""
     if not isinstance(path, str) or not path or "\0" in path:
         raise UsageError("The path is empty, no text, or has a NUL.")
@@ -7040,7 +6259,7 @@ class FileChanged(ToolFailed):
     """The file is not what it was; it was not written."""
 
 
-def tool_reply(workspace: WorkspaceBase, reply: Reply, path: str = "") -> Reply:
+def tool_reply(workspace: "Workspace", reply: Reply, path: str = "") -> Reply:
     """The reply, unless its status stands for a failure."""
     if reply.status == 37:
         raise gone_there(workspace.name, workspace.host.name)
@@ -7198,7 +6417,7 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
             yield match[1], int(match[2]), line[match.end():]
 
 
-def job_directory(workspace: WorkspaceBase, *job: str) -> str:
+def job_directory(workspace: "Workspace", *job: str) -> str:
     """Where the host keeps the records of jobs, or of one."""
     if not all(isinstance(name, str) and re.match(r"j[0-9a-f]{8}\Z", name) for name in job):
         raise UsageError(f"{show(str(job[0]))} is not a job.", "List them.", "jobs")
@@ -7259,7 +6478,138 @@ def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> i
     return sizes[0]
 
 
-class Workspace(WorkspaceBase):
+KINDS: dict[str, tuple[Fields, tuple[type, ...], str]] = {  # schema, types, words
+    "text": ({"type": "string"}, (str,), "text"),
+    "flag": ({"type": "boolean"}, (bool,), "true or false"),
+    "count": ({"type": "integer"}, (int,), "a whole number from {}"),
+    "seconds": ({"type": "number"}, (int, float), "a number of seconds from {}"),
+    "texts": ({"type": "array", "items": {"type": "string"}}, (list,), "a list of texts"),
+    "map": ({"type": "object"}, (dict,), "an object"),
+}
+
+
+class Arg:
+    """One argument of a verb: a member of a JSON object, a word or an option of a command line.
+    ``kind``: of KINDS, or several with a bar between."""
+
+    word = ""  # how many words it is ("1", "?", "*", "+", or "...": all that follow), if any
+    least: float = 0
+    blank = False  # it may be an empty text
+    default: Any = None
+    choices: Any = None
+
+    def __init__(self, kind: str, name: str, text: str, flags: str = "", **settings: Any) -> None:
+        self.name, self.kinds, self.text = name, kind.split("|"), text
+        self.shown = {"count": "N", "seconds": "TIME"}.get(kind, name.upper())  # in the help
+        vars(self).update(settings)
+        self.required = settings.get("required", self.word in ("1", "+"))
+        self.flags = [] if self.word else (flags or "--" + name.replace("_", "-")).split()
+        self.valued = not self.word and self.kinds != ["flag"]
+
+    def check(self, value: object, label: str) -> None:
+        """Raise UsageError, which names it ``label``, if the value does not fit."""
+        fits = any(type(value) in KINDS[kind][1] for kind in self.kinds)
+        if isinstance(value, (int, float)):
+            fits = fits and self.least <= value < 1e15
+        elif isinstance(value, list) and "texts" in self.kinds:
+            fits = all(isinstance(word, str) for word in value)
+        elif isinstance(value, str):
+            encoded(value)  # refuses a lone surrogate, which JSON can spell, and which has no bytes
+        if not fits:
+            wanted = " or ".join(KINDS[kind][2] for kind in self.kinds).format(self.least)
+            raise UsageError(f"{label} takes {wanted}.")
+
+    def from_word(self, word: str) -> Any:
+        """The value of a word of the command line. Raises UsageError."""
+        label, value = (self.flags or [self.name])[-1], word  # type: str, Any
+        if self.kinds == ["count"]:
+            value = int(word) if re.match(r"[+-]?\d{1,15}\Z", word) else word
+        elif self.kinds == ["seconds"]:
+            match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z", word)
+            units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+            if not match:
+                raise UsageError(f"{label} takes a number of seconds, or a time like 5m or 1h.")
+            value = float(match[1]) * units[match[2]]
+        if not (word or self.blank) and (self.flags or self.kinds[-1] != "texts"):
+            raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
+        if self.kinds[-1] != "texts":  # of several words each is one text
+            self.check(value, label)
+        return value
+
+    def schema(self) -> Fields:
+        """The JSON schema for MCP."""
+        rows = [KINDS[kind][0] for kind in self.kinds]
+        least = {"minimum": self.least} if self.kinds[0] in ("count", "seconds") else {}
+        row = rows[0] if len(rows) == 1 else {"anyOf": rows}
+        return dict(row, description=self.text, **least)
+
+
+class Verb:
+    """A command of the command line, and perhaps a tool for batch, the library and MCP (see TOOLS),
+    or only for MCP with --manage. ``text``: a line of help; ``args``: what it takes."""
+
+    json: Sequence[Arg] = ()  # what only calls in JSON take
+    line: Sequence[Arg] = ()  # what only the command line takes
+    example = ""  # its words
+    model = ""  # what a model reads instead of the text
+    lacks = ""  # the letters of the global options that it does not take
+    reads = False  # it changes nothing
+    destroys = False  # it may destroy work
+    tool: Any = None  # the function of a tool, called with a workspace
+    manage: Any = None  # of one for --manage, called with a project
+
+    def __init__(self, name: str, text: str, *args: Arg, **settings: Any) -> None:
+        self.name, self.text, self.args, self.settings = name, text, args, settings
+        vars(self).update(settings)
+        self.handler = self.tool or self.manage
+        self.tool_name = "workspace_" * bool(self.manage) + name
+        self.params = [*args, *self.json]
+
+    def check(self, arguments: object) -> Fields:
+        """The arguments of a call in JSON. Raises UsageError if they do not fit the table."""
+        if not isinstance(arguments, dict):
+            raise UsageError(f"The arguments of {self.name} are not an object.")
+        known = {arg.name: arg for arg in self.params}
+        for name, value in arguments.items():
+            if name not in known:
+                raise UsageError(f"{self.name} has no argument {show(str(name))}.",
+                                 f"It takes: {', '.join(known)}.")
+            known[name].check(value, f"The argument {name} of {self.name}")
+        for arg in self.params:
+            if arg.required and arg.name not in arguments:
+                raise UsageError(f"{self.name} needs the argument {arg.name}.")
+        return arguments
+
+    def schema(self) -> Fields:
+        """The JSON schema of such a call."""
+        return {"type": "object", "additionalProperties": False,
+                "properties": {arg.name: arg.schema() for arg in self.params},
+                "required": [arg.name for arg in self.params if arg.required]}
+
+
+Text, Flag, Count, Seconds, Texts = (functools.partial(Arg, kind) for kind in (
+    "text", "flag", "count", "seconds", "texts"))
+Word = functools.partial(Text, word="1")
+EDIT = Verb("edits", "", Text("old", "the exact text to replace", required=True),
+            Text("new", "what replaces it", required=True),
+            Count("count", "how many matches there must be (default: 1)", least=1))
+KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, (list,), "a list of objects"
+
+
+# === 15. Workspaces ===
+# Owns: a project and its workspaces, with the tools as methods. May touch: the rooms above.
+# Promises: a workspace exists whole or not at all, on the host and in the registry.
+
+def exec_result(workspace: "Workspace", outcome: Outcome, out: Capture, err: Capture,
+                began: float) -> ExecResult:
+    return ExecResult(workspace=workspace.name, host=workspace.host.name,
+                      exit_code=outcome.exit_code, stdout=out.value(), stderr=err.value(),
+                      timed_out=outcome.reason == "timeout", stopped=outcome.stopped,
+                      duration=round(time.monotonic() - began, 3),
+                      truncated=out.truncated or err.truncated)
+
+
+class Workspace:
     """A directory on a host in which an agent works, from Project.create, .ensure or .workspace.
     The methods are the tools of VERBS, with the arguments and results of `batch`; exec() returns an
     ExecResult. Usable from threads.
@@ -7270,6 +6620,171 @@ class Workspace(WorkspaceBase):
     exec()). A path is relative to the workspace, or absolute. Bytes that are not UTF-8 are in a str
     as surrogateescape has them.
     """
+
+    def __init__(self, project: Project, name: str, entry: Mapping[str, Any]) -> None:
+        self.project, self.name = project, name
+        self.host = project.host(entry["host"])
+        self.root: str = entry["root"]
+        self.place: str = entry["project"]
+        self.op: str = entry["op"]  # its id, which no other of this name had
+        self.path: str = check_remote_path(entry["path"])
+        self.base: str = entry["base"]
+        self.created: float = entry["created"]
+        init = entry.get("init")  # pending, its status, or lost
+        self.state = "init failed" if init else "ready"
+        if init == "pending":
+            lock = project.registry.creation_lock(name)
+            if lock.take():  # the process that ran it was killed
+                lock.free()
+            else:
+                self.state = "init running"
+
+    def __repr__(self) -> str:
+        return f"Workspace({self.name!r} on {self.host.name!r})"
+
+    def describe(self) -> Fields:
+        """Its fields in `list --json`; ``created`` in seconds since 1970."""
+        return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
+                "created": self.created, "project": self.project.name, "state": self.state}
+
+    def _environment(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
+                    only: Collection[str] | None) -> bytes:
+        """The header records of a command's environment: CMUX_ variables, the secrets (``only``
+        these), then ``extra``."""
+        values = self._values(extra, cancel, only)
+        records = [record("_cmux_path" if name == "PATH" else name, value)
+                   for name, value in values.items()]
+        return b"".join([HELD if len(values) > 2 else b"", *records])
+
+    def _values(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
+                only: Collection[str] | None) -> dict[str, bytes]:
+        stored = self.project.registry.secrets(self.op, only)
+        secrets = self.project._fetch(stored, self.project.ending.join(cancel))
+        values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(self.project.name),
+                  **secrets}
+        for name, value in (extra or {}).items():
+            values[check_variable(name)] = encoded(value)
+        if sum(map(len, values.values())) > SECRETS_MAX:
+            raise UsageError(f"The environment is larger than {human_size(SECRETS_MAX)}.",
+                             "Hand over fewer secrets.")
+        return values
+
+    def run(self, command: str | Sequence[str], stdout: Sink, stderr: Sink,
+            source: Source | None = None, cwd: str = "", env: Mapping[str, str] | None = None,
+            login: bool = False, timeout: float | None = None, cancel: Cancel | None = None,
+            secrets: Collection[str] | None = None) -> Outcome:
+        """Run ``command`` and stream its output to the callables, which may raise to end it; see
+        exec() for the rest. ``source``: a stream for the command's stdin."""
+        words = command_records(command, login, source is not None)
+        if timeout is not None and not 0 < timeout < 1e8:
+            raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
+        try:
+            records = self._environment(env, cancel, secrets) + words
+        except Cancelled:  # while a secret's command ran
+            return Outcome(status=None, stopped="confirmed", reason="cancel")
+        directory = os.path.join(self.path, cwd) if cwd else self.path
+        with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
+            def count(sink: Sink, data: bytes) -> None:
+                entry.size += len(data)
+                sink(data)
+            out, err = (functools.partial(count, sink) for sink in (stdout, stderr))
+            try:
+                outcome = self.host.run(records, directory, out, err, source, Deadline(timeout),
+                                        cancel)
+            except WorkspaceMissing:
+                raise self._no_directory(cwd)
+            entry.code = outcome.exit_code
+            return outcome
+
+    def _no_directory(self, cwd: str) -> CmuxError:
+        if not cwd:
+            return gone_there(self.name, self.host.name)
+        where = "on " + self.host.name if cwd[0] == "/" else "in the workspace " + self.name
+        return UsageError(f"There is no directory {show(cwd)} {where}.",
+                          "cwd is relative to the workspace, or absolute.")
+
+    def exec(self, command: str | Sequence[str], timeout: float | None = None,
+             cwd: str = "", env: Mapping[str, str] | None = None,
+             stdin: str | bytes | None = None, login: bool = False, limit: int = CAPTURE_MAX,
+             cancel: Cancel | None = None, tee: Sink | None = None,
+             secrets: Collection[str] | None = None) -> ExecResult:
+        """Run a command and wait for it.
+
+        ``command``: a string is a shell line, a sequence an exact argv. ``timeout``: seconds; then
+        its process tree is ended, and its output so far returned. ``cwd``: relative to the
+        workspace. ``stdin``: bytes or a str (None: /dev/null). ``limit``: bytes kept of each
+        stream. ``tee`` gets the bytes of both as they come. ``secrets``: the names of those that it
+        gets (None: all of this workspace). Raises HostError (the connection), UsageError and
+        WorkspaceMissing. A status of the command raises nothing, nor does ``cancel``, which ends it
+        as a timeout does, with ``exit_code`` 130 and ``stopped`` (None for a command's own 130).
+        """
+        began, out, err = time.monotonic(), Capture(limit), Capture(limit)
+        sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
+        with contextlib.ExitStack() as held:
+            source = None
+            if stdin is not None:
+                source = Source(held.enter_context(spool(encoded(stdin))).fileno())
+            outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout,
+                               cancel, secrets)
+        return exec_result(self, outcome, out, err, began)
+
+    @logged("forward")
+    def forward(self, port: int, local: int = 0,
+                report: Report | None = None) -> contextlib.closing[Forward]:
+        """A context manager that gives a Forward: while it is open, ``port`` of the host is reached
+        at the local port ``local`` (0: the same, or one that is free)."""
+        return contextlib.closing(
+            Forward(self.host.masters, port, local, (report or Report()).warn))
+
+    @logged("shell", code=lambda status: 255 if status is None else status)
+    def shell(self, command: str | Sequence[str] = "", cwd: str = "",
+              env: Mapping[str, str] | None = None, login: bool = False,
+              secrets: Collection[str] | None = None) -> int | None:
+        """The user's login shell on the host, or a command as for exec(), on this terminal; its
+        exit status, None if it was cut off.
+
+        The terminal is the session's stdin, so a second session writes the secrets into a FIFO that
+        the shell reads once. They are in no argv and on no disk.
+        """
+        values = dict(self._values(env, None, secrets), CMUX_RUNTIME=b"ssh")
+        text = "".join(f"{name}={quote(as_text(value))}; export {name}\n"
+                       for name, value in values.items())
+        text += f"cd {quote(os.path.join(self.path, cwd))} || exit 125\n"
+        if command:
+            line, words = check_command(command)
+            words = ["-lc" if login else "-c", "--", line, "sh", *words]
+            text += ON_TERMINAL % " ".join(map(quote, words))
+        else:
+            text += 'exec "${SHELL:-/bin/sh}" -l\n'
+        op = os.urandom(8).hex()
+        octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
+        ready = Capture(100)
+        [session] = self.host._open()
+        try:
+            header = HELD + script_records(HANDOVER, self.root, op)
+            exchange = Exchange(session, header, ready, ready, data=encoded(text))
+            self.host._begin(exchange)
+            exchange.run(Deadline(START_PATIENCE),
+                         until=lambda: bool(ready.total) or exchange.ended)
+            if ready.value() != b"ready\n":
+                raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
+                                   + show(ready.value(), 200))
+            argv, environment, ended = self.host.masters.on_terminal(TAKEOVER % octal)
+        except BaseException:
+            session.close()
+            raise
+
+        def hand_over() -> None:
+            with contextlib.suppress(CmuxError):  # the shell then reads nothing, and ends
+                exchange.run(Deadline(SLOT_PATIENCE))
+            session.close()
+        helper = threading.Thread(target=hand_over, daemon=True)
+        helper.start()
+        try:
+            return attach(argv, environment)
+        finally:
+            ended()
+            helper.join(CONTROL_PATIENCE)
 
     def _tool(self, script: str, *arguments: str | int, about: str = "", **more: Any) -> Reply:
         """The reply of Host._call(), unless it failed. ``about``: a path or a job."""
@@ -7578,7 +7093,7 @@ class Workspace(WorkspaceBase):
         return {**parse_state(state), "job": job, "stopped": stopped}
 
 
-class Project(ProjectBase):
+class Project:
     """A local git repository and its workspaces. Usable from threads; make one and keep it.
 
     ``directory`` is any directory inside it. Where a key or a passphrase is needed,
@@ -7590,7 +7105,602 @@ class Project(ProjectBase):
     began, except jobs; it does nothing more after that.
     """
 
-    kind = Workspace
+    def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
+                 warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
+        self._warm, self._pool = warm, pool_of(host)
+        self._passed: dict[str, str] = {}  # host that is down -> the first workspace to notice
+        self.repository = Repository(directory)
+        self.registry = Registry(self.repository.common_dir)
+        self._interactive = interactive
+        self._hosts: dict[str, Host] = {}
+        self.ending = Cancel()
+        self._forked()
+        fork_aware().add(self)
+        self.handed_over: dict[bytes, str] = {}  # value of a secret -> its name
+        self.history = History(self.registry)
+        self._made: set[str] = set()
+
+    def _forked(self) -> None:
+        self._mutex = threading.Lock()
+        self.looking = threading.Lock()  # one thread reports what is not sent
+        self._fetching = threading.Lock()
+        self._unknown: dict[str, tuple[float, CmuxError]] = {}  # command -> why it failed
+        self.fetched: set[str] = set()   # commands of secrets that this process has run
+        self.logging: set[int] = set()   # threads in the middle of a logged operation
+
+    def _fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
+        """The values of secrets, remembered for masking: the last 1000, for a command may print
+        another each time."""
+        values = secret_values(secrets, cancel)
+        with self._mutex:
+            self.fetched.update(entry.get("command", "") for entry in secrets.values())
+            self.handed_over.update({value: name for name, value in values.items()})
+            for value in list(self.handed_over)[:-1000]:
+                del self.handed_over[value]
+        return values
+
+    def _know_secrets(self, op: str, cancel: Cancel | None = None) -> None:
+        """Run the commands for a workspace's secrets, unless this process has: an earlier process
+        may have sent what they print. Also where a narrower scope wins now."""
+        with self._fetching:
+            for name, entry, _ in self.registry.stored(op):
+                command = entry.get("command")
+                if not command or command in self.fetched:
+                    continue
+                until, why = self._unknown.get(command, (0.0, CmuxError("")))
+                if time.monotonic() < until:
+                    raise why
+                try:
+                    self._fetch({name: entry}, cancel)
+                except CmuxError as error:
+                    if not isinstance(error, Cancelled):
+                        self._unknown[command] = time.monotonic() + 10, error
+                    raise
+
+    def _known_secrets(self) -> dict[bytes, str]:
+        """value -> name of the secrets that this process has fetched, and of all that are stored.
+        """
+        return {**self.handed_over, **{encoded(entry.get("value", "")): name
+                                       for name, entry, _ in self.registry.stored()}}
+
+    def _masks(self) -> list[tuple[bytes, bytes]]:
+        """(a secret's value, what to show instead), longest first; also the lines of a value: a key
+        may be printed with other line ends or an indent. A value below four bytes would mask half
+        of all text."""
+        known = self._known_secrets()
+        for value, name in list(known.items()):
+            lines = map(bytes.strip, value.split(b"\n"))
+            known.update({line: name for line in lines if len(line) >= 16})
+        masks = [(value, b"[secret %s]" % name.encode()) for value, name in known.items()
+                 if len(value) >= 4]
+        return sorted(masks, key=lambda item: -len(item[0]))
+
+    @contextlib.contextmanager
+    def _editing_secrets(self, workspace: str = "", everywhere: bool = False) -> Iterator[Fields]:
+        """The secrets of one scope, to be changed: see set_secret()."""
+        if workspace and everywhere:
+            raise UsageError("A secret is for all projects, or for one workspace.")
+        path = secrets_file() if everywhere else self.registry.secrets_path
+        self.registry.read()  # makes it on first use, under the lock that is taken next
+        with self.registry.editing():  # none removes the workspace
+            if workspace:
+                path = self.registry.own_secrets(self._entry(workspace)["op"])
+            with editing_secrets(path) as stored:
+                yield stored
+
+    def set_secret(self, name: str, value: str | bytes | None, workspace: str = "",
+                   everywhere: bool = False) -> None:
+        """Store a secret, which commands see as the environment variable ``name``, in a local 0600
+        file; None forgets it. It is for this project, for one ``workspace`` of it, or
+        (``everywhere``) for all projects; the narrower wins. Raises UsageError, WorkspaceMissing,
+        StateFailed."""
+        check_variable(name, secret=True)
+        with self._editing_secrets(workspace, everywhere) as stored:
+            stored.pop(name, None)
+            if value is not None:
+                stored[name] = {"value": as_text(encoded(value))}
+
+    @property
+    def name(self) -> str:
+        """The project's name: its directory's, made safe."""
+        return str(self.registry.read()["name"])
+
+    def host(self, name: str) -> Host:
+        """The Host of that name, always the same object. Raises UsageError."""
+        with self._mutex:
+            if name not in self._hosts:
+                self._hosts[name] = Host(name, self._interactive, self._warm, self.ending)
+            return self._hosts[name]
+
+    def default_workspace(self) -> str:
+        """The current branch's name, made safe."""
+        return safe_workspace(self.repository.branch() or "detached")
+
+    def _hosts_for(self, workspace: str, host: str | Sequence[str] = (),
+                  source: str = "") -> list[str]:
+        """The pool for a new workspace: the host of the workspace ``source``, if that is named;
+        else ``host``, this object's, the words of $CMUX_SSH_HOST, or the values of the user's
+        `git config cmux.host`. Raises UsageError."""
+        if source:
+            place = self._entry(source)["host"]
+            self._check_place(source, place, host)
+            return [place]
+        words = os.environ.get("CMUX_SSH_HOST", "").split(" ")  # a tab separates nothing
+        hosts = pool_of(host) or self._pool or [*filter(None, words)] or [
+            *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
+        if not hosts:
+            raise UsageError(
+                f"There is no workspace {show(workspace)}, and no host is known to make it on.",
+                "Name one (also in $CMUX_SSH_HOST).",
+                f"new {workspace} -H HOST", "git config cmux.host HOST")
+        return pool_of(hosts)
+
+    def _entries(self) -> dict[str, Fields]:
+        """The registry's entries of finished workspaces, by name."""
+        return {name: entry for name, entry in self.registry.read()["workspaces"].items()
+                if entry.get("state") == "ready"}
+
+    def workspace(self, name: str) -> Workspace:
+        """An existing workspace. Raises WorkspaceMissing."""
+        entry, lock = self._entry(name), self.registry.creation_lock(name)
+        if "intent" in entry and lock.take():  # else an operation on it runs
+            with lock:
+                entry = self._settle(name)
+        return Workspace(self, name, entry)
+
+    def workspaces(self) -> list[Workspace]:
+        """All that are finished, by name. Connects to no host."""
+        return [Workspace(self, name, entry) for name, entry in sorted(self._entries().items())]
+
+    def _entry(self, name: str) -> Fields:
+        """The registry's entry of a finished workspace. Raises WorkspaceMissing."""
+        entry = self._entries().get(check_workspace(name))
+        if entry is None:
+            raise self._missing(name)
+        return entry
+
+    def _slip_of(self, name: str) -> str:
+        """The workspace that is probably meant where ``name`` is mistyped, or "". None that this
+        object has made: a program's own names are no slips of each other."""
+        return next((other for other in sorted(self._entries())
+                     if other not in self._made and is_slip(name, other)), "")
+
+    def _missing(self, name: str, make: bool = True) -> WorkspaceMissing:
+        slip = self._slip_of(name)
+        meant = f"; did you mean {slip}?" if slip else "."
+        return WorkspaceMissing(f"There is no workspace {show(name)} in this project{meant}",
+                                "List them" + (", or make it." if make else "."),
+                                "list", *[f"new {name} -H HOST"] * make)
+
+    def _update(self, name: str, **fields: Any) -> None:
+        with self.registry.editing() as record:
+            record["workspaces"][name].update(fields)
+
+    def _forget(self, name: str) -> None:
+        """Remove a workspace's own secrets, then its entry in the registry."""
+        with self.registry.editing() as record:
+            entry = record["workspaces"].pop(name, None)
+            if entry:
+                own = self.registry.own_secrets(entry["op"])
+                remove_file(own)
+                remove_file(own + ".new")  # of a killed writer
+
+    def _operate(self, script: str, name: str, entry: Mapping[str, Any], words: Sequence[str],
+                change: Mapping[str, Any] | None = None, **more: Any) -> Reply:
+        """Put ``change`` into the registry, then run an operation on a workspace's name on its
+        host. The first word is the operation's id. The host refuses an operation once one of a
+        higher turn has begun: its client was killed."""
+        Shadow.reap(temporary_folder())
+        with self.registry.editing() as record:
+            turn = record["turn"] = max(record.get("turn", 0) + 1, int(time.time()))
+            record["workspaces"].setdefault(name, {}).update(change or {})
+            record.get("placing", {}).pop(name, None)
+        place = entry["root"], entry["project"], str(turn), name
+        return self.host(entry["host"])._call(script, *place, *words, **more)
+
+    def _discard(self, name: str, entry: Fields, cancel: Cancel | None = None) -> None:
+        """Move the directory into the host's trash, then forget the entry. It is not listed
+        meanwhile."""
+        words = [os.urandom(8).hex(), entry["op"]]
+        try:
+            reply = self._operate(REMOVE, name, entry, words, {"state": "removing"}, cancel=cancel)
+            check_reply(reply, entry["host"], f"remove the workspace {name}")
+        except CmuxError as error:
+            if not isinstance(error, (ConnectionLost, Cancelled)):  # after those it may be removed
+                self._update(name, state=entry["state"])
+            raise
+        self._forget(name)
+
+    def _vacate(self, name: str) -> None:
+        """Make sure that a name is free, under its lock. An entry that is not ready, and half a
+        rename to the name, were left by a killed process: they are cleared away."""
+        for other, entry in self._entries().items():
+            if entry.get("intent", {}).get("to") == name:
+                lock = self.registry.creation_lock(other)
+                if not lock.wait(Deadline(5)):  # its owner may wait for our lock
+                    raise WorkspaceExists(f"The workspace {other} is about to get the name {name}.",
+                                          "Try again in a moment.")
+                with lock:
+                    self._settle(other)
+        left = self.registry.read()["workspaces"].get(name)
+        if left and left["state"] == "ready":
+            raise WorkspaceExists(f"The workspace {name} exists already.",
+                                  "Choose another name, or remove it.", f"rm {name}")
+        if left:
+            self._discard(name, left)
+
+    def _settle(self, name: str) -> Fields:
+        """The entry of a workspace, after a push or rename that was cut off is settled: a push that
+        the host has finished counts, a rename is undone. Needs the workspace's lock."""
+        entry = self._entry(name)
+        intent = entry.get("intent")
+        if intent:
+            words = [os.urandom(8).hex(), intent.get("to", name), name, entry["op"]]
+            reply = self._operate(RENAME, name, entry, words)
+            if reply.status not in (20, 22):  # else it is gone, or its name is taken
+                check_reply(reply, entry["host"], f"settle an interrupted operation on {name}")
+            self._end_intent(name, intent["op"] in reply.lines())
+        return self._entry(name)
+
+    def _end_intent(self, name: str, pushed: bool) -> None:
+        """Forget the intent of a push or rename; one that has ``pushed`` counts."""
+        with self.registry.editing() as record:
+            entry = record["workspaces"][name]
+            intent = entry.pop("intent", {})
+            if pushed:
+                entry.update(intent, op=entry["op"])
+                entry.get("pulled", {}).pop("left", None)
+                entry["over"] = dict(entry.get("branches", {}))
+
+    def create(self, name: str, host: str | Sequence[str], ref: str = "HEAD", root: str = "",
+               init: bool = True, report: Report | None = None, cancel: Cancel | None = None,
+               source: str = "", secrets: Collection[str] | None = None) -> Workspace:
+        """Make workspace ``name`` from commit ``ref`` on ``host`` (of several: the one that can be
+        reached and has the fewest workspaces), below its directory ``root`` (default ~/cmux), with
+        the files that git ignores (packages, caches) in the workspace ``source`` of that host. Then
+        run its init hook, with ``secrets`` as for exec(), if ``init``. A hook that fails and a host
+        that is passed over are reported, and undo nothing.
+
+        Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
+        """
+        self._made.add(check_workspace(name))
+        pool = self._hosts_for(name, host, source)
+        self.registry.secrets("", secrets)
+        if not root.isprintable() or len(root) > PATH_MAX or re.match("-|~[^/]", root):
+            raise UsageError(f"{show(root)} cannot be the root directory.")
+        # Without the lock: a hundred callers share the failure of a host that is down.
+        report, cancel = report or Report(), self.ending.join(cancel)
+        report.step(name, "connecting")
+        host = self._reach(name, pool, report, cancel)
+        report.step(name, "being made")
+        with self.registry.creation_lock(name).hold(cancel):
+            self._vacate(name)
+            project = "{name}-{id}".format_map(self.registry.read())  # its directory on the host
+            place = {"host": host, "root": root, "project": project}
+            with noted(self, "new", name, host, ref) as log, contextlib.closing(
+                    Upload(self, name, place, ref, report, cancel)) as upload:
+                log.row["op"] = upload.op  # not earlier: no entry had it
+                self._make(upload, init, source)
+                log.size = upload.sent
+                if "init" in self._entry(name):
+                    self._run_init(upload, secrets)
+                return self.workspace(name)
+
+    def _reach(self, name: str, pool: Sequence[str], report: Report,
+               cancel: Cancel | None) -> str:
+        """Connect to a host of a pool for a workspace, passing over those that are down."""
+        many = len(pool) > 1
+        host = self.host(self._fewest(name, pool) if many else pool[0])
+        try:
+            host.masters.connect(cancel, many)
+            if many and host.masters.single():
+                host._call("operation() { :; }", cancel=cancel)
+        except ConnectionFailed as error:
+            if not many:
+                raise
+            if self._passed.setdefault(host.name, name) == name:  # else it was reported
+                report.warn(f"{host.name} is passed over. {error}")
+            return self._reach(name, [one for one in pool if one != host.name], report, cancel)
+        self._passed.pop(host.name, None)
+        return host.name
+
+    def _fewest(self, name: str, pool: Sequence[str]) -> str:
+        """The host with the fewest workspaces of this user. The choice counts for others who choose
+        now, until the workspace itself is in the registry."""
+        with self.registry.editing() as record:
+            hosts: list[str] = []
+            for value in all_projects(lambda error: None):
+                placing = {other: row for other, row in value.get("placing", {}).items()
+                           if row[1] > time.time() - 60}
+                hosts += [entry["host"] for entry in value["workspaces"].values()]
+                hosts += [host for host, _ in placing.values()]
+                if value["id"] == record["id"]:
+                    record["placing"] = placing
+            best = min(pool, key=hosts.count)
+            record.setdefault("placing", {})[name] = [best, time.time()]
+            return best
+
+    def _make(self, upload: Upload, init: bool, source: str) -> None:
+        name, host = upload.name, upload.host.name
+        words = [upload.op, upload.tree, self._entry(source)["path"] if source else ""]
+        entry: Fields = {
+            "state": "creating", **upload.entry, "op": upload.op, "created": int(time.time()),
+            **upload.base()}
+        upload.note_unsent()
+        try:
+            reply = upload.with_base(lambda: self._operate(
+                CREATE, name, entry, words, entry, cancel=upload.cancel))
+            if reply.status == 9:
+                raise RemoteFailed(f"Only git knows what is ignored in {source}: it needs git on "
+                                   f"{host}, and a repository.", "Make it without those.")
+            check_reply(reply, host, "make the workspace", name, source, "made")
+        except CmuxError as error:
+            # After those it may exist; the next `new` or `rm` clears it away.
+            if not isinstance(error, (ConnectionLost, Cancelled)):
+                self._forget(name)
+            raise
+        root = next((line[5:] for line in reply.lines() if line[:5] == "root "), "")
+        check_remote_path(root)
+        entry.update(state="ready", root=root, path=f"{root}/{entry['project']}/{name}")
+        if "nogit" in reply.lines():
+            upload.report.warn(f"git failed on {host}; {name} is not a repository.")
+        if init and "init" in reply.lines():
+            entry["init"] = "pending"
+        with self.registry.editing() as record:
+            record["workspaces"][name] = entry
+            upload.note_sent(record, root)
+
+    def _run_init(self, upload: Upload, secrets: Collection[str] | None) -> None:
+        name, report = upload.name, upload.report
+        report.say(f"running .cmux/init in {name}")
+        report.step(name, "init hook")
+        end: object = "lost"
+        output = functools.partial(report.output, what=name)
+        try:
+            result = self.workspace(name).run(["./.cmux/init"], output, output, secrets=secrets,
+                                              cancel=upload.cancel)
+            if result.reason:
+                raise Cancelled(f"Interrupted: the init hook of the workspace {name} was ended.")
+            end = result.status
+            if end:
+                why = " Is its directory on a noexec file system?" if end == 126 else ""
+                report.warn(f"The init hook of {name} failed with status {end}.{why}")
+        except HostError as error:
+            report.warn(f"The init hook of {name} was cut off: {error}")
+        finally:
+            self._update(name, init=end)
+
+    def ensure(self, name: str, host: str | Sequence[str] = (), report: Report | None = None,
+               cancel: Cancel | None = None,
+               secrets: Collection[str] | None = None) -> Workspace:
+        """The workspace, made first from HEAD if it does not exist, on ``host`` (default: this
+        object's, then $CMUX_SSH_HOST, then `git config cmux.host`); waits while another process
+        makes it. Raises as create() does, UsageError if it is on another host, and WorkspaceMissing
+        if another one is probably meant."""
+        entry = self._entries().get(check_workspace(name))
+        if entry and entry.get("init") == "pending":
+            self.registry.creation_lock(name).hold(cancel).free()
+        if entry is None:
+            begun = name in self.registry.read()["workspaces"]  # by another process
+            if not begun and self._slip_of(name) and name != self.default_workspace():
+                raise self._missing(name)
+            report = report or Report()
+            try:
+                made = self.create(name, host, report=report, cancel=cancel, secrets=secrets)
+                report.note(f"The workspace {name} is new, on {made.host.name}.")
+                return made
+            except WorkspaceExists:
+                if name not in self._entries():
+                    raise
+        return self.existing(name, host)
+
+    def existing(self, name: str, host: str | Sequence[str]) -> Workspace:
+        """A workspace. Raises UsageError if it is not on ``host``, or one of several."""
+        found = self.workspace(name)
+        self._check_place(name, found.host.name, host)
+        return found
+
+    def _check_place(self, name: str, place: str, host: str | Sequence[str]) -> None:
+        """Raise UsageError unless ``place`` is ``host``, one of several, or none is given."""
+        pool = pool_of(host)
+        if pool and place not in pool:
+            raise UsageError(f"The workspace {name} is on {place}, not on {' or '.join(pool)}.",
+                             "Leave the host out, or use another name.")
+
+    def remove(self, name: str, force: bool = False, forget: bool = False,
+               cancel: Cancel | None = None) -> list[str]:
+        """Remove a workspace. Without ``force``, jobs that run and work that has not been pulled
+        raise WorkspaceDirty. ``forget``: only locally, its host is gone for good. Returns [name],
+        or [] when there is none. Raises HostError, RemoteFailed, Cancelled."""
+        with self.registry.creation_lock(check_workspace(name)).hold(cancel):
+            entry = self.registry.read()["workspaces"].get(name)
+            if entry is None:
+                return []
+            option = "--forget" if forget else "--force" if force else ""
+            with noted(self, "rm", name, entry["host"], option, entry["op"]):
+                if forget:
+                    self._forget(name)
+                    return [name]
+                if entry["state"] == "ready":
+                    entry = self._settle(name)
+                    if not force:
+                        self._refuse_lost(name, entry, cancel)
+                self._discard(name, entry, cancel)
+        return [name]
+
+    def _refuse_lost(self, name: str, entry: Fields, cancel: Cancel | None) -> None:
+        if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
+               for row in self._running_now()):
+            raise WorkspaceDirty(f"A command runs in the workspace {name}.",
+                                 "Wait for it, or give it up.", f"rm --force {name}")
+        words = *self._looked_at(name, entry, os.urandom(8).hex()), entry["op"]
+        reply = self.host(entry["host"])._call(CHANGED, *words, cancel=cancel)
+        if reply.status != 22:  # the directory is not there
+            check_reply(reply, entry["host"], f"look for changes in {name}")
+            self._refuse(name, entry, reply.lines(), "rm")
+
+    def _running_now(self) -> list[Fields]:
+        """What this machine runs now, oldest first, by the workspaces' present names."""
+        names = {entry["op"]: name for name, entry in self._entries().items()}
+        return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
+                for row in self.history.now()]
+
+    def _past(self, name: str | None = None) -> list[Fields]:
+        """The history, oldest first: of all workspaces; or of the one that has this name now, also
+        under earlier names; or, if none has it, of those that had it."""
+        op = self._entries().get(name, {}).get("op") if name else None
+        return [row for row in self.history.rows() if not name or (
+            row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
+
+    @contextlib.contextmanager
+    def _moving(self, operation: str, source: str, name: str,
+                cancel: Cancel | None) -> Iterator[Fields]:
+        """Hold the locks of a workspace (not while it is copied) and of a new name, which is free.
+        Yields the entry for that name."""
+        if check_workspace(name) == source:
+            raise WorkspaceExists(f"The workspace {name} has that name already.")
+        with contextlib.ExitStack() as held:
+            locks = {one: held.enter_context(self.registry.creation_lock(one).hold(cancel))
+                     for one in sorted((name, source))}  # or two would wait for each other
+            entry = self._settle(source)
+            self._vacate(name)
+            if operation == "fork":
+                locks[source].free()
+            held.enter_context(noted(self, operation, source, entry["host"], name, entry["op"]))
+            yield dict(entry, path=entry["path"][:-len(source)] + name)
+
+    def fork(self, source: Workspace, name: str,
+             cancel: Cancel | None = None) -> Workspace:
+        """A new workspace with the content and the own secrets of ``source``, copied on the host.
+        Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled."""
+        with self._moving("fork", source.name, name, cancel) as entry:
+            secrets = read_secrets(self.registry.own_secrets(entry["op"]))
+            op = os.urandom(8).hex()
+            entry.update(state="forking", op=op, branches={}, over={}, created=int(time.time()))
+            words = op, source.name
+            reply = self._operate(FORK, name, entry, words, entry, cancel=cancel)
+            if reply.status in (20, 22):
+                self._forget(name)
+            check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
+            if secrets:
+                write_json(self.registry.own_secrets(op), {"secrets": secrets})
+            self._update(name, state="ready")
+            return self.workspace(name)
+
+    def rename(self, source: Workspace, name: str,
+               cancel: Cancel | None = None) -> Workspace:
+        """Give a workspace another name, locally and on the host. Returns the new object; the old
+        one can no longer be used. Until all is done, the old name counts. Raises as fork() does."""
+        with self._moving("rename", source.name, name, cancel) as entry:
+            op = os.urandom(8).hex()
+            words = [op, source.name, name, entry["op"]]
+            reply = self._operate(RENAME, source.name, entry, words,
+                                 {"intent": {"op": op, "to": name}}, cancel=cancel)
+            if reply.status in (20, 22):
+                self._settle(source.name)
+            check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
+            with self.registry.editing() as record:
+                del record["workspaces"][source.name]
+                record["workspaces"][name] = entry
+            return self.workspace(name)
+
+    def push(self, name: str, ref: str = "HEAD", force: bool = False,
+             report: Report | None = None, cancel: Cancel | None = None) -> bool:
+        """Bring a workspace to another local commit; False when it has that already. Raises
+        WorkspaceDirty if it has work that has not been pulled; with ``force`` a copy stays in the
+        host's trash until gc. Raises as create() does, too."""
+        with self.registry.creation_lock(check_workspace(name)).hold(cancel):
+            entry, report = self._settle(name), report or Report()
+            with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
+                upload.note_unsent()
+                stands = entry["base"], entry.get("whole")
+                if not force and (upload.commit, upload.tree) == stands:
+                    return False
+                with noted(self, "push", name, entry["host"], ref, entry["op"]) as log:
+                    self._push(upload, entry, force)
+                    log.size = upload.sent
+                self._end_intent(name, True)
+                with self.registry.editing() as record:
+                    upload.note_sent(record, entry["root"])
+            return True
+
+    def _push(self, upload: Upload, entry: Fields, force: bool) -> None:
+        name, host, op = upload.name, entry["host"], upload.op
+        if not force:
+            self._refuse(name, entry, (), "push")
+        words = [op, *self._looked_at(name, entry, op), upload.tree, "1" if force else ""]
+        self._update(name, intent={"op": op, **upload.base()})
+        reply = upload.with_base(lambda: self._operate(
+            PUSH, name, entry, words, cancel=upload.cancel), entry["tree"])
+        if reply.status in (5, 25):  # nothing was done
+            self._end_intent(name, False)
+        if reply.status == 25:
+            self._refuse(name, entry, reply.lines(), "push")
+        if reply.status == 5:
+            raise RemoteFailed(f"The git repository of {name} on {host} cannot be moved: it was "
+                               "made anew, or a lock or a branch like main/x is in the way.",
+                               "Put that right, or replace the directory.",
+                               f"push --force -w {name}")
+        check_reply(reply, host, f"push to {name}", name, name, "pushed")
+        for line in reply.lines():
+            if line.startswith("kept "):
+                upload.report.warn(f"What was in {name} is kept until gc, on {host}: "
+                                   + show(line[5:], PATH_MAX))
+
+    def gc(self, only: str | Sequence[str] = (),
+           cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
+        """Free trash, leftovers and old bases on the hosts that have or had a workspace of the
+        project, or ``only`` on some: (bytes by host, the errors of others). Raises UsageError for
+        another host."""
+        used = {(entry["host"], entry["root"]) for entry in self._entries().values()}
+        known = used.union(map(tuple, self.registry.read().get("places", [])))
+        pool = pool_of(only)
+        places = [place for place in sorted(known) if not pool or place[0] in pool]
+        if pool and not places:
+            names = " or ".join(map(show, pool))
+            raise UsageError(f"This project has nothing on {names}.",
+                             "List them.", "list")
+        freed: dict[str, int] = {}
+        failed: list[CmuxError] = []
+        done: set[tuple[str, str]] = set()
+        for host, root in places:
+            try:
+                with noted(self, "gc", "", host):
+                    reply = self.host(host)._call(GC, root, cancel=cancel)
+                    check_reply(reply, host, "clear up")
+                    freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
+                    done.add((host, root))
+            except CmuxError as error:
+                failed.append(error)
+        with self.registry.editing() as record:
+            record["places"] = [place for place in record.get("places", [])
+                                if tuple(place) not in done - used]
+        return freed, failed
+
+    def _looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
+        """The words by which PULL, CHANGED and PUSH compare a workspace."""
+        tree = entry.get("host_tree", "")
+        return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
+                tree if len(tree) == 40 else "",  # the host's ids are SHA-1
+                op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
+                entry.get("pulled", {}).get("op", "")]
+
+    def _refuse(self, name: str, entry: Fields, lines: Iterable[str],
+                verb: str) -> None:
+        lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
+        way, command = "Pull it first", f"pull -w {name}"
+        if lost and all(line.startswith("a job that runs") for line in lost):
+            way, command = "Wait for it, or end it with stop", f"jobs -w {name}"
+        elif not lost:
+            way = "Look at it"
+            command = f"exec -w {name} -- git status --short"
+        lost += entry.get("pulled", {}).get("left", ())
+        if lost:
+            some = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+            error = WorkspaceDirty(f"The workspace {name} has work that would be lost: {some}.",
+                                   way + ", or give it up.", command, f"{verb} --force -w {name}")
+            error.lost = lost
+            raise error
 
     def __enter__(self) -> Project:
         self._leave_interrupts = at_interrupt(self.ending.set)
@@ -7617,118 +7727,9 @@ class Project(ProjectBase):
         return diff(self.workspace(name), stat, report, cancel)
 
 
-# -- the table of verbs --
-# From it come the command line with help and completion, the checks of batch and call_tool(), and
-# the tools of MCP.
-
-KINDS: dict[str, tuple[Fields, tuple[type, ...], str]] = {  # schema, types, words
-    "text": ({"type": "string"}, (str,), "text"),
-    "flag": ({"type": "boolean"}, (bool,), "true or false"),
-    "count": ({"type": "integer"}, (int,), "a whole number from {}"),
-    "seconds": ({"type": "number"}, (int, float), "a number of seconds from {}"),
-    "texts": ({"type": "array", "items": {"type": "string"}}, (list,), "a list of texts"),
-    "map": ({"type": "object"}, (dict,), "an object"),
-}
-
-
-class Arg:
-    """One argument of a verb: a member of a JSON object, a word or an option of a command line.
-    ``kind``: of KINDS, or several with a bar between."""
-
-    word = ""  # how many words it is ("1", "?", "*", "+", or "...": all that follow), if any
-    least: float = 0
-    blank = False  # it may be an empty text
-    default: Any = None
-    choices: Any = None
-
-    def __init__(self, kind: str, name: str, text: str, flags: str = "", **settings: Any) -> None:
-        self.name, self.kinds, self.text = name, kind.split("|"), text
-        self.shown = {"count": "N", "seconds": "TIME"}.get(kind, name.upper())  # in the help
-        vars(self).update(settings)
-        self.required = settings.get("required", self.word in ("1", "+"))
-        self.flags = [] if self.word else (flags or "--" + name.replace("_", "-")).split()
-        self.valued = not self.word and self.kinds != ["flag"]
-
-    def check(self, value: object, label: str) -> None:
-        """Raise UsageError, which names it ``label``, if the value does not fit."""
-        fits = any(type(value) in KINDS[kind][1] for kind in self.kinds)
-        if isinstance(value, (int, float)):
-            fits = fits and self.least <= value < 1e15
-        elif isinstance(value, list) and "texts" in self.kinds:
-            fits = all(isinstance(word, str) for word in value)
-        elif isinstance(value, str):
-            encoded(value)  # refuses a lone surrogate, which JSON can spell, and which has no bytes
-        if not fits:
-            wanted = " or ".join(KINDS[kind][2] for kind in self.kinds).format(self.least)
-            raise UsageError(f"{label} takes {wanted}.")
-
-    def from_word(self, word: str) -> Any:
-        """The value of a word of the command line. Raises UsageError."""
-        label, value = (self.flags or [self.name])[-1], word  # type: str, Any
-        if self.kinds == ["count"]:
-            value = int(word) if re.match(r"[+-]?\d{1,15}\Z", word) else word
-        elif self.kinds == ["seconds"]:
-            match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z", word)
-            units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-            if not match:
-                raise UsageError(f"{label} takes a number of seconds, or a time like 5m or 1h.")
-            value = float(match[1]) * units[match[2]]
-        if not (word or self.blank) and (self.flags or self.kinds[-1] != "texts"):
-            raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
-        if self.kinds[-1] != "texts":  # of several words each is one text
-            self.check(value, label)
-        return value
-
-    def schema(self) -> Fields:
-        """The JSON schema for MCP."""
-        rows = [KINDS[kind][0] for kind in self.kinds]
-        least = {"minimum": self.least} if self.kinds[0] in ("count", "seconds") else {}
-        row = rows[0] if len(rows) == 1 else {"anyOf": rows}
-        return dict(row, description=self.text, **least)
-
-
-class Verb:
-    """A command of the command line, and perhaps a tool for batch, the library and MCP (see TOOLS),
-    or only for MCP with --manage. ``text``: a line of help; ``args``: what it takes."""
-
-    json: Sequence[Arg] = ()  # what only calls in JSON take
-    line: Sequence[Arg] = ()  # what only the command line takes
-    example = ""  # its words
-    model = ""  # what a model reads instead of the text
-    lacks = ""  # the letters of the global options that it does not take
-    reads = False  # it changes nothing
-    destroys = False  # it may destroy work
-    tool: Any = None  # the function of a tool, called with a workspace
-    manage: Any = None  # of one for --manage, called with a project
-
-    def __init__(self, name: str, text: str, *args: Arg, **settings: Any) -> None:
-        self.name, self.text, self.args, self.settings = name, text, args, settings
-        vars(self).update(settings)
-        self.handler = self.tool or self.manage
-        self.tool_name = "workspace_" * bool(self.manage) + name
-        self.params = [*args, *self.json]
-
-    def check(self, arguments: object) -> Fields:
-        """The arguments of a call in JSON. Raises UsageError if they do not fit the table."""
-        if not isinstance(arguments, dict):
-            raise UsageError(f"The arguments of {self.name} are not an object.")
-        known = {arg.name: arg for arg in self.params}
-        for name, value in arguments.items():
-            if name not in known:
-                raise UsageError(f"{self.name} has no argument {show(str(name))}.",
-                                 f"It takes: {', '.join(known)}.")
-            known[name].check(value, f"The argument {name} of {self.name}")
-        for arg in self.params:
-            if arg.required and arg.name not in arguments:
-                raise UsageError(f"{self.name} needs the argument {arg.name}.")
-        return arguments
-
-    def schema(self) -> Fields:
-        """The JSON schema of such a call."""
-        return {"type": "object", "additionalProperties": False,
-                "properties": {arg.name: arg.schema() for arg in self.params},
-                "required": [arg.name for arg in self.params if arg.required]}
-
+# === 16. Verbs ===
+# Owns: one table of verbs and arguments, from which come the command line with help and completion,
+# the checks of batch and call_tool(), and the tools of MCP; hints. May touch: the rooms above.
 
 def tool_exec(workspace: Workspace, command: str | list[str], background: bool = False,
               stdin: str | None = None, **more: Any) -> Fields:
@@ -7796,9 +7797,6 @@ def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = F
     return {"diff": kept.value().rstrip(b"\n")}
 
 
-Text, Flag, Count, Seconds, Texts = (functools.partial(Arg, kind) for kind in (
-    "text", "flag", "count", "seconds", "texts"))
-Word = functools.partial(Text, word="1")
 ONE_JOB = Text("job", "the job's id; in a shell the last one, if none is given", word="?",
                shown="ID", required=True)  # for a model
 PATH = Word("path", "relative to the workspace, or absolute")
@@ -7821,10 +7819,6 @@ COMMON = (
     Flag("quiet", "print less", "-q --quiet"),
     Flag("verbose", "print what is done", "-v --verbose"))
 
-EDIT = Verb("edits", "", Text("old", "the exact text to replace", required=True),
-            Text("new", "what replaces it", required=True),
-            Count("count", "how many matches there must be (default: 1)", least=1))
-KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, (list,), "a list of objects"
 VERBS: dict[str, Verb] = {verb.name: verb for verb in (
     Verb("exec", "run a command in a workspace, made first if need be",
          Arg("text|texts", "command", "one string is a shell line, several are an exact argv",
@@ -7978,7 +7972,7 @@ TOOLS = {verb.name: verb for verb in VERBS.values() if verb.tool}
 MANAGE_TOOLS = {verb.tool_name: verb for verb in VERBS.values() if verb.manage}
 
 
-def call_tool(workspace: WorkspaceBase, name: object, arguments: object,
+def call_tool(workspace: Workspace, name: object, arguments: object,
               cancel: Cancel | None = None) -> Fields:
     """Check the arguments, then run one of TOOLS. Raises CmuxError."""
     return checked_call(name, arguments)(workspace, cancel)
@@ -8020,7 +8014,7 @@ def advised(error: CmuxError) -> str:
     return f"{error} {as_called(error.hint, *error.commands)}".strip()
 
 
-# === 15. Parallel ===
+# === 17. Parallel ===
 # Owns: threads for many operations at once, and the JSON lines of batch. May touch: executors, an
 # injected reader and writer. Promises: bounded memory; every result is delivered, whatever else
 # fails; one bug is raised, not swallowed.
@@ -8160,7 +8154,7 @@ def read_lines(fd: int, cancel: Cancel | None = None) -> Iterator[bytes]:
     yield bytes(held)
 
 
-# === 16. MCP ===
+# === 18. MCP ===
 # Owns: the Model Context Protocol on one reader and one writer, in both its eras (the handshake
 # up to 2025-11-25, the stateless 2026-07-28), and results as text for a model. May touch: threads,
 # an injected writer. Promises: nothing but one-line JSON is written; no input ends the server; what
@@ -8698,7 +8692,7 @@ def row_text(row: Any) -> str:
     return "  ".join(f"{key}={value}" for key, value in row.items() if value not in (None, ""))
 
 
-# === 17. Demo ===
+# === 19. Demo ===
 # Owns: a throwaway sshd on this machine, without a port, a daemon or privileges: the ProxyCommand
 # of ssh starts `sshd -i`. May touch: a temporary directory of its own.
 
@@ -8780,7 +8774,7 @@ def demo(tell: Callable[[str], None]) -> None:
     tell("Everything the demo made is gone again.")
 
 
-# === 18. Doctor ===
+# === 20. Doctor ===
 # Owns: examining this machine and one host. May touch: the rooms above. Promises: every finding in
 # one sentence, every bad one with its fix; nothing is left on the host; the words of ssh and of the
 # host are neutralised and bounded.
@@ -8945,7 +8939,7 @@ def doctor(name: str, root: str = "") -> Iterator[dict[str, str]]:
             return
 
 
-# === 19. Command line ===
+# === 21. Command line ===
 # Owns: arguments, rendering, progress, exit codes. The only room that prints and exits.
 
 if TYPE_CHECKING:
