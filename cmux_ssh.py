@@ -4433,10 +4433,10 @@ def user_environment() -> dict[str, str]:
             if not name.startswith("GIT_") or name.startswith(("GIT_CONFIG", "GIT_PAGER"))}
 
 
-_SECRET_FILE = re.compile(
-    r"(^|/)(\.env(\..+)?|\.netrc|\.npmrc|\.pypirc|\.pgpass|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)|"
+_SECRET_FILE = (
+    r"(?i)(^|/)(\.env(\..+)?|\.netrc|\.npmrc|\.pypirc|\.pgpass|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)|"
     r"credentials(\.json)?|secrets?\.(json|ya?ml|toml|txt)|"
-    r".*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk))\Z", re.I)
+    r".*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk))\Z")
 
 
 class Repository:
@@ -4607,7 +4607,7 @@ class Repository:
             if new == tree:
                 return commit
             paths = [as_text(path) for _, mode, _, path in shadow.changes(tree, new) if int(mode)]
-            secret = [path for path in paths if _SECRET_FILE.search(path) and path not in allow]
+            secret = [path for path in paths if re.search(_SECRET_FILE, path) and path not in allow]
             if secret:
                 del secret[20:]
                 words = " ".join("--allow " + quote(path) for path in secret)
@@ -4862,7 +4862,7 @@ class Shadow:
                  if mode[:3] == "100" and sizes.get(path, 1025) <= 1024}  # the specification's
         marked = self.lfs_paths(tree, files)
         for path, data in zip(marked, self.blobs([files[path][1] for path in marked])):
-            match = _POINTER.match(data)
+            match = re.match(_POINTER, data)
             if match:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
@@ -4945,8 +4945,8 @@ if TYPE_CHECKING:
 RAW_DIFF = ("diff-tree", "-r", "-z", "--raw", "--no-abbrev", "--no-renames", "--no-ext-diff",
             "--no-textconv")
 _PARTIAL = "A partial clone lacks objects: fetch them first with git."
-_POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\n"
-                      rb"size (0|[1-9]\d{0,14})\n?\Z")
+_POINTER = (rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\n"
+            rb"size (0|[1-9]\d{0,14})\n?\Z")
 
 
 class Place:
@@ -5457,12 +5457,12 @@ _HFS_IGNORED = dict.fromkeys([*range(0x200C, 0x2010), *range(0x202A, 0x202F),
                               *range(0x206A, 0x2070), 0xFEFF])
 # Files that would run, or configure tools, on this machine after a merge: what begins with a dot,
 # and these.
-_EXECUTES = re.compile("(^|/)(%s)(/|$)" % "|".join(r"""
+_EXECUTES = ("(?i)(^|/)(%s)(/|$)" % "|".join(r"""
     \.[^/]+ Jenkinsfile (GNU)?makefile [^/]*\.mk CMakeLists\.txt justfile Rakefile Gemfile
     package\.json pyproject\.toml setup\.(py|cfg) tox\.ini noxfile\.py conftest\.py
     sitecustomize\.py usercustomize\.py [^/]*\.pth build\.rs gradlew(\.bat)? [^/]*\.gradle(\.kts)?
     mvnw mise\.toml Dockerfile (docker-)?compose\.ya?ml CLAUDE\.md AGENTS\.md GEMINI\.md
-    """.split()), re.I)
+    """.split()))
 _TRY_AGAIN = "Nothing was imported. Try again."
 _REMOVE_IT = "Remove it in the workspace, or let .gitignore cover it, and pull again."
 _IGNORE = "Let .gitignore cover what was generated, and pull again."
@@ -5604,14 +5604,14 @@ def left_out(paths: Mapping[bytes, str]) -> list[str]:
     return left[:20] + ([f"left out: {len(left) - 20} more"] if left[20:] else [])
 
 
-_CHANGE = re.compile(rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
-                     rb"([0-9a-f]{1,64}) ([ADMT])\Z")
-_PERSON = re.compile(rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z")
+_CHANGE = (rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
+           rb"([0-9a-f]{1,64}) ([ADMT])\Z")
+_PERSON = rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z"
 
 
 def read_person(line: bytes) -> str:
     """An author or committer as git writes it, neutralised and bounded."""
-    match = _PERSON.match(line) if len(line) < 1024 else None
+    match = re.match(_PERSON, line) if len(line) < 1024 else None
     if not match:
         raise refuse("it has a commit without an author, or with a damaged one")
     name, mail = (re.sub(r"[<>\n\0]", "", neutralise(part)).strip(" .,:;\"'\\")[:200]
@@ -5710,7 +5710,7 @@ class Harvest:
     def _read_changes(self, wire: Wire) -> None:
         waiting, commit, count = dict(self.commits), None, 0
         for row in wire.section(b"\0"):
-            match = _CHANGE.match(row)
+            match = re.match(_CHANGE, row)
             if not match:
                 commit = waiting.pop(row, None)
                 if not commit:
@@ -6051,7 +6051,8 @@ class Pull(Harvest):
                 raise refuse(f"it changes {show(text)}, and this repository runs hooks from there",
                              "Look at it with diff, or take it all the same.",
                              f"pull --allow -w {self.name}")
-            why = "git hook" if hook else "file that tools obey" if _EXECUTES.search(text) else \
+            why = "git hook" if hook else \
+                "file that tools obey" if re.search(_EXECUTES, text) else \
                 "executable" if mode == "100755" != before else \
                 "symbolic link" if mode == "120000" else ""
             if why:
@@ -6310,8 +6311,8 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
 
 
 _BRACKET = r"\[[!^]?\]?[^\]]*\]"
-_BRACES = re.compile(
-    r"((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET), re.S)
+_BRACES = (
+    r"(?s)((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET))
 _NO_GLOB = (  # what would match nothing: an empty answer would lie
     (r".*\[\{\].*\.\..*\[\}\]", "has a range in braces, which is not understood",
      "Write its members out, as {1,2,3}."),
@@ -6326,7 +6327,7 @@ _NO_GLOB = (  # what would match nothing: an empty answer would lie
 
 def glob_patterns(pattern: str) -> Iterator[str]:
     """The patterns that one with {a,b} stands for, as in sh."""
-    braces = _BRACES.match(pattern)
+    braces = re.match(_BRACES, pattern)
     if braces:
         before, inner, after = braces.groups()
         words = re.split(r",(?![^\[]*\])", inner)
@@ -6395,7 +6396,7 @@ _GROUPS = itertools.count()
 
 
 # What grep prints of a file of which it reports nothing after the first NUL.
-_BINARY = re.compile(rb"(?m)^(?:grep: |Binary file )\./(.*?)(?:: binary file)? matches$")
+_BINARY = rb"(?m)^(?:grep: |Binary file )\./(.*?)(?:: binary file)? matches$"
 
 
 def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
@@ -6902,7 +6903,7 @@ class Workspace:
         data = self._search(GREP, pattern, wider, "-i" if ignore_case else "-n", str(SEARCH_MAX),
                             str(most), cancel=cancel)
         kind, _, data = data.partition(b"\n")
-        matches, binary = [], set(_BINARY.findall(data))  # type: list[Line], set[bytes]
+        matches, binary = [], set(re.findall(_BINARY, data))  # type: list[Line], set[bytes]
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
         for name, line, row in grep_rows(data, kind == b"null"):
             path = as_text(name)
@@ -8189,11 +8190,11 @@ MCP_MAY_LACK = ("path", "stdout", "stderr", "content", "output", "notes", "execu
 MCP_BODIES = (*MCP_MAY_LACK, "diff", "stat", "paths", "matches", "jobs", "workspaces")
 # Escape sequences are removed whole: a model has no terminal, and colours cost it tokens. One
 # without an end takes at most its line with it.
-_ESCAPES = re.compile(
+_ESCAPES = (
     r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])|"
     r"\x9b[0-?]*[ -/]*[@-~]|[\x90\x98\x9d-\x9f][^\x07\x1b\x9c\n]*(?:[\x07\x9c]|\x1b\\)?")
 # What Capture, an edit's diff and row_text put where they cut.
-_CUT = re.compile(rb"(\s?\[\.\.\.(?: [^\]\n]{0,60})?\]\s?)")
+_CUT = rb"(\s?\[\.\.\.(?: [^\]\n]{0,60})?\]\s?)"
 # The beginning of a UTF-8 character whose end is missing.
 _HALF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})?\Z")
 
@@ -8209,9 +8210,9 @@ class Veil:
 
     def clean(self, data: bytes | str, begun: bool = False, printed: bool = False) -> str:
         """``begun``: the data may begin within a secret; ``printed``: for a terminal."""
-        plain = encoded(_ESCAPES.sub("", as_text(mask(encoded(data), self.masks))))
+        plain = encoded(re.sub(_ESCAPES, "", as_text(mask(encoded(data), self.masks))))
         plain = mask(plain, self.masks)  # grep --color puts its codes into the middle of a secret
-        pieces = _CUT.split(plain)  # text, cut, text, cut, ..., text
+        pieces = re.split(_CUT, plain)  # text, cut, text, cut, ..., text
         for at in range(0, len(pieces), 2):
             if at or begun:
                 pieces[at] = self._edge(pieces[at], True)
