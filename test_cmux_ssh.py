@@ -9448,11 +9448,13 @@ def test_no_forged_answer_of_a_host_is_a_traceback_or_an_unbounded_error(site):
 def test_a_host_that_ends_long_polls_at_once_is_not_asked_at_once(site, tool):
     liar = Liar(site)
     (name,) = liar.lies(says("0 j0123abcd running\n"))
-    before, child = site.log("liar").count("Starting session"), liar.repo.start(*tool.split(), "j0123abcd", "-w", name)
+    sessions = lambda: site.log("liar").count("Starting session")  # noqa: E731
+    before, child = sessions(), liar.repo.start(*tool.split(), "j0123abcd", "-w", name)
+    until(lambda: sessions() > before, "it asks")
     sleep(4)
     child.send_signal(SIGINT)
     child.communicate()
-    assert 0 < site.log("liar").count("Starting session") - before < 9
+    assert sessions() - before < 11
 
 
 @slow
