@@ -2504,7 +2504,7 @@ def test_hostile_host_strings_start_nothing(repo, way, site):
         elif way == "environment":
             env["CMUX_SSH_HOST"] = host
         else:
-            repo.git(f"config cmux.host {host}")
+            repo.git("config cmux.host", host)
         refused(repo.cli(*args, env=env), 125)
         assert not log.exists() and not (repo.dir / "trap").exists(), host
 
