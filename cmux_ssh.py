@@ -2314,7 +2314,7 @@ class Lock:
             pause = min(pause * 1.5, 1)  # six hundred threads may wait for a host that starts
             if silence.over() and self.doing:
                 owner, holder = self._holder()
-                if owner != os.getpid() and holder not in self._told:
+                if owner not in (0, os.getpid()) and holder not in self._told:
                     self._told.add(holder)
                     self.tell("Waiting for " + holder)
         return True
@@ -8964,7 +8964,8 @@ class Terminal(Report):
         self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
         Masters.tell, Masters.alert = self.note, self.warn
-        Lock.tell = self.note if verb == "exec" else self.warn  # exec is silent in a pipe
+        # The output of these is for programs.
+        Lock.tell = self.note if verb in ("exec", "batch", "mcp") else self.warn
 
     def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
                  cancel: Cancel) -> list[Any]:
@@ -9259,6 +9260,13 @@ def exec_workspace(options: Options, name: str) -> Workspace:
         workspace = project.workspace(name)
     if options.many:
         workspace.host.masters.connect(cancel)
+    elif report.redraws:
+        with contextlib.suppress(GitFailed):
+            commit, _ = project.repository.resolve("HEAD")
+            parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
+            if commit not in (workspace.base, parent):
+                report.warn(f"{name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. "
+                            + as_called("To bring it there", f"push -w {name}"))
     return workspace
 
 
@@ -10230,8 +10238,8 @@ def fail(words: Sequence[str], error: CmuxError) -> int:
 
 def version_text() -> str:
     digest = "unknown"
-    with contextlib.suppress(OSError), open(__file__, "rb") as stream:  # of a zip it is none
-        digest = sha256_of(stream.read())
+    with contextlib.suppress(OSError, NameError, AttributeError):
+        digest = sha256_of(globals()["__loader__"].get_data(__file__))  # of a zip, too
     return f"{PROGRAM} {__version__} (sha256 {digest})"
 
 

@@ -3831,12 +3831,19 @@ class Lab(Repo):
         path.unlink(missing_ok=True)
         self.site.script(name, f"cat {path}; exit {status}")
 
-        def write():
-            with suppress(BrokenPipeError), open(path, "wb", buffering=0) as file:
-                for chunk in [chunks] if isinstance(chunks, bytes) else chunks:
-                    file.write(chunk)
         if isinstance(chunks, bytes):
-            return write()
+            return path.write_bytes(chunks)
+
+        def write():
+            rest, given = iter(chunks), []
+            for again in range(2):  # what is too much for a shared connection is asked for twice
+                with suppress(BrokenPipeError), open(path, "wb", buffering=0) as file:
+                    for chunk in given:
+                        file.write(chunk)
+                    for chunk in rest:
+                        if not again:
+                            given.append(chunk)
+                        file.write(chunk)
         os.mkfifo(path)
         Thread(target=write, daemon=True).start()
 
@@ -3850,7 +3857,8 @@ class Lab(Repo):
                 (folder / "person").touch()
             tree = self.git("--git-dir", str(next(self.site.remote.glob("cmux/*/git/.git"))), "rev-parse", "refs/cmux/base^{tree}")
             at = self.site.dir
-            for tool, cases in (("git/git", f"*' cat-file --batch '*) if mkdir {at}/again; then exec {at}/said0; fi; rmdir {at}/again; exec {at}/said2;; "
+            for tool, cases in (("git/git", "*' cat-file --batch '*) for a; do case $a in --git-dir=*) a=${a#*=}.again; break;; esac; done; "
+                                            f"if mkdir $a; then exec {at}/said0; fi; exec {at}/said2;; "
                                             f"*base^*) echo {HOSTS_BASE.decode()}; echo {tree};; *{{tree}}*|*write-tree*) echo {tree};; *rev-parse*) echo {HOSTS_BASE.decode()};;"),
                                 *((f"{how}/{tool}", f"*'{words}'*) exec {at}/said1;; *) exec {program(tool)} \"$@\";;")
                                   for how, tool, words in (("git", "cat", "/changes "), ("files", "tr", r" \n \0 ")))):
@@ -3860,7 +3868,6 @@ class Lab(Repo):
             parts[1] += parts[2]
         for n in range(3):
             self.say(f"said{n}", parts[n], int(n >= len(stream) or len(stream) < 2))
-        shutil.rmtree(self.site.dir / "again", ignore_errors=True)
         self.puller.stdin.write(how.encode() + b"\n")
         self.puller.stdin.flush()
         self.told = json.loads(self.puller.stdout.readline())
@@ -4431,7 +4438,7 @@ def test_pulls_in_a_shallow_clone_follow_one_another(repo):
     repo.new()
     for how in ("echo x >new", "git add -A; git commit -qm made"):
         do(repo, how)
-        assert repo.ok("pull").said == "" and "Nothing new" in repo.ok("pull").text
+        assert repo.ok("pull").said.count("\n") == 1 and "Nothing new" in repo.ok("pull").text
 
 
 def test_commits_with_odd_dates_and_encodings_come_home(repo):
@@ -7271,19 +7278,17 @@ def forked(look):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_what_killed_writers_left_is_removed(site, repo):
+def test_what_a_killed_writer_left_is_in_nobodys_way(site, repo):
     site.line("far").refuse = True
     assert (repo.cli("new -H far down").code, repo.cli("new -H box up").code) == (255, 0)
-    for name, left in (("m/*/down.json", {"other.3.new", "2.new", "gone.new"}), ("projects/*.json", {"other.3.new"})):
+    for name in ("m/*/down.json", "projects/*.json"):
         (record,) = site.state.glob(name)
-        files = {new: record.with_name(f"{record.name}.{new}") for new in ("1.new", "2.new", "gone.new")}
-        files["other.3.new"] = record.with_name("other.3.new")
-        for new, file in files.items():
-            file.symlink_to("nowhere") if new == "gone.new" else file.write_text("x")
-        os.utime(files["1.new"], (1, 1))
+        left = record.with_name(f"{record.name}.new")
+        left.write_text("x" * 9999)
         record.unlink() if name[0] == "m" else None
         assert (repo.cli("new -H far down").code, repo.cli("new -H box", "w" + name[0]).code) == (255, 0)
-        assert {new for new, file in files.items() if os.path.lexists(file)} == left, name
+        assert not left.exists() and record.exists(), name
+        json.loads(record.read_text())
 
 
 def test_a_cancel_is_readable_once_set():
@@ -7810,19 +7815,6 @@ def test_shell_sends_nothing_of_what_send_env_names(site, repo):
     terminal = repo.terminal("shell", env={"SSH_AUTH_SOCK": "/nowhere/agent", "DISPLAY": ":77", "TMPDIR": "/tmp/.", "FOO": "leaks-1"})
     # systemd's profile for bash writes OSC 3008, which a backslash ends, before the answer
     terminal.talk(b"as it likes", b"env | grep -c -e /nowhere/agent -e :77 -e '/tmp/[.]' -e leaks-; echo end''ed\r", rb"[\s\\]0\s+ended", b"exit\r")
-
-
-@each("names, proxied", [("*", False), ("*", True), ("LC_*", False)])
-def test_a_session_of_its_own_sends_no_local_path(site, names, proxied, repo):
-    """A pull has one; a program in ssh's place writes down what ssh has there, and is told."""
-    told = site.dir / "told"
-    (site.inetd if proxied else site.daemon)("own", config=[f"SendEnv {names}"])
-    site.env["SSH_AUTH_SOCK"] = "/nowhere/agent"
-    in_sshs_place(site, f'case "$*" in *"-S none "*) env >{told}; echo "ARGV=$*" >>{told};; esac\nexec $ssh "$@"')
-    assert repo.cli("new -H own main").code == repo.cli("pull").code == 0
-    seen = dict(row.split("=", 1) for row in told.read_text().splitlines())
-    assert (set(seen) - {"PWD", "SHLVL", "_", "OLDPWD", "ARGV"} == {"PATH", "HOME"}) == ("-o IdentityAgent=/nowhere/agent" in seen["ARGV"]) == (names == "*")
-    assert names == "*" or seen["SSH_AUTH_SOCK"] == "/nowhere/agent"
 
 
 def test_shell_leaves_its_terminal_as_it_was(repo, line):
@@ -8952,7 +8944,7 @@ def test_readme_numbers_and_names_are_the_codes(repo):
     assert public <= set(c.__all__) | {"__all__"}, public
     assert not {name for name in c.__all__ if not re.search(rf"\b{name}\b", README) and not getattr(c, name).__doc__}
     shown = {kind: " ".join(name for name in dir(getattr(c, kind)) if name[0] != "_") for kind in ("Project", "Workspace", "Host")}
-    assert shown == {"Project": "create default_workspace diff ensure existing fork gc host kind name pull push remove rename set_secret workspace workspaces", "Host": "close masters run",
+    assert shown == {"Project": "create default_workspace diff ensure existing fork gc host name pull push remove rename set_secret workspace workspaces", "Host": "close masters run",
         "Workspace": "describe download edit exec follow forward glob grep jobs logs read run shell start stop upload wait write"}, "help() shows no internals"
 
 
