@@ -3622,14 +3622,18 @@ class Masters:
         """Connect, one process at a time; the others share its result."""
         before = self._down()[0]
         lock = Lock(self.path("probe"), "connects to " + self.host)
-        if not lock.wait(deadline):
-            raise self._too_late("another process is still connecting")
+        free = False
+        while not free:
+            free = lock.wait(deadline.within(3))
+            failed, _, why = self._down()
+            if failed not in (0, before):  # or those that come later would starve this one
+                lock.free()
+                raise why
+            if not free and deadline.over():
+                raise self._too_late("another process is still connecting")
         with lock:
             if self.masters() or self.single():
                 return []
-            failed, _, why = self._down()
-            if failed not in (0, before):
-                raise why
             self._wait_out(deadline)
             return self._launch(count, deadline)
 
