@@ -3844,6 +3844,7 @@ class Lab(Repo):
                         if not again:
                             given.append(chunk)
                         file.write(chunk)
+                    return
         os.mkfifo(path)
         Thread(target=write, daemon=True).start()
 
