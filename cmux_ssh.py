@@ -5658,8 +5658,10 @@ class Harvest:
         self.host_base = b""  # the host's id of the base commit; none without git
         self.dirty = True     # whether the last commit is uncommitted work
         self.commits: dict[bytes, Commit] = {}
-        # The changes that name a content, by the host's id of it.
-        self.users: dict[bytes, list[tuple[Changes, bytes]]] = {}
+        # By the host's id: how many changes name a content, later what store() returned. Not which
+        # changes: of 100,000 that took 15 MB.
+        self.contents: dict[Any, Any] = {}
+        self.links: dict[bytes, list[bytes]] = {}  # the host's id of a target -> its links
         self.left: dict[bytes, str] = {}  # path that is left out -> why
         self.total = self.spread = 0  # bytes of contents: each counted once; for each path
 
@@ -5681,6 +5683,10 @@ class Harvest:
         self._read_contents(wire)
         if not wire.ended():
             raise refuse("its stream goes on after its end")
+        for commit in self.commits.values():
+            for path, (mode, content) in commit.changes.items():
+                commit.changes[path] = mode, self.contents[content] if mode else ""
+        self.contents.clear()
         return kind
 
     def _read_head(self, wire: Wire) -> bytes:
@@ -5728,39 +5734,39 @@ class Harvest:
                 raise refuse(f"its stream names {show(path)} twice, or contradicts itself")
             self._change(commit, path, mode, match.group(2))
 
-    def _change(self, commit: Commit, path: bytes, mode: str, content: bytes) -> None:
-        users = self.users.setdefault(content, []) if mode else []
+    def _change(self, commit: Commit, path: bytes, mode: str, content: Any) -> None:
+        if mode:
+            self.contents[content] = self.contents.get(content, 0) + 1
         why = check_result_path(path)
         if why and path not in self.known():  # the user's own names may be odd
             self.left[path] = why
             if not mode:
                 del self.left[path]
             return
-        users.append((commit.changes, path))
-        commit.changes[path] = mode, ""
+        if mode == "120000":
+            self.links.setdefault(content, []).append(path)
+        commit.changes[path] = mode, content
 
     def _read_contents(self, wire: Wire) -> None:
         most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
-        for name, size in wire.objects(b"blob"):
-            users = self.users.pop(name, None)
-            if users is None:
+        for name, size in wire.objects(b"blob"):  # type: Any, int
+            uses = self.contents.get(name)
+            if not isinstance(uses, int):
                 raise refuse("its stream has a content twice, or one that no change names")
             self.total += size
-            self.spread += size * len(users)
+            self.spread += size * uses
             if size > most:
-                raise refuse(f"{show(users[0][1] if users else '?')} has {human_size(size)}, more "
-                             f"than {human_size(most)}", _REMOVE_IT)
+                path = next((path for commit in self.commits.values()
+                             for path, change in commit.changes.items() if name in change), "?")
+                raise refuse(f"{show(path)} has {human_size(size)}, more than {human_size(most)}",
+                             _REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
                 raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
             chunks: Iterable[bytes] = wire.chunks(size)
-            links = [path for changes, path in users if changes[path][0] == "120000"]
-            if links:
-                chunks = [self._check_links(links, size, chunks)]
-            content = self.store(chunks, size)
-            for changes, path in users:
-                if path in changes:  # else the link was left out
-                    changes[path] = changes[path][0], content
-        if self.users:
+            if name in self.links:
+                chunks = [self._check_links(self.links[name], size, chunks)]
+            self.contents[name] = self.store(chunks, size)
+        if not all(isinstance(content, str) for content in self.contents.values()):
             raise refuse("its stream lacks contents")
 
     def _check_links(self, paths: list[bytes], size: int, chunks: Iterable[bytes]) -> bytes:
@@ -5906,7 +5912,8 @@ class Pull(Harvest):
     def _every(self) -> Iterator[tuple[Changes, bytes, str, str]]:
         """The changes of a commit, and one of them, which may be changed."""
         for commit in self.commits.values():
-            for path, (mode, oid) in list(commit.changes.items()):
+            for path in list(commit.changes):
+                mode, oid = commit.changes[path]
                 yield commit.changes, path, mode, oid
 
     def _keep_out(self) -> None:
