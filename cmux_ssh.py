@@ -5749,7 +5749,7 @@ class Harvest:
 
     def _read_contents(self, wire: Wire) -> None:
         most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
-        for name, size in wire.objects(b"blob"):  # type: Any, int
+        for name, size in wire.objects(b"blob"):
             uses = self.contents.get(name)
             if not isinstance(uses, int):
                 raise refuse("its stream has a content twice, or one that no change names")
@@ -5757,7 +5757,8 @@ class Harvest:
             self.spread += size * uses
             if size > most:
                 path = next((path for commit in self.commits.values()
-                             for path, change in commit.changes.items() if name in change), "?")
+                             for path, change in commit.changes.items()
+                             if {name}.intersection(change)), "?")
                 raise refuse(f"{show(path)} has {human_size(size)}, more than {human_size(most)}",
                              _REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
