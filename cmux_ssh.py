@@ -1286,7 +1286,7 @@ exclude_nested() { # repositories in the workspace; large files are found, too
 copy_index() { # of the agent, which knows what has not changed
   if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
     shadow ls-files -s >"$stage/index" 2>/dev/null; then # else it is damaged, or split
-    # No commit of ours may hold a repository.
+    # A pulled commit holds no link to a repository.
     sed -n 's/^160000 [^	]*	//p' "$stage/index" | shadow update-index --force-remove --stdin
     return
   fi
@@ -3203,7 +3203,7 @@ class Session:
         drop(*fds)
 
     def _forked(self) -> None:
-        """A child of ours closes its copies, and sends nothing."""
+        """In a forked child: close its copies, and send nothing."""
         self.control = -1
         self._leave()
 
@@ -3622,20 +3622,21 @@ class Masters:
         """Connect, one process at a time; the others share its result."""
         before = self._down()[0]
         lock = Lock(self.path("probe"), "connects to " + self.host)
-        free = False
-        while not free:
-            free = lock.wait(deadline.within(3))
-            failed, _, why = self._down()
-            if failed not in (0, before):  # or those that come later would starve this one
-                lock.free()
-                raise why
-            if not free and deadline.over():
-                raise self._too_late("another process is still connecting")
-        with lock:
+        try:
+            ours = False
+            while not ours:
+                ours = lock.wait(deadline.within(3))
+                failed, _, why = self._down()
+                if failed not in (0, before):  # else later ones would starve this
+                    raise why
+                if not ours and deadline.over():
+                    raise self._too_late("another process is still connecting")
             if self.masters() or self.single():
                 return []
             self._wait_out(deadline)
             return self._launch(count, deadline)
+        finally:
+            lock.free()
 
     def _one_more(self, count: int, cancel: Cancel | None = None) -> list[Slot]:
         """Start one more master, of as many at once as those who wait can fill; after a failure one
@@ -4438,8 +4439,8 @@ def user_environment() -> dict[str, str]:
 
 
 _SECRET_FILE = (
-    r"(?i)(^|/)(\.env(\..+)?|\.netrc|\.npmrc|\.pypirc|\.pgpass|\.htpasswd|id_(rsa|dsa|ecdsa|ed25519)|"
-    r"credentials(\.json)?|secrets?\.(json|ya?ml|toml|txt)|"
+    r"(?i)(^|/)(\.env(\..+)?|\.netrc|\.npmrc|\.pypirc|\.pgpass|\.htpasswd|"
+    r"id_(rsa|dsa|ecdsa|ed25519)|credentials(\.json)?|secrets?\.(json|ya?ml|toml|txt)|"
     r".*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk))\Z")
 
 
@@ -6906,8 +6907,8 @@ class Workspace:
         to 500 characters), ``truncated``."""
         if not pattern or "\n" in pattern or limit < 1:
             raise UsageError("The pattern is empty or has a newline, or the limit is below 1.")
-        # Of these grep makes something else, in silence:
-        if re.search(r"\\[dD]|\(\?", re.sub(r"\\[^dD]|\[\^?\]?[^]\\]*\]", "", pattern)):
+        # grep would quietly misread these:
+        if re.search(r"\\[dD]|\(\?", re.sub(r"\\[^dD]|\[\^?\]?[^][\\]*\]", "", pattern)):
             raise UsageError("An extended regular expression has no \\d, \\D and (?.",
                              "Write [0-9], [^0-9], and (one|other) for a group.")
         test, wider = glob_test(glob or "**", self.path, True)
@@ -8663,7 +8664,7 @@ def understood(tool: Verb, given: Any) -> Any:
 
 
 def described(tool: Verb) -> Fields:
-    """A tool, as a client is told of it."""
+    """A tool as MCP clients see it."""
     text = tool.model or tool.text[0].upper() + tool.text[1:] + "."
     title = text.split(".")[0]
     return {"name": tool.tool_name, "title": title, "description": text,
