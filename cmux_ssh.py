@@ -4409,8 +4409,8 @@ GIT_ALWAYS = git_settings(
     "maintenance.auto=false", "protocol.allow=never")
 GIT_SAFE = GIT_ALWAYS + git_settings(
     "core.protectHFS=true", "core.protectNTFS=true", "fetch.recurseSubmodules=false",
-    "core.attributesFile=/dev/null", "commit.gpgSign=false", "tar.umask=0022",
-    "core.bigFileThreshold=8m", "pack.threads=1", "core.packedGitWindowSize=16m",
+    "core.attributesFile=/dev/null", "core.ignoreCase=false", "commit.gpgSign=false",
+    "tar.umask=0022", "core.bigFileThreshold=8m", "pack.threads=1", "core.packedGitWindowSize=16m",
     "core.packedGitLimit=64m")
 # For commands that read the work tree.
 USER_SAFE = GIT_ALWAYS + git_settings("core.splitIndex=false", "core.untrackedCache=false",
@@ -4444,70 +4444,150 @@ _SECRET_FILE = (
     r".*\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk))\Z")
 
 
-class Repository:
+class Output:
+    """What a git command prints, piece by piece. At the end it raises GitFailed if the command
+    failed or, unless it ``talks``, wrote to stderr, as update-index does when it drops a path."""
+
+    def __init__(self, argv: list[str], env: Mapping[str, str], stdin: bytes | IO[bytes],
+                 talks: bool, name: str) -> None:
+        self.name, self.talks, self.errors = name, talks, spool(b"")
+        with spool(stdin) if isinstance(stdin, bytes) else stdin as source:
+            self.process = spawn(argv, env, stdin=source, stdout=-1, stderr=self.errors)
+        assert self.process.stdout
+        self.stdout = self.process.stdout
+
+    def read(self) -> bytes:
+        data = os.read(self.stdout.fileno(), CHUNK)
+        if not data:
+            failed = self.process.wait()
+            self.errors.seek(0)
+            text = self.errors.read(LOG_MAX).strip()
+            if failed or text and not self.talks:
+                raise GitFailed(f"git {self.name} failed: {show(text, 300)}.",
+                                "Is the disk full? " + _PARTIAL)
+        return data
+
+    def close(self) -> None:
+        kill_group(self.process)
+        self.errors.close()
+        self.stdout.close()
+
+
+class Git:
+    """git, with the first words and the environment of all its commands."""
+
+    def __init__(self, start: list[str], env: dict[str, str]) -> None:
+        self.start, self.env = start, env
+
+    def ask(self, *words: str) -> str:
+        """What a short command prints; "" where it fails."""
+        status, out, _ = run([*self.start, *words], self.env, patience=600)
+        return "" if status else os.fsdecode(out)
+
+    def output(self, *words: str, stdin: bytes | IO[bytes] = b"",
+               env: Mapping[str, str] | None = None, talks: bool = False) -> Output:
+        return Output([*self.start, *words], {**self.env, **(env or {})}, stdin, talks, words[0])
+
+    def records(self, *words: str, end: bytes = b"\0", **how: Any) -> Iterator[bytes]:
+        """What a command prints, split at ``end``."""
+        rest = b""
+        with contextlib.closing(self.output(*words, **how)) as output:
+            for data in iter(output.read, b""):
+                *parts, rest = (rest + data).split(end)
+                yield from parts
+        if rest:
+            yield rest
+
+    def call(self, *words: str, **how: Any) -> str:
+        """The line that a command prints."""
+        return as_text(b"".join(self.records(*words, end=b"\n", **how)))
+
+    def store(self, pack: str, **env: str) -> None:
+        """Store a pack that passes git's strict checks."""
+        self.call("index-pack", "--stdin", "--strict", "--fsck-objects",
+                  f"--max-input-size={2 * PULL_TOTAL_MAX}", stdin=open(pack, "rb"), env=env,
+                  talks=True)
+
+    def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
+        """Files that differ from ``head``. Not in submodules: their filters would run."""
+        return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames",
+                            "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env,
+                            talks=True)
+
+    def configured(self, section: str) -> set[str]:
+        """The SECTION.NAMEs of the configuration."""
+        pattern = rf"^{section}\..*\."
+        out = self.ask("config", "-z", "--name-only", "--get-regexp", pattern)
+        return {name.rpartition(".")[0] for name in out.split("\0")[:-1]}
+
+    def without_hooks(self) -> dict[str, str]:
+        """The environment, with the hooks switched off that the configuration names: git 2.54 runs
+        them whatever core.hooksPath is."""
+        given, names = self.env.get("GIT_CONFIG_COUNT", ""), self.configured("hook")
+        first = int(given) if given.isdigit() else 0
+        env = dict(self.env, GIT_CONFIG_COUNT=str(first + len(names)))
+        for at, name in enumerate(names, first):
+            env[f"GIT_CONFIG_KEY_{at}"] = name + ".enabled"
+            env[f"GIT_CONFIG_VALUE_{at}"] = "false"
+        return env
+
+
+class Repository(Git):
     """The user's git repository around a directory. Raises GitFailed where there is none."""
 
     def __init__(self, directory: str) -> None:
-        self.program = find_program("git")
         try:
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
             raise GitFailed("The current directory has been removed.")
         if not os.path.isdir(self.directory):
             raise GitFailed(f"{show(directory)} is not a directory.")
-        lines = self._line("rev-parse", "--absolute-git-dir", "--git-common-dir").split("\n")
-        if len(lines) != 2:
-            raise GitFailed("The repository's path holds a newline.")
-        self.git_dir = os.path.realpath(lines[0])
-        self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
+        self.program = find_program("git")
+        start = [self.program, "-C", self.directory]
+        self.user = Git(start, user_environment())  # with the user's configuration
+        super().__init__([*start, *GIT_SAFE], git_environment())
+        del self.env["GIT_CONFIG_NOSYSTEM"]  # the user's, too, is read for safe.directory alone
+        self._find()
         if (os.path.realpath(self.directory) + "/").startswith(self.git_dir + "/"):
             # In another repository's work tree it may have come with a clone, or a pull: its
             # config could be an attacker's.
-            above = os.path.dirname(self.git_dir)
-            words = [self.program, "-C", above, *GIT_SAFE, "rev-parse", "--git-dir"]
-            if run(words, git_environment())[0] == 0:
+            start[2] = os.path.dirname(self.git_dir)
+            if Git([*start, *GIT_SAFE], git_environment()).ask("rev-parse", "--git-dir"):
                 raise GitFailed(f"{show(self.git_dir)} is a git directory inside another "
                                 "repository.", "Name a directory of the work tree with -C.")
 
-    def _line(self, *words: str) -> str:
-        """What a git command prints, without the last newline. Raises GitFailed."""
-        # The user's global config is read for safe.directory alone; rev-parse runs nothing.
-        env = git_environment()
-        del env["GIT_CONFIG_NOSYSTEM"]
-        status, out, err = run([self.program, "-C", self.directory, *GIT_SAFE, *words], env)
-        if status == 0:
-            return as_text(out)[:-1]
+    def _find(self) -> None:
+        words = "rev-parse", "--absolute-git-dir", "--git-common-dir"
+        status, out, err = run([*self.start, *words], self.env)
         text, where = neutralise(err).strip(), show(self.directory)
-        last = text.split("\n")[-1].strip()
+        last, lines = text.split("\n")[-1].strip(), os.fsdecode(out).split("\n")
         if "dubious ownership" in text:
             raise GitFailed(f"{where} belongs to another user; git refuses to read it.",
                             "Trust it, if it is yours.", last)
         if "not a git repository" in text:
             raise GitFailed(f"{where} is not inside a git repository.",
                             "Change into one, name one with -C, or make one.", "git init")
-        raise GitFailed(f"git {words[0]} failed: {show(last, 200)}.")
-
-    def _ask(self, *words: str, env: dict[str, str] | None = None) -> str:
-        """What a git command with the user's configuration prints; nothing where it fails."""
-        argv = [self.program, "-C", self.directory, *words]
-        status, out, _ = run(argv, env or user_environment())
-        return "" if status else os.fsdecode(out)
+        if status or len(lines) != 3:
+            raise GitFailed(f"git cannot read {where}, or its path holds a newline: "
+                            f"{show(last, 200)}.")
+        self.git_dir = os.path.realpath(lines[0])
+        self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
 
     def branch(self) -> str:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
-        return self._ask("symbolic-ref", "-q", "--short", "HEAD").strip()
+        return self.user.ask("symbolic-ref", "-q", "--short", "HEAD").strip()
 
     def config(self, key: str, *how: str) -> str:
         """A value of the user's git configuration, any scope. None comes with a clone: __init__()
         refuses a repository among a clone's files."""
-        return self._ask("config", *how, key)[:-1]
+        return self.user.ask("config", *how, key)[:-1]
 
     def diff_settings(self) -> tuple[str, bool]:
         """The pager for a diff on a terminal ("": none), and whether the diff is in colour."""
         own, switch = self.config("pager.diff"), self.config("pager.diff", "--bool")
         words = git_settings("core.pager=" + own) if own and not switch else ()
-        pager = self._ask(*words, "var", "GIT_PAGER").strip()
-        colour = self._ask("config", "--get-colorbool", "color.diff", "true") == "true\n"
+        pager = self.user.ask(*words, "var", "GIT_PAGER").strip()
+        colour = self.user.ask("config", "--get-colorbool", "color.diff", "true") == "true\n"
         return "" if switch == "false" or pager == "cat" else pager, colour
 
     def resolve(self, revision: str) -> tuple[str, str]:
@@ -4518,27 +4598,22 @@ class Repository:
                 raise GitFailed("The repository has no commit yet.", "Commit something first.")
             raise GitFailed(f"{show(revision)} is not a commit of this repository.",
                             "Name one of its log.", "git log")
-        return commit, self._line("rev-parse", "--verify", "-q", commit + "^{tree}")
+        return commit, self.value_of(commit, "^{tree}")
 
     def behind(self, base: str) -> int | None:
         """The number of commits of HEAD that ``base`` lacks; None where one of both is missing."""
-        with contextlib.suppress(GitFailed):
-            return int(self._line("rev-list", "--count", base + "..HEAD", "--"))
-        return None
+        count = self.ask("rev-list", "--count", base + "..HEAD", "--")
+        return int(count) if count else None
 
     def value_of(self, name: str, kind: str = "^{commit}") -> str:
         """The id of the commit (or other object) that a name stands for, or ""."""
-        try:
-            return self._line("rev-parse", "--verify", "-q", name + kind)
-        except GitFailed:
-            return ""
+        return self.ask("rev-parse", "--verify", "-q", name + kind).strip()
 
     @functools.cached_property
     def top(self) -> str:
         """The top directory of the work tree, with no link in it; "" in a bare repository."""
-        with contextlib.suppress(GitFailed):
-            return os.path.realpath(self._line("rev-parse", "--show-toplevel"))
-        return ""
+        top = self.ask("rev-parse", "--show-toplevel")[:-1]
+        return top and os.path.realpath(top)
 
     def _own_state(self) -> str:
         """The state directory relative to the work tree, or "" where it is outside (a home may be
@@ -4555,49 +4630,38 @@ class Repository:
                              "Set CMUX_SSH_HOME to another directory, or take it out of git.",
                              f"git rm -r --cached {quote(':/' + own)}")
 
-    def _as_user(self, shadow: Shadow, filters: bool = False) -> Shadow:
-        """A shadow whose git reads the work tree with the user's configuration, but has its own
-        index and objects. No hook, no fsmonitor and, without ``filters``, no filter runs."""
-        import copy
-        shadow.borrow_index(self)
-        own = copy.copy(shadow)
-        own.start = [self.program, "-C", self.top, *USER_SAFE]
-        for name in () if filters else self._configured("filter", user_environment()):
-            own.start += git_settings(name + ".process=", name + ".required=false")
-        own.env = dict(self._without_hooks(user_environment()), **GIT_ALONE,
-                       GIT_INDEX_FILE=shadow.git_dir + "/index",
-                       GIT_OBJECT_DIRECTORY=shadow.git_dir + "/objects")
-        own.env[ALTERNATES] = shadow.env[ALTERNATES]
-        return own
+    def _as_user(self, shadow: Shadow, filters: bool = False) -> Git:
+        """git that reads the work tree with the user's configuration, but has its own index (a
+        copy) and the objects of a shadow. No hook, no fsmonitor and, without ``filters``, no filter
+        runs."""
+        import shutil
+        for name in os.listdir(self.git_dir):
+            source = os.path.join(self.git_dir, name)
+            if re.match(r"index\Z|sharedindex\.", name) and os.path.isfile(source):
+                # With its time: git then reads only files that are not older.
+                shutil.copy2(source, os.path.join(shadow.git_dir, name))
+        start = [self.program, "-C", self.top, *USER_SAFE]
+        for name in () if filters else self.user.configured("filter"):
+            start += git_settings(name + ".process=", name + ".required=false")
+        return Git(start, {**self.user.without_hooks(), **GIT_ALONE,
+                           "GIT_INDEX_FILE": shadow.git_dir + "/index",
+                           "GIT_OBJECT_DIRECTORY": shadow.git_dir + "/objects",
+                           ALTERNATES: shadow.env[ALTERNATES]})
 
-    def _configured(self, section: str, env: dict[str, str]) -> set[str]:
-        """The SECTION.NAMEs of the configuration."""
-        pattern = rf"^{section}\..*\."
-        out = self._ask("config", "-z", "--name-only", "--get-regexp", pattern, env=env)
-        return {name.rpartition(".")[0] for name in out.split("\0")[:-1]}
-
-    def _without_hooks(self, env: dict[str, str]) -> dict[str, str]:
-        """The environment, with the hooks switched off that the configuration names: git 2.54 runs
-        them whatever core.hooksPath is."""
-        given, names = env.get("GIT_CONFIG_COUNT", ""), self._configured("hook", env)
-        first = int(given) if given.isdigit() else 0
-        for at, name in enumerate(names, first):
-            env[f"GIT_CONFIG_KEY_{at}"] = name + ".enabled"
-            env[f"GIT_CONFIG_VALUE_{at}"] = "false"
-        return dict(env, GIT_CONFIG_COUNT=str(first + len(names)))
+    def _untracked(self, user: Git) -> Iterator[bytes]:
+        own = self._own_state()
+        apart = [":(exclude,literal)" + own] if own else []
+        return user.records("ls-files", "-o", "--exclude-standard", "-z", "--", ".", *apart,
+                            talks=True)
 
     def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
         """The number of files that --dirty would send, too. HEAD has these LFS pointers."""
-        count, own = 0, self._own_state()
         with contextlib.suppress(GitFailed):
             user = self._as_user(shadow)
-            for path in user.differing("HEAD"):
-                file = os.path.join(self.top, os.fsdecode(path))
-                count += path not in pointers or not is_content(file, pointers[path])
-            apart = [":(exclude,literal)" + own] if own else []
-            count += sum(1 for _ in user.records("ls-files", "-o", "--exclude-standard", "-z",
-                                                 "--", ".", *apart, talks=True))
-        return count
+            return sum(path not in pointers or not is_content(
+                os.path.join(self.top, os.fsdecode(path)), pointers[path])
+                for path in (*user.differing("HEAD"), *self._untracked(user)))
+        return 0
 
     def snapshot(self, allow: Sequence[str] = ()) -> str:
         """A commit of the work tree as `git add -A` reads it, with the user's filters, kept as
@@ -4626,34 +4690,28 @@ class Repository:
     def _add_all(self, shadow: Shadow) -> None:
         """Make the index of a shadow what `git add -A` would make of the user's."""
         user = self._as_user(shadow, filters=True)
+        for path in self._untracked(user):
+            if path.endswith(b"/"):
+                raise GitFailed(f"{show(path[:-1])} is a repository of its own.",
+                                "Let .gitignore cover it, or make it a submodule.")
         # add would run `git status` in every submodule, with that one's config and filters.
-        links = shadow.index_links()
+        links = [row.partition(b"\t")[2] for row in user.records("ls-files", "-s", "-z")
+                 if row.startswith(b"160000 ")]
         own = self._own_state()
-        if own and not run(user.argv("check-ignore", "-q", "--", own), user.env)[0]:
+        if own and user.ask("check-ignore", "--", own):
             own = ""  # add fails where an excluded path is also ignored
         apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
-        try:
-            list(user.records("add", "-A", "--", ".", *apart, talks=True))
-            nested = shadow.index_links() - links
-        except GitFailed:  # a nested repository has no commit
-            others = user.records("ls-files", "-o", "--exclude-standard", "-z")
-            nested = {path for path in others if path.endswith(b"/")}
-            if not nested:
-                raise
-        if nested:
-            name = show(min(nested).rstrip(b"/"))
-            raise GitFailed(f"{name} is a repository of its own.",
-                            "Let .gitignore cover it, or make it a submodule.")
+        user.call("add", "-A", "--", ".", *apart, talks=True)
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
     def _worktrees(self) -> list[list[str]]:
-        text = self._line("worktree", "list", "--porcelain")
-        return [row.split("\n") for row in text.split("\n\n") if row]
+        rows = self.records("worktree", "list", "--porcelain", end=b"\n\n", talks=True)
+        return [os.fsdecode(row).split("\n") for row in rows]
 
     def hooks_inside(self) -> list[str]:
         """The hooks directory, relative to each work tree of this repository that it lies in: as
         core.hooksPath names it, and with its links resolved."""
-        named = self._ask("rev-parse", "--git-path", "hooks")[:-1]
+        named = self.user.ask("rev-parse", "--git-path", "hooks")[:-1]
         path = os.path.join(os.path.realpath(self.directory), named)
         raw = self.config("core.hooksPath")
         tops = {self.top, *(os.path.realpath(row[0][len("worktree "):])
@@ -4669,8 +4727,8 @@ class Repository:
         """The ref of a branch. Raises UsageError where that is no branch name, GitFailed where a
         work tree has it checked out."""
         ref = "refs/heads/" + branch
-        status = run([self.program, "check-ref-format", ref], git_environment())[0]
-        if status or branch.startswith("-") or branch == "HEAD" or not branch.isprintable():
+        if self.ask("check-ref-format", "--normalize", ref) != ref + "\n" \
+                or branch.startswith("-") or branch == "HEAD" or not branch.isprintable():
             raise UsageError(f"{show(branch)} is not a branch name.")
         if any("branch " + ref in row for row in self._worktrees()):
             raise GitFailed(
@@ -4681,44 +4739,18 @@ class Repository:
     def publish(self, pack: str, ref: str, new: str, old: str | None = None) -> None:
         """Store a pack that was checked in quarantine, then move ``ref`` from ``old`` ("": it must
         not exist; None: whatever it is) to ``new``."""
-        command = [self.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
-        why = index_pack(command, git_environment(), pack)
-        if why:
-            raise GitFailed(f"git did not take the result: {why}.", "Is the disk full?")
+        self.store(pack)
         if ref.startswith("refs/heads/"):
             self.check_branch(ref[11:])  # again: the pull took minutes
-        command += ["update-ref", "--no-deref", "-m", "cmux pull", ref, new]
+        command = [*self.start, "update-ref", "--no-deref", "-m", "cmux pull", ref, new]
         command += [] if old is None else [old or "0" * len(new)]
-        status, _, err = run(command, self._without_hooks(git_environment()))
+        status, _, err = run(command, self.without_hooks())
         if status:
             raise GitFailed(f"{show(ref.replace('refs/heads/', ''))} could not be set: "
                             f"{show(err.strip(), 300)}.", "Choose another branch.")
 
 
-def read_errors(stream: IO[bytes]) -> bytes:
-    stream.seek(0)
-    return stream.read(LOG_MAX).strip()
-
-
-def finish(command: list[str], env: Mapping[str, str], **streams: Any) -> int:
-    """The status of a git command, which is killed where we are interrupted."""
-    process = spawn(command, env, **streams)
-    try:
-        return process.wait()
-    finally:
-        kill_group(process)
-
-
-def index_pack(command: list[str], env: Mapping[str, str], pack: str) -> str:
-    """Store a pack that passes git's strict checks; "", or why git refuses it."""
-    words = ["index-pack", "--stdin", "--strict", "--fsck-objects",
-             f"--max-input-size={2 * PULL_TOTAL_MAX}"]
-    with open(pack, "rb") as stream, spool(b"") as errors:
-        failed = finish(command + words, env, stdin=stream, stderr=errors)
-        return show(read_errors(errors), 300) if failed else ""
-
-
-class Shadow:
+class Shadow(Git):
     """A temporary bare repository that reads the real objects, too. Its ids have the hash of
     ``example``."""
 
@@ -4729,20 +4761,18 @@ class Shadow:
         self.path = tempfile.mkdtemp(prefix="cmux-shadow-", dir=temporary_folder())
         self.lock = Lock(self.path + "/lock").hold()  # makes what reap() removed
         self.git_dir = self.path + "/sh.git"
-        self.start = [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE]
-        self.env = git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
-                                   GIT_SHALLOW_FILE=repository.common_dir + "/shallow")
+        super().__init__(
+            [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE],
+            git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
+                            GIT_SHALLOW_FILE=repository.common_dir + "/shallow"))
         self.env[ALTERNATES] = self.alternate(repository.common_dir + "/objects")
+        form = [] if self.form == "sha1" else ["--object-format=sha256"]  # git 2.29
         try:
-            self._init(self.git_dir)
+            self.call("init", "-q", "--bare", "--template=", *form, self.git_dir, talks=True)
             os.makedirs(self.git_dir + "/info", exist_ok=True)
         except BaseException:
             self.close()
             raise
-
-    def _init(self, path: str) -> None:
-        form = [] if self.form == "sha1" else ["--object-format=" + self.form]  # git 2.29
-        list(self.records("init", "-q", "--bare", "--template=", *form, path, talks=True))
 
     @staticmethod
     def alternate(objects: str) -> str:
@@ -4777,35 +4807,6 @@ class Shadow:
                     shutil.rmtree(path, ignore_errors=True)
                     lock.free()
 
-    def argv(self, *words: str) -> list[str]:
-        return [*self.start, *words]
-
-    def records(self, *words: str, stdin: bytes = b"", end: bytes = b"\0",
-                env: dict[str, str] | None = None, talks: bool = False) -> Iterator[bytes]:
-        """What a git command prints, split at ``end``. Raises GitFailed when it fails or, unless it
-        ``talks``, writes to stderr, as update-index does when it drops a path."""
-        with spool(stdin) as source, spool(b"") as errors:
-            process = spawn(self.argv(*words), dict(self.env, **(env or {})), stdin=source,
-                            stdout=-1, stderr=errors)
-            assert process.stdout
-            fd, rest = process.stdout.fileno(), b""
-            try:
-                for data in iter(lambda: os.read(fd, CHUNK), b""):
-                    *parts, rest = (rest + data).split(end)
-                    yield from parts
-                if rest:
-                    yield rest
-                failed, text = process.wait(), read_errors(errors)
-                if failed or text and not talks:
-                    raise GitFailed(f"git {words[0]} failed: {show(text, 300)}.")
-            finally:
-                kill_group(process)
-                process.stdout.close()
-
-    def call(self, *words: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> str:
-        lines = self.records(*words, stdin=stdin, end=b"\n", env=env)
-        return as_text(b"".join(lines))
-
     def commit(self, tree: str, message: str, *parents: str) -> str:
         env = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
             ("NAME", "cmux"), ("EMAIL", "cmux@localhost"), ("DATE", f"@{int(time.time())} +0000"))}
@@ -4814,7 +4815,7 @@ class Shadow:
 
     def common(self, one: str, other: str) -> str:
         """The merge base of two commits, or ""."""
-        return run(self.argv("merge-base", one, other), self.env, patience=600)[1].decode().strip()
+        return self.ask("merge-base", one, other).strip()
 
     def is_ancestor(self, old: str, new: str) -> bool:
         return self.common(old, new) == old != ""
@@ -4871,36 +4872,17 @@ class Shadow:
             if match:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
-    def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
-        """Files that differ from ``head``. Not in submodules: their filters would run."""
-        return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames",
-                            "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env,
-                            talks=True)
-
     def attributes(self, text: str) -> None:
         """Set the attributes that override any .gitattributes."""
         with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
             stream.write(text)
 
-    def index_links(self) -> set[bytes]:
-        """The paths of submodules in the index."""
-        return {row.partition(b"\t")[2] for row in self.records("ls-files", "-s", "-z")
-                if row.startswith(b"160000 ")}
-
-    def borrow_index(self, repository: Repository) -> None:
-        """Copy the user's index with its time: git then reads only files that are not older."""
-        import shutil
-        for name in os.listdir(repository.git_dir):
-            source = os.path.join(repository.git_dir, name)
-            if re.match(r"index\Z|sharedindex\.", name) and os.path.isfile(source):
-                shutil.copy2(source, os.path.join(self.git_dir, name))
-
     def blobs(self, ids: Sequence[str]) -> Iterator[bytes]:
         """The contents of small blobs, in order."""
         import io
         wanted = "".join(oid + "\n" for oid in ids).encode()
-        lines = self.records("cat-file", "--batch", stdin=wanted, end=b"\n")
-        stream = io.BytesIO(b"\n".join(lines))
+        with contextlib.closing(self.output("cat-file", "--batch", stdin=wanted)) as output:
+            stream = io.BytesIO(b"".join(iter(output.read, b"")))
         for oid in ids:
             row = stream.readline().split()
             if len(row) != 3:
@@ -4910,18 +4892,16 @@ class Shadow:
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
         """The file of a pack that passed git's strict checks, of what ``tip`` has and the commits
-        ``known`` lack. It is checked in a repository of its own: a refusal leaves files behind."""
-        apart = self.path + "/apart.git"
-        pack = self.path + "/result.pack"
-        with open(pack, "wb") as stream, \
-                spool("\n^".join([tip, *known, ""])[:-1].encode()) as revisions:
-            words = self.argv("pack-objects", "-q", "--revs", "--stdout")
-            if finish(words, self.env, stdin=revisions, stdout=stream):
-                raise GitFailed("git could not pack the result.")
-        self._init(apart)
-        why = index_pack(self.argv("--git-dir=" + apart), self.env, pack)
-        if why:
-            raise ResultRefused(f"git refuses the result: {why}.", "Nothing was imported.")
+        ``known`` lack. It is checked among objects of its own: a refusal leaves files behind."""
+        revisions = "\n^".join([tip, *known, ""])[:-1].encode()
+        name = self.call("pack-objects", "-q", "--revs", self.path + "/result", stdin=revisions,
+                         talks=True)
+        pack, apart = f"{self.path}/result-{name}.pack", self.path + "/apart"
+        os.makedirs(apart + "/pack")
+        try:
+            self.store(pack, GIT_OBJECT_DIRECTORY=apart)
+        except GitFailed as error:
+            raise ResultRefused(f"git refuses the result: {error}", "Nothing was imported.")
         return pack
 
     def sizes(self, tree: str) -> dict[bytes, int]:
@@ -4929,14 +4909,6 @@ class Shadow:
         listed = self.records("ls-tree", "-r", "-l", "-z", "--full-tree", tree)
         rows = (re.match(rb"\S+ \S+ \S+ +(\d+)\t", row) for row in listed)
         return {row.string[row.end():]: int(row[1]) for row in rows if row}
-
-    def archive(self, tree: str, front: Iterable[bytes] = ()) -> Archive:
-        """A tree as tar, after the tar entries ``front``."""
-        self.attributes(SHADOW_ATTRIBUTES)
-        errors = spool(b"")  # nobody would read a pipe
-        process = spawn(self.argv("archive", "--format=tar", tree), self.env, stdout=-1,
-                        stderr=errors)
-        return Archive(process, errors, front)
 
     def close(self) -> None:
         import shutil
@@ -4992,14 +4964,14 @@ class Place:
                 return path
         return ""
 
-    def uncommitted(self, shadow: Shadow, tree: str) -> bool:
-        """Whether tracked files of a submodule differ from the tree that is sent."""
+    def uncommitted(self, shadow: Shadow, tree: str) -> int:
+        """The number of a submodule's tracked files that differ from the tree that is sent."""
         import shutil
         index = shadow.path + "/module.index"
         with contextlib.suppress(OSError, GitFailed):
             shutil.copy2(self.git_dir + "/index", index)
-            return any(shadow.differing(tree, "--work-tree=" + self.top, GIT_INDEX_FILE=index))
-        return False
+            return len([*shadow.differing(tree, "--work-tree=" + self.top, GIT_INDEX_FILE=index)])
+        return 0
 
 
 class Parts:
@@ -5029,8 +5001,8 @@ class Parts:
                 links.append((path, oid))
             elif prefix:
                 self._rows.append((mode, oid, prefix + path))
-        grep = self.shadow.argv("grep", "-qaF", "lfs", tree, "--", ":(glob)**/.gitattributes")
-        if attributes and not run(grep, self.shadow.env, patience=600)[0]:
+        words = "grep", "-laF", "lfs", tree, "--", ":(glob)**/.gitattributes"
+        if attributes and self.shadow.ask(*words):
             for path, pointer in self.shadow.pointers(tree):
                 path, (mode, oid, sha256, size) = prefix + path, pointer
                 self.pointers[path], file = pointer, place.content(sha256, size)
@@ -5094,50 +5066,12 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
     for name, text in files.items():
         with open(os.path.join(path, name), "w") as stream:
             stream.write(text)
-    command = [find_program("git"), "-C", path,
-               *git_settings("user.name=demo", "user.email=demo@localhost")]
+    git = Git([find_program("git"), "-C", path,
+               *git_settings("user.name=demo", "user.email=demo@localhost")],
+              git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
     for line in ("init -q", "add .", "commit -q -m hello"):
-        status, _, err = run([*command, *line.split()],
-                             git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
-        if status:
-            raise GitFailed(f"git {line} failed: {show(err)}.")
+        git.call(*line.split(), talks=True)
     return path
-
-
-class Importer:
-    """`git fast-import`. It takes any path: callers check them."""
-
-    def __init__(self, shadow: Shadow) -> None:
-        self.form, self.marks = shadow.form, shadow.path + "/marks"
-        argv = shadow.argv(
-            "-c", "core.ignoreCase=false", "fast-import", "--quiet", "--done", "--force",
-            "--depth=0", "--date-format=raw", "--export-marks=" + self.marks)
-        self.process = spawn(argv, shadow.env, stdin=-1)
-        assert self.process.stdin
-        self.stream = open(self.process.stdin.fileno(), "wb", CHUNK, closefd=False)
-
-    def write(self, data: bytes) -> None:
-        try:
-            self.stream.write(data)
-        except BrokenPipeError:
-            raise GitFailed("git fast-import ended early.", "Is the disk full?")
-
-    def finish(self) -> dict[int, str]:
-        """The ids of the commits, by mark."""
-        self.write(b"done\n")
-        with contextlib.suppress(BrokenPipeError):
-            self.stream.flush()
-        if self.process.wait():
-            raise GitFailed("git fast-import failed.", "Is the disk full?")
-        with open(self.marks) as stream:
-            return {int(mark[1:]): oid for mark, oid in (line.split() for line in stream)}
-
-    def close(self) -> None:
-        kill_group(self.process)
-        with contextlib.suppress(BrokenPipeError):
-            self.stream.close()
-        if self.process.stdin:
-            self.process.stdin.close()
 
 
 # POSIX cksum is a CRC-32 of the bytes and of their count, with the bits in the other order. With
@@ -5167,13 +5101,15 @@ class Cksum:
 
 
 class Archive(Source):
-    """The output of a running `git archive`, with its length and checksum so far. ``total``: the
-    bytes sent, compressed after compress()."""
+    """The output of `git archive`, after the tar entries ``front``, with its length and checksum so
+    far. ``total``: the bytes sent, compressed after compress()."""
 
-    def __init__(self, process: Process, errors: IO[bytes], front: Iterable[bytes]) -> None:
-        assert process.stdout
-        super().__init__(process.stdout.fileno())
-        self.process, self.errors, self.front = process, errors, filter(None, front)
+    def __init__(self, shadow: Shadow, tree: str, front: Iterable[bytes] = ()) -> None:
+        shadow.attributes(SHADOW_ATTRIBUTES)
+        output = shadow.output("archive", "--format=tar", tree, talks=True)
+        super().__init__(output.stdout.fileno())
+        self.close = output.close
+        self.pieces = itertools.chain(filter(None, front), iter(output.read, b""))
         self.digest = Cksum()
         self.ahead = b""            # read by small(), not yet by read()
         self.packer: Any = None
@@ -5184,7 +5120,7 @@ class Archive(Source):
         """Whether the archive has at most BULK_FROM bytes."""
         data = b"x"
         while data and len(self.ahead) <= BULK_FROM:
-            data = self._more()
+            data = next(self.pieces, b"")
             self.ahead += data
         return not data
 
@@ -5193,11 +5129,8 @@ class Archive(Source):
         # Level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %.
         self.packer = zlib.compressobj(4, zlib.DEFLATED, 31)
 
-    def _more(self) -> bytes:
-        return next(self.front, b"") or os.read(self.fd, CHUNK)
-
     def read(self) -> bytes:
-        data, self.ahead = self.ahead or self._more(), b""
+        data, self.ahead = self.ahead or next(self.pieces, b""), b""
         self.ended = not data
         self.digest.update(data)
         self.progress(self.digest.length)
@@ -5209,20 +5142,6 @@ class Archive(Source):
                 data, self.packer = self.packer.flush(), None
         self.total += len(data)
         return data
-
-    def close(self) -> None:
-        kill_group(self.process)
-        self.errors.close()
-        if self.process.stdout:
-            self.process.stdout.close()
-
-    def check(self) -> None:
-        """Raise GitFailed if git failed: half an archive must not become a base."""
-        if self.ended:
-            self.process.wait(timeout=60)
-        if self.process.poll():
-            why = show(read_errors(self.errors), 300)
-            raise GitFailed(f"git archive failed: {why}.", _PARTIAL)
 
 
 # === 12. Uploads ===
@@ -5399,7 +5318,7 @@ class Upload:
             tree = self.shadow.delta(rows)
         if apart:
             tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
-        archive = self.shadow.archive(tree, self.parts.stream(apart))
+        archive = Archive(self.shadow, tree, self.parts.stream(apart))
         front = sum(self.parts.pointers[path][3] for path in apart)
         # An estimate: a header for each file, contents in blocks of 512 bytes.
         total = functools.cache(lambda: front + sum(
@@ -5439,17 +5358,14 @@ class Upload:
                 how = "gzip"
                 archive.compress()
         try:
-            reply = self.project._operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
+            return self.project._operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
                                          cancel=self.cancel, source=archive, direct=direct)
         except ConnectionLost as lost:
-            archive.check()
             size = human_size(archive.digest.length)
             cut = UploadFailed(f"The connection to {self.host.name} was lost after {size} of the "
                                "archive.", "Try again; nothing is left half-done.")
             cut.exit_code = 255
             raise cut from lost
-        archive.check()
-        return reply
 
 
 # === 13. Results ===
@@ -5656,6 +5572,8 @@ class Harvest:
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.known: Callable[[], Collection[bytes]] = tuple  # the paths that the host was sent
+        self.modules: set[bytes] = set()  # the paths of submodules
+        self.above: set[bytes] = set()    # the directories above those
         self.host_base = b""  # the host's id of the base commit; none without git
         self.dirty = True     # whether the last commit is uncommitted work
         self.commits: dict[bytes, Commit] = {}
@@ -5678,9 +5596,9 @@ class Harvest:
             self.commits[b"1"] = Commit(b"parent \nauthor %s\ncommitter %s\n\n"
                                         b"work of the workspace\n" % (who, who))
         self._read_changes(wire)
-        if kind == b"all":  # what is missing was deleted
-            changes = self.commits[b"1"].changes
-            changes.update((path, ("", "")) for path in self.known() if path not in changes)
+        for path in self.known() if kind == b"all" else ():
+            if path not in self.commits[b"1"].changes:  # it was deleted
+                self._change(self.commits[b"1"], path, "", b"")
         self._read_contents(wire)
         if not wire.ended():
             raise refuse("its stream goes on after its end")
@@ -5688,6 +5606,7 @@ class Harvest:
             for path, (mode, content) in commit.changes.items():
                 commit.changes[path] = mode, self.contents[content] if mode else ""
         self.contents.clear()
+        self.notes += left_out(self.left)
         return kind
 
     def _read_head(self, wire: Wire) -> bytes:
@@ -5739,14 +5658,16 @@ class Harvest:
         if mode:
             self.contents[content] = self.contents.get(content, 0) + 1
         why = check_result_path(path)
-        if why and path not in self.known():  # the user's own names may be odd
+        if path in self.above or not self.modules.isdisjoint((path, *above(path))):
+            self.left[path] = "it lies in a submodule: no commit of this repository can hold it"
+        elif why and path not in self.known():  # the user's own names may be odd
             self.left[path] = why
             if not mode:
                 del self.left[path]
-            return
-        if mode == "120000":
-            self.links.setdefault(content, []).append(path)
-        commit.changes[path] = mode, content
+        else:
+            if mode == "120000":
+                self.links.setdefault(content, []).append(path)
+            commit.changes[path] = mode, content
 
     def _read_contents(self, wire: Wire) -> None:
         most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
@@ -5805,18 +5726,19 @@ class Result(Value):
 class Pull(Harvest):
     """One pull or diff."""
 
-    def __init__(self, workspace: "Workspace", shadow: Shadow, report: Report | None,
+    def __init__(self, workspace: "Workspace", report: Report | None,
                  cancel: Cancel | None) -> None:
         super().__init__()
-        self.workspace, self.shadow, self.report = workspace, shadow, report or Report()
-        self.cancel, self.project = cancel, workspace.project
-        self.name, self.base = workspace.name, workspace.base
+        self.workspace, self.report, self.cancel = workspace, report or Report(), cancel
+        self.name, self.base, self.project = workspace.name, workspace.base, workspace.project
         self.entry = self.project._entry(self.name)
-        self.pulled: Fields = {"op": os.urandom(8).hex()}
+        self.op = os.urandom(8).hex()
         self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
         self.leaks: dict[str, list[str]] = {}    # the same, by id of a content
-        self.pointers: dict[int, dict[str, str]] = {}  # of LFS, by size and sha256 of the content
-        self.pointed: dict[str, str] = {}        # id of LFS content -> its pointer
+        self.pointers: dict[str, str] = {}       # of LFS: sha256 of the content -> id
+        self.pointed: dict[str, str] = {}        # id of a pointer or its content -> the pointer's
+        self.shadow = Shadow(self.project.repository, self.base)
+        self.close = self.shadow.close
 
     def _look_at_base(self) -> None:
         take_files = f"cp {self.name}: {self.name}"
@@ -5831,26 +5753,26 @@ class Pull(Harvest):
             raise GitFailed(
                 f"This repository lacks a part of what {self.name} was made of: {error}",
                 f"Fetch the commit {self.base[:10]} again, or take the files.", take_files)
-        self.sent_tree, self.modules = parts.tree, parts.modules
+        self.modules, self.above = parts.modules, {*itertools.chain(*map(above, parts.modules))}
         self.hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         self.known = functools.cache(
-            lambda: {path for _, _, path in self.shadow.listing(self.sent_tree)})
-        for path, (_, oid, sha256, size) in parts.pointers.items():
-            if self.modules.isdisjoint(above(path)):
-                self.pointers.setdefault(size, {})[sha256] = oid
+            lambda: {path for _, _, path in self.shadow.listing(parts.tree)})
+        self.pointers = {sha256: oid for path, (_, oid, sha256, _) in parts.pointers.items()
+                         if self.modules.isdisjoint(above(path))}
+        self.pointed = {oid: oid for oid in self.pointers.values()}
 
     def fetch(self, record: bool = False) -> list[str]:
         """The commits of the workspace, oldest first. With ``record``, the host records this pull,
-        as ``self.pulled["op"]``."""
+        as ``self.op``."""
         with contextlib.ExitStack() as held:
             held.callback(self.report.step, self.name, "done")
             self.project._know_secrets(self.workspace.op, self.cancel)
-            words = self.project._looked_at(self.name, self.entry, self.pulled["op"])
+            words = self.project._looked_at(self.name, self.entry, self.op)
             self.report.step(self.name, "collecting")
             incoming = held.enter_context(contextlib.closing(
                 Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)))
             self._look_at_base()  # while the host works
-            self.importer = held.enter_context(contextlib.closing(Importer(self.shadow)))
+            self.stream = held.enter_context(spool(b""))  # for git fast-import
             known = self.project._known_secrets().items()
             self.wanted = {value: name for value, name in known if len(value) >= 8}
             try:
@@ -5871,25 +5793,24 @@ class Pull(Harvest):
                 raise
 
     def store(self, chunks: Iterable[bytes], size: int) -> str:
-        """Pass a content to git, and look for secrets in it. Returns its id."""
-        digest = hashlib.new(self.importer.form, b"blob %d\0" % size)
-        pointers, plain = self.pointers.get(size), hashlib.sha256()
+        """Keep a content for git, and look for secrets in it. Returns its id."""
+        digest, plain = hashlib.new(self.shadow.form, b"blob %d\0" % size), hashlib.sha256()
         overlap, before = max(map(len, self.wanted), default=1) - 1, b""
         leaks: set[str] = set()
-        self.importer.write(b"blob\ndata %d\n" % size)
+        self.stream.write(b"blob\ndata %d\n" % size)
         for chunk in chunks:
             digest.update(chunk)
-            if pointers:
+            if self.pointers:
                 plain.update(chunk)
-            self.importer.write(chunk)
+            self.stream.write(chunk)
             if self.wanted:
                 text = before + chunk
                 leaks.update(name for value, name in self.wanted.items() if value in text)
                 before = text[-overlap:]
-        self.importer.write(b"\n")
+        self.stream.write(b"\n")
         oid = digest.hexdigest()
-        if pointers and plain.hexdigest() in pointers:
-            self.pointed[oid] = pointers[plain.hexdigest()]
+        if plain.hexdigest() in self.pointers:
+            self.pointed[oid] = self.pointers[plain.hexdigest()]
         if leaks:
             self.leaks[oid] = sorted(leaks)
         return oid
@@ -5897,9 +5818,7 @@ class Pull(Harvest):
     def _grow(self) -> list[str]:
         """Make the commits, and check what git made. Their ids, oldest first."""
         self.report.step(self.name, "checking")
-        self._keep_out()
-        if self.pointers:
-            self._point()
+        self._point()
         made = self._make()
         self._look_again(made)
         self._compare_names(made)
@@ -5911,58 +5830,45 @@ class Pull(Harvest):
                              + human_size(PULL_TOTAL_MAX))
         return ids
 
-    def _every(self) -> Iterator[tuple[Changes, bytes, str, str]]:
-        """The changes of a commit, and one of them, which may be changed."""
-        for commit in self.commits.values():
-            for path in list(commit.changes):
-                mode, oid = commit.changes[path]
-                yield commit.changes, path, mode, oid
-
-    def _keep_out(self) -> None:
-        """Leave out what lies in this repository's submodules. Note the secrets of the rest."""
-        roots = self.modules.union(*map(above, self.modules))
-        for changes, path, _, oid in self._every():
-            if path in roots or not self.modules.isdisjoint(above(path)):
-                del changes[path]
-                self.left[path] = "it lies in a submodule: no commit of this repository can hold it"
-            elif oid in self.leaks:
-                self.secrets[show(path, PATH_MAX)[1:-1]] = self.leaks[oid]
-        left = left_out(self.left)
-        self.notes += left
-        self.pulled["left"] = [note[len("left out: "):] for note in left[:20]]
-
     def _point(self) -> None:
-        """Replace LFS content by its pointer wherever LFS manages the path, and note other content
-        at such paths."""
-        files = {path for _, path, mode, _ in self._every() if mode[:3] == "100"}
-        managed = set(self.shadow.lfs_paths(self.base, files))
-        known = {oid for pointers in self.pointers.values() for oid in pointers.values()}
+        """Replace LFS content by its pointer wherever LFS manages the path. Note other content at
+        such paths, and the secrets of all."""
+        files = {path for commit in self.commits.values() if self.pointers
+                 for path, (mode, _) in commit.changes.items() if mode[:3] == "100"}
+        managed = files.intersection(self.shadow.lfs_paths(self.base, files))
         contents: set[bytes] = set()
-        for changes, path, mode, oid in self._every():
-            if mode[:3] == "100" and path in managed and oid not in known:
-                changes[path] = mode, self.pointed.get(oid, oid)
-                contents.update({path} if oid not in self.pointed else ())
+        for commit in self.commits.values():
+            for path, (mode, oid) in commit.changes.items():
+                if oid in self.leaks:
+                    self.secrets[show(path, PATH_MAX)[1:-1]] = self.leaks[oid]
+                if path in managed and mode[:3] == "100":
+                    commit.changes[path] = mode, self.pointed.get(oid, oid)
+                    if oid not in self.pointed:
+                        contents.add(path)
         for path in sorted(contents)[:20]:
             self.notes.append(f"{show(path)[1:-1]} came as content: after the merge, `git add` "
                               "makes an LFS pointer of it")
 
     def _make(self) -> dict[bytes, str]:
         """The ids of the commits that git makes, by the host's."""
-        marks = {name: f":{mark}" for mark, name in enumerate(self.commits, 1)}
-        write = self.importer.write
+        marks = {name: b":%d" % mark for mark, name in enumerate(self.commits, 1)}
+        write, base = self.stream.write, self.base.encode()
         for name, commit in self.commits.items():
-            write(f"commit refs/heads/w\nmark {marks[name]}\n".encode() + commit.head)
-            parents = dict.fromkeys(marks.get(parent, self.base) for parent in commit.parents)
-            for word, parent in zip(["from"] + ["merge"] * 16, parents):
-                write(f"\n{word} {parent}".encode())
+            write(b"commit refs/heads/w\nmark %s\n%s" % (marks[name], commit.head))
+            parents = dict.fromkeys(marks.get(parent, base) for parent in commit.parents)
+            for word, parent in zip([b"from"] + [b"merge"] * 16, parents):
+                write(b"\n%s %s" % (word, parent))
             # Deletions first: a directory may take the place of a file.
             for path, (mode, oid) in sorted(commit.changes.items(), key=lambda row: row[1][0] > ""):
                 path = path.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\n", b"\\n")
-                word = f"M {mode} {oid}" if mode else "D"
-                write(b'\n%s "%s"' % (word.encode(), path))
-            write(b"\n\n")
-        ids = self.importer.finish()
-        return {name: ids[int(mark[1:])] for name, mark in marks.items()}
+                write(b'\n%s "%s"' % (f"M {mode} {oid}".encode() if mode else b"D", path))
+            write(b"\n\nget-mark %s\n" % marks[name])
+        write(b"done\n")
+        self.stream.seek(0)
+        ids = [*self.shadow.records("fast-import", "--quiet", "--done", "--force", "--depth=0",
+                                    "--date-format=raw", stdin=self.stream, end=b"\n",
+                                    talks=True)]
+        return dict(zip(self.commits, map(as_text, ids)))
 
     def _look_again(self, made: Mapping[bytes, str]) -> None:
         """Each commit that git made must have exactly the changes that were wanted."""
@@ -6119,9 +6025,13 @@ class Pull(Harvest):
         executes, moved = self.inspect(since, tip, allow), tip != since
         if moved:
             self.report.step(self.name, "storing")
-            self.keep(ref, since, tip, old)
+            try:
+                self.keep(ref, since, tip, old)
+            finally:
+                self.report.step(self.name, "done")
+        left = [note.partition(": ")[2] for note in left_out(self.left)]
         with self.project.registry.editing() as record:
-            record["workspaces"][self.name]["pulled"] = self.pulled
+            record["workspaces"][self.name]["pulled"] = {"op": self.op, "left": left}
         count = self.shadow.call("rev-list", "--count", tip, "^" + since)
         rows = self.diff("--stat=100", "--stat-count=500", since, tip)
         return Result(workspace=self.name, branch=branch if tip != self.base else "",
@@ -6216,12 +6126,8 @@ def pull(workspace: "Workspace", branch: str = "", allow: bool = False,
     ref = project.repository.check_branch(branch or "cmux/" + name)
     with project.registry.creation_lock(name).hold(cancel):
         workspace = type(workspace)(project, name, project._settle(name))  # after a push
-        with contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
-            work = Pull(workspace, shadow, report, cancel)
-            try:
-                return work.bring(ref, allow)
-            finally:
-                work.report.step(name, "done")
+        with contextlib.closing(Pull(workspace, report, cancel)) as work:
+            return work.bring(ref, allow)
 
 
 def diff(workspace: "Workspace", stat: bool = False, report: Report | None = None,
@@ -6237,8 +6143,7 @@ def diff_lines(workspace: "Workspace", stat: bool = False, report: Report | None
     workspace = project.workspace(workspace.name)  # after a push
     words = ("--stat=100", "--stat-count=500") if stat else ("-p", "--binary")[:1 + binary]
     with noted(project, "diff", workspace.name, workspace.host.name, "", workspace.op), \
-            contextlib.closing(Shadow(project.repository, workspace.base)) as shadow:
-        work = Pull(workspace, shadow, report, cancel)
+            contextlib.closing(Pull(workspace, report, cancel)) as work:
         commits = work.fetch()
         for path, names in work.secrets.items():
             work.report.warn(f"{path} holds the secret {', '.join(names)}.")
@@ -6975,7 +6880,7 @@ class Workspace:
         except OSError as error:
             raise expected(error) or UsageError(f"Cannot copy to {show(local)}: {error.strerror}.")
         return {"path": landing.place, "size": landing.total,
-                "notes": landing.notes + left_out(landing.left)}
+                "notes": landing.notes}
 
     # -- jobs --
 
