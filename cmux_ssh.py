@@ -4408,10 +4408,9 @@ GIT_ALWAYS = git_settings(
     "core.hooksPath=/dev/null", "core.fsmonitor=false", "submodule.recurse=false", "gc.auto=0",
     "maintenance.auto=false", "protocol.allow=never")
 GIT_SAFE = GIT_ALWAYS + git_settings(
-    "core.protectHFS=true", "core.protectNTFS=true", "fetch.recurseSubmodules=false",
-    "core.attributesFile=/dev/null", "core.ignoreCase=false", "commit.gpgSign=false",
-    "tar.umask=0022", "core.bigFileThreshold=8m", "pack.threads=1", "core.packedGitWindowSize=16m",
-    "core.packedGitLimit=64m")
+    "core.protectHFS=true", "core.protectNTFS=true", "core.attributesFile=/dev/null",
+    "core.ignoreCase=false", "tar.umask=0022", "core.bigFileThreshold=8m", "pack.threads=1",
+    "core.packedGitWindowSize=16m", "core.packedGitLimit=64m")
 # For commands that read the work tree.
 USER_SAFE = GIT_ALWAYS + git_settings("core.splitIndex=false", "core.untrackedCache=false",
                                   "core.safecrlf=false")
@@ -4425,17 +4424,15 @@ SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
                      "-working-tree-encoding\n")
 
 
-def git_environment(**extra: str) -> dict[str, str]:
-    """The environment without its GIT_ variables, plus those that isolate git."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-    return dict(env, GIT_CONFIG_NOSYSTEM="1", GIT_ATTR_NOSYSTEM="1", LC_ALL="C", **GIT_ALONE,
-                **extra)
-
-
-def user_environment() -> dict[str, str]:
-    """The environment without its GIT_ variables, except those that configure git."""
+def environment(*kept: str) -> dict[str, str]:
+    """The environment; of git's variables only those that begin with one of ``kept``."""
     return {name: value for name, value in os.environ.items()
-            if not name.startswith("GIT_") or name.startswith(("GIT_CONFIG", "GIT_PAGER"))}
+            if not name.startswith("GIT_") or name.startswith(kept)}
+
+
+def isolated(**more: str) -> dict[str, str]:
+    return {**environment(), **GIT_ALONE, "GIT_CONFIG_NOSYSTEM": "1", "GIT_ATTR_NOSYSTEM": "1",
+            "LC_ALL": "C", **more}
 
 
 _SECRET_FILE = (
@@ -4540,38 +4537,36 @@ class Repository(Git):
             self.directory = os.path.abspath(directory)
         except FileNotFoundError:
             raise GitFailed("The current directory has been removed.")
-        if not os.path.isdir(self.directory):
-            raise GitFailed(f"{show(directory)} is not a directory.")
         self.program = find_program("git")
         start = [self.program, "-C", self.directory]
-        self.user = Git(start, user_environment())  # with the user's configuration
-        super().__init__([*start, *GIT_SAFE], git_environment())
-        del self.env["GIT_CONFIG_NOSYSTEM"]  # the user's, too, is read for safe.directory alone
-        self._find()
+        self.user = Git(start, environment("GIT_CONFIG", "GIT_PAGER"))  # with the user's settings
+        super().__init__([*start, *GIT_SAFE], isolated())
+        del self.env["GIT_CONFIG_NOSYSTEM"]  # safe.directory is the user's, or the system's
+        words = "rev-parse", "--absolute-git-dir", "--git-common-dir"
+        status, out, err = run([*self.start, *words], self.env)
+        lines = os.fsdecode(out).split("\n")
+        if status or len(lines) != 3:
+            self._refuse(neutralise(err).strip())
+        self.git_dir = os.path.realpath(lines[0])
+        self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
         if (os.path.realpath(self.directory) + "/").startswith(self.git_dir + "/"):
             # In another repository's work tree it may have come with a clone, or a pull: its
             # config could be an attacker's.
-            start[2] = os.path.dirname(self.git_dir)
-            if Git([*start, *GIT_SAFE], git_environment()).ask("rev-parse", "--git-dir"):
+            above = [self.program, "-C", os.path.dirname(self.git_dir), *GIT_SAFE]
+            if Git(above, isolated()).ask("rev-parse", "--git-dir"):
                 raise GitFailed(f"{show(self.git_dir)} is a git directory inside another "
                                 "repository.", "Name a directory of the work tree with -C.")
 
-    def _find(self) -> None:
-        words = "rev-parse", "--absolute-git-dir", "--git-common-dir"
-        status, out, err = run([*self.start, *words], self.env)
-        text, where = neutralise(err).strip(), show(self.directory)
-        last, lines = text.split("\n")[-1].strip(), os.fsdecode(out).split("\n")
-        if "dubious ownership" in text:
-            raise GitFailed(f"{where} belongs to another user; git refuses to read it.",
-                            "Trust it, if it is yours.", last)
-        if "not a git repository" in text:
-            raise GitFailed(f"{where} is not inside a git repository.",
-                            "Change into one, name one with -C, or make one.", "git init")
-        if status or len(lines) != 3:
-            raise GitFailed(f"git cannot read {where}, or its path holds a newline: "
-                            f"{show(last, 200)}.")
-        self.git_dir = os.path.realpath(lines[0])
-        self.common_dir = os.path.realpath(os.path.join(self.directory, lines[1]))
+    def _refuse(self, text: str) -> None:
+        last = text.split("\n")[-1].strip()
+        for words, why, *hint in (
+                ("dubious ownership", "belongs to another user; git refuses to read it.",
+                 "Trust it, if it is yours.", last),
+                ("not a git repository", "is not inside a git repository.",
+                 "Change into one, name one with -C, or make one.", "git init"),
+                ("", f"cannot be read by git, or its path holds a newline: {show(last, 200)}.")):
+            if words in text:
+                raise GitFailed(f"{show(self.directory)} {why}", *hint)
 
     def branch(self) -> str:
         """The short name of the current branch (also an unborn one); "" when HEAD is detached."""
@@ -4763,8 +4758,8 @@ class Shadow(Git):
         self.git_dir = self.path + "/sh.git"
         super().__init__(
             [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE],
-            git_environment(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
-                            GIT_SHALLOW_FILE=repository.common_dir + "/shallow"))
+            isolated(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
+                     GIT_SHALLOW_FILE=repository.common_dir + "/shallow"))
         self.env[ALTERNATES] = self.alternate(repository.common_dir + "/objects")
         form = [] if self.form == "sha1" else ["--object-format=sha256"]  # git 2.29
         try:
@@ -5068,7 +5063,7 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
             stream.write(text)
     git = Git([find_program("git"), "-C", path,
                *git_settings("user.name=demo", "user.email=demo@localhost")],
-              git_environment(GIT_CONFIG_GLOBAL="/dev/null"))
+              isolated(GIT_CONFIG_GLOBAL="/dev/null"))
     for line in ("init -q", "add .", "commit -q -m hello"):
         git.call(*line.split(), talks=True)
     return path
@@ -5109,20 +5104,21 @@ class Archive(Source):
         output = shadow.output("archive", "--format=tar", tree, talks=True)
         super().__init__(output.stdout.fileno())
         self.close = output.close
-        self.pieces = itertools.chain(filter(None, front), iter(output.read, b""))
+        self.pieces = filter(None, itertools.chain(front, iter(output.read, b"")))
         self.digest = Cksum()
-        self.ahead = b""            # read by small(), not yet by read()
         self.packer: Any = None
         self.ended = False          # all of it was read
         self.progress: Callable[[int], None] = lambda done: None
 
     def small(self) -> bool:
         """Whether the archive has at most BULK_FROM bytes."""
-        data = b"x"
-        while data and len(self.ahead) <= BULK_FROM:
-            data = next(self.pieces, b"")
-            self.ahead += data
-        return not data
+        ahead = b""
+        for data in self.pieces:
+            ahead += data
+            if len(ahead) > BULK_FROM:
+                break
+        self.pieces = filter(None, itertools.chain([ahead], self.pieces))
+        return len(ahead) <= BULK_FROM
 
     def compress(self) -> None:
         import zlib
@@ -5130,7 +5126,7 @@ class Archive(Source):
         self.packer = zlib.compressobj(4, zlib.DEFLATED, 31)
 
     def read(self) -> bytes:
-        data, self.ahead = self.ahead or next(self.pieces, b""), b""
+        data = next(self.pieces, b"")
         self.ended = not data
         self.digest.update(data)
         self.progress(self.digest.length)
@@ -5384,7 +5380,6 @@ _EXECUTES = ("(?i)(^|/)(%s)(/|$)" % "|".join(r"""
     sitecustomize\.py usercustomize\.py [^/]*\.pth build\.rs gradlew(\.bat)? [^/]*\.gradle(\.kts)?
     mvnw mise\.toml Dockerfile (docker-)?compose\.ya?ml CLAUDE\.md AGENTS\.md GEMINI\.md
     """.split()))
-_TRY_AGAIN = "Nothing was imported. Try again."
 _REMOVE_IT = "Remove it in the workspace, or let .gitignore cover it, and pull again."
 _IGNORE = "Let .gitignore cover what was generated, and pull again."
 
@@ -5393,6 +5388,11 @@ def refuse(what: str, hint: str = "", *commands: str) -> ResultRefused:
     commands = commands if hint else ("exec -- git status",)
     return ResultRefused(f"The result was refused: {what}.",
                          hint or "Nothing was imported. Look at it.", *commands)
+
+
+def broken() -> ResultRefused:
+    return refuse("its stream is damaged: the line was cut, or a file changed while it was read",
+                  "Nothing was imported. Try again.")
 
 
 def fold(text: str) -> str:
@@ -5470,31 +5470,28 @@ class Wire:
     def __init__(self, incoming: Incoming, report: Report, name: str) -> None:
         self.take, self.total = incoming.take, 0
         self.progress = functools.partial(report.progress, name, doing="receiving")
-        self.buffer, self.at = b"", 0
+        self.buffer = bytearray()
 
     def ended(self) -> bool:
-        if self.at == len(self.buffer):
+        if not self.buffer:
             self.progress(self.total)
-            self.buffer, self.at = self.take(), 0
+            self.buffer += self.take()
             self.total += len(self.buffer)
         return not self.buffer
 
-    def _upto(self, stop: int) -> bytes:
-        part = self.buffer[self.at:stop]
-        self.at += len(part)
-        return part
-
-    def _more(self) -> None:
+    def _some(self, most: int) -> bytes:
         if self.ended():
-            raise refuse("its stream ends early", _TRY_AGAIN)
+            raise broken()
+        part = bytes(self.buffer[:most])
+        del self.buffer[:most]
+        return part
 
     def line(self, end: bytes = b"\n") -> bytes:
         line = b""
         while line[-1:] != end:
-            self._more()
-            line += self._upto(self.buffer.find(end, self.at) + 1 or len(self.buffer))
+            line += self._some(self.buffer.find(end) + 1 or CHUNK)
             if len(line) > 8 * 1024:  # a path is the longest
-                raise refuse("its stream has a line without an end")
+                raise broken()
         return line[:-1]
 
     def section(self, end: bytes) -> Iterator[bytes]:
@@ -5503,8 +5500,7 @@ class Wire:
 
     def chunks(self, size: int) -> Iterator[bytes]:
         while size:
-            self._more()
-            chunk = self._upto(self.at + size)
+            chunk = self._some(min(size, CHUNK))
             size -= len(chunk)
             yield chunk
 
@@ -5515,8 +5511,7 @@ class Wire:
             if match:
                 yield match.group(1), int(match.group(2))
             if not match or next(self.chunks(1)) != b"\n":
-                raise refuse("its stream is damaged: the line was cut, or a file changed while it "
-                             "was read", _TRY_AGAIN)
+                raise broken()
 
 
 def left_out(paths: Mapping[bytes, str]) -> list[str]:
@@ -5557,11 +5552,7 @@ class Commit:
         text = neutralise(message).replace("\0", "").encode("utf-8", "replace") or b"\n"
         self.head = f"author {author}\ncommitter {committer}\ndata {len(text)}\n".encode() + text
         self.parents: list[bytes] = re.findall(rb"(?m)^parent (.*)$", head)
-        self.changes: Changes = {}
-
-
-if TYPE_CHECKING:
-    Changes = dict[bytes, tuple[str, str]]
+        self.changes: dict[bytes, tuple[str, str]] = {}
 
 
 class Harvest:
@@ -5573,10 +5564,12 @@ class Harvest:
         self.notes: list[str] = []
         self.known: Callable[[], Collection[bytes]] = tuple  # the paths that the host was sent
         self.modules: set[bytes] = set()  # the paths of submodules
-        self.above: set[bytes] = set()    # the directories above those
+        self.roots: set[bytes] = set()    # the directories above those
         self.host_base = b""  # the host's id of the base commit; none without git
         self.dirty = True     # whether the last commit is uncommitted work
-        self.commits: dict[bytes, Commit] = {}
+        who = b"cmux <cmux@localhost> %d +0000" % time.time()
+        self.commits = {b"1": Commit(b"parent \nauthor %s\ncommitter %s\n\n"
+                                     b"work of the workspace\n" % (who, who))}
         # By the host's id: how many changes name a content, later what store() returned. Not which
         # changes: of 100,000 that took 15 MB.
         self.contents: dict[Any, Any] = {}
@@ -5591,17 +5584,13 @@ class Harvest:
         """Read all. Returns the word that says what it is."""
         kind = self._read_head(wire)
         self._read_commits(wire)
-        if not self.host_base:
-            who = b"cmux <cmux@localhost> %d +0000" % time.time()
-            self.commits[b"1"] = Commit(b"parent \nauthor %s\ncommitter %s\n\n"
-                                        b"work of the workspace\n" % (who, who))
         self._read_changes(wire)
         for path in self.known() if kind == b"all" else ():
             if path not in self.commits[b"1"].changes:  # it was deleted
                 self._change(self.commits[b"1"], path, "", b"")
         self._read_contents(wire)
         if not wire.ended():
-            raise refuse("its stream goes on after its end")
+            raise broken()
         for commit in self.commits.values():
             for path, (mode, content) in commit.changes.items():
                 commit.changes[path] = mode, self.contents[content] if mode else ""
@@ -5618,9 +5607,9 @@ class Harvest:
         if kind == b"large":
             raise refuse(f"{show(rest)} has more than {human_size(PULL_FILE_MAX)}", _REMOVE_IT)
         if kind == b"git" and self.strict and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
-            self.dirty, self.host_base = rest[:1] == b"1", rest[2:]
+            self.dirty, self.host_base, self.commits = rest[:1] == b"1", rest[2:], {}
         elif rest or kind not in (b"files", b"all", b"file"):
-            raise refuse(f"its stream begins with {show(kind)}")
+            raise broken()
         return kind
 
     def _read_commits(self, wire: Wire) -> None:
@@ -5634,7 +5623,7 @@ class Harvest:
             earlier = {self.host_base, *self.commits}
             if not self.host_base or name in earlier or not 0 < len(commit.parents) <= 16 \
                     or not earlier.issuperset(commit.parents):
-                raise refuse("a commit in it has a parent that was not sent")
+                raise refuse("it has a commit with too many parents, or one that was not sent")
             self.commits[name] = commit
 
     def _read_changes(self, wire: Wire) -> None:
@@ -5644,21 +5633,21 @@ class Harvest:
             if not match:
                 commit = waiting.pop(row, None)
                 if not commit:
-                    raise refuse(f"its stream has {show(row)} instead of a change")
+                    raise broken()
                 continue
             path, count = wire.line(b"\0").replace(b"//n", b"\n"), count + 1
             if count > PULL_PATHS_MAX:
                 raise refuse(f"more than {PULL_PATHS_MAX} paths changed", _IGNORE)
             mode = sys.intern(match.group(1).decode().replace("000000", ""))  # for less memory
             if not commit or path in commit.changes or bool(mode) == (match.group(3) == b"D"):
-                raise refuse(f"its stream names {show(path)} twice, or contradicts itself")
+                raise broken()
             self._change(commit, path, mode, match.group(2))
 
     def _change(self, commit: Commit, path: bytes, mode: str, content: Any) -> None:
         if mode:
             self.contents[content] = self.contents.get(content, 0) + 1
         why = check_result_path(path)
-        if path in self.above or not self.modules.isdisjoint((path, *above(path))):
+        if path in self.roots or not self.modules.isdisjoint((path, *above(path))):
             self.left[path] = "it lies in a submodule: no commit of this repository can hold it"
         elif why and path not in self.known():  # the user's own names may be odd
             self.left[path] = why
@@ -5674,7 +5663,7 @@ class Harvest:
         for name, size in wire.objects(b"blob"):
             uses = self.contents.get(name)
             if not isinstance(uses, int):
-                raise refuse("its stream has a content twice, or one that no change names")
+                raise broken()  # it comes twice, or no change names it
             self.total += size
             self.spread += size * uses
             if size > most:
@@ -5690,7 +5679,7 @@ class Harvest:
                 chunks = [self._check_links(self.links[name], size, chunks)]
             self.contents[name] = self.store(chunks, size)
         if not all(isinstance(content, str) for content in self.contents.values()):
-            raise refuse("its stream lacks contents")
+            raise broken()
 
     def _check_links(self, paths: list[bytes], size: int, chunks: Iterable[bytes]) -> bytes:
         """The target of symbolic links. Those that may not be are left out, or refused."""
@@ -5736,7 +5725,7 @@ class Pull(Harvest):
         self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
         self.leaks: dict[str, list[str]] = {}    # the same, by id of a content
         self.pointers: dict[str, str] = {}       # of LFS: sha256 of the content -> id
-        self.pointed: dict[str, str] = {}        # id of a pointer or its content -> the pointer's
+        self.pointed: dict[str, str] = {}        # id of the content -> the pointer's
         self.shadow = Shadow(self.project.repository, self.base)
         self.close = self.shadow.close
 
@@ -5753,13 +5742,12 @@ class Pull(Harvest):
             raise GitFailed(
                 f"This repository lacks a part of what {self.name} was made of: {error}",
                 f"Fetch the commit {self.base[:10]} again, or take the files.", take_files)
-        self.modules, self.above = parts.modules, {*itertools.chain(*map(above, parts.modules))}
+        self.modules, self.roots = parts.modules, {*itertools.chain(*map(above, parts.modules))}
         self.hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         self.known = functools.cache(
             lambda: {path for _, _, path in self.shadow.listing(parts.tree)})
         self.pointers = {sha256: oid for path, (_, oid, sha256, _) in parts.pointers.items()
                          if self.modules.isdisjoint(above(path))}
-        self.pointed = {oid: oid for oid in self.pointers.values()}
 
     def fetch(self, record: bool = False) -> list[str]:
         """The commits of the workspace, oldest first. With ``record``, the host records this pull,
@@ -5782,8 +5770,10 @@ class Pull(Harvest):
                 check_reply(incoming.reply(), self.workspace.host.name,
                             f"give the result of {self.name}", name=self.name)
                 if not wire.total:
-                    raise refuse("its stream ends early", _TRY_AGAIN)
+                    raise broken()
                 return self._grow()
+            except OSError as error:
+                raise expected(error) or error
             except ResultRefused as error:
                 if self.host_base and "Try again" not in error.hint:
                     # Done for the user it could lose work.
@@ -5831,23 +5821,16 @@ class Pull(Harvest):
         return ids
 
     def _point(self) -> None:
-        """Replace LFS content by its pointer wherever LFS manages the path. Note other content at
-        such paths, and the secrets of all."""
+        """Replace LFS content by its pointer wherever LFS manages the path. Note secrets."""
         files = {path for commit in self.commits.values() if self.pointers
                  for path, (mode, _) in commit.changes.items() if mode[:3] == "100"}
-        managed = files.intersection(self.shadow.lfs_paths(self.base, files))
-        contents: set[bytes] = set()
+        managed = set(self.shadow.lfs_paths(self.base, files))
         for commit in self.commits.values():
             for path, (mode, oid) in commit.changes.items():
                 if oid in self.leaks:
                     self.secrets[show(path, PATH_MAX)[1:-1]] = self.leaks[oid]
-                if path in managed and mode[:3] == "100":
-                    commit.changes[path] = mode, self.pointed.get(oid, oid)
-                    if oid not in self.pointed:
-                        contents.add(path)
-        for path in sorted(contents)[:20]:
-            self.notes.append(f"{show(path)[1:-1]} came as content: after the merge, `git add` "
-                              "makes an LFS pointer of it")
+                if path in managed and mode[:3] == "100" and oid in self.pointed:
+                    commit.changes[path] = mode, self.pointed[oid]
 
     def _make(self) -> dict[bytes, str]:
         """The ids of the commits that git makes, by the host's."""
@@ -5894,8 +5877,8 @@ class Pull(Harvest):
                 raise refuse("git dropped some of its paths")
 
     def _compare_names(self, made: Mapping[bytes, str]) -> None:
-        """No two paths may fold into one, unless they do so in the base. Only the trees of commits
-        that name such paths are read."""
+        """No two paths may fold into one, unless they do so in the base. Trees are read only for
+        names that come in two spellings."""
         names: dict[str, str] = {}
         contested: set[str] = set()
         for commit in self.commits.values():
@@ -5904,23 +5887,18 @@ class Pull(Harvest):
                                  if names.setdefault(key, text) != text)
         for _, _, path in self.shadow.listing(self.base) if names else ():
             contested.update(key for key, text in folds(path) if names.get(key, text) != text)
-        own = self._spellings(self.base, contested) if contested else {}
-        for name, commit in self.commits.items():
-            if contested.isdisjoint(key for path in commit.changes for key, _ in folds(path)):
-                continue
-            for key, texts in self._spellings(made[name], contested).items():
-                if len(texts) > 1 and texts - own[key]:
-                    raise refuse(" and ".join(map(show, sorted(texts)[:2])) + " are one file where "
-                                 "case or composition do not count")
 
-    def _spellings(self, tree: str, keys: set[str]) -> dict[str, set[str]]:
-        """The names of a tree that fold into each of these keys."""
-        found: dict[str, set[str]] = {key: set() for key in keys}
-        for _, _, path in self.shadow.listing(tree):
-            for key, text in folds(path):
-                if key in keys:
-                    found[key].add(text)
-        return found
+        def spellings(tree: str) -> set[tuple[str, str]]:
+            return {(key, text) for _, _, path in self.shadow.listing(tree)
+                    for key, text in folds(path) if key in contested}
+        own = spellings(self.base) if contested else set()
+        for tree in made.values() if contested else ():
+            found = spellings(tree)
+            new = dict(found - own)
+            for key, text in found:
+                if new.get(key, text) != text:
+                    raise refuse(f"{show(text)} and {show(new[key])} are one file where case or "
+                                 "composition do not count")
 
     def combine(self, commits: list[str], before: str, over: bool) -> tuple[str, str]:
         """(the commit of the result, what it stands on). That is ``before``, which an earlier pull
@@ -6014,14 +5992,14 @@ class Pull(Harvest):
         """Fetch the work, and move the branch."""
         branch, old = ref[11:], self.project.repository.value_of(ref)
         own, over = (self.entry.get(key, {}).get(ref, "").split() for key in ("branches", "over"))
-        merged = bool(old) and self.shadow.is_ancestor(old, self.base)
-        if old and not merged and old not in own:
+        before = "" if self.shadow.is_ancestor(old, self.base) else old
+        if before and before not in own:
             raise GitFailed(
                 f"The branch {show(branch)} has commits that no pull of this workspace made.",
                 "Choose another, or rename that.", f"pull -w {self.name} --branch NAME",
                 f"git branch -m {quote(branch)} NEW")
         commits = self.fetch(record=True)
-        tip, since = self.combine(commits, "" if merged else old, old in over)
+        tip, since = self.combine(commits, before, old in over)
         executes, moved = self.inspect(since, tip, allow), tip != since
         if moved:
             self.report.step(self.name, "storing")
