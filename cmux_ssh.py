@@ -4445,11 +4445,12 @@ class Output:
     """What a git command prints, piece by piece. At the end it raises GitFailed if the command
     failed or, unless it ``talks``, wrote to stderr, as update-index does when it drops a path."""
 
-    def __init__(self, argv: list[str], env: Mapping[str, str], stdin: bytes | IO[bytes],
-                 talks: bool, name: str) -> None:
-        self.name, self.talks, self.errors = name, talks, spool(b"")
+    def __init__(self, git: Git, *words: str, stdin: bytes | IO[bytes] = b"",
+                 env: Mapping[str, str] | None = None, talks: bool = False) -> None:
+        self.name, self.talks, self.errors = words[0], talks, spool(b"")
         with spool(stdin) if isinstance(stdin, bytes) else stdin as source:
-            self.process = spawn(argv, env, stdin=source, stdout=-1, stderr=self.errors)
+            self.process = spawn([*git.start, *words], {**git.env, **(env or {})}, stdin=source,
+                                 stdout=-1, stderr=self.errors)
         assert self.process.stdout
         self.stdout = self.process.stdout
 
@@ -4481,14 +4482,10 @@ class Git:
         status, out, _ = run([*self.start, *words], self.env, patience=600)
         return "" if status else os.fsdecode(out)
 
-    def output(self, *words: str, stdin: bytes | IO[bytes] = b"",
-               env: Mapping[str, str] | None = None, talks: bool = False) -> Output:
-        return Output([*self.start, *words], {**self.env, **(env or {})}, stdin, talks, words[0])
-
     def records(self, *words: str, end: bytes = b"\0", **how: Any) -> Iterator[bytes]:
         """What a command prints, split at ``end``."""
         rest = b""
-        with contextlib.closing(self.output(*words, **how)) as output:
+        with contextlib.closing(Output(self, *words, **how)) as output:
             for data in iter(output.read, b""):
                 *parts, rest = (rest + data).split(end)
                 yield from parts
@@ -4858,32 +4855,27 @@ class Shadow(Git):
         return [path for path, _, value in zip(answers, answers, answers) if value == b"lfs"]
 
     def pointers(self, tree: str) -> Iterator[tuple[bytes, Pointer]]:
+        import io
         sizes = self.sizes(tree)
         files = {path: (mode, oid) for mode, oid, path in self.listing(tree)
                  if mode[:3] == "100" and sizes.get(path, 1025) <= 1024}  # the specification's
         marked = self.lfs_paths(tree, files)
-        for path, data in zip(marked, self.blobs([files[path][1] for path in marked])):
-            match = re.match(_POINTER, data)
+        wanted = "".join(files[path][1] + "\n" for path in marked).encode()
+        with contextlib.closing(Output(self, "cat-file", "--batch", stdin=wanted)) as output:
+            stream = io.BytesIO(b"".join(iter(output.read, b"")))
+        for path in marked:
+            row = stream.readline().split()
+            if len(row) != 3:
+                raise GitFailed(f"The repository lacks the object {files[path][1]}.", _PARTIAL)
+            match = re.match(_POINTER, stream.read(int(row[2])))
+            stream.read(1)
             if match:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
     def attributes(self, text: str) -> None:
         """Set the attributes that override any .gitattributes."""
-        with open(os.path.join(self.git_dir, "info", "attributes"), "w") as stream:
+        with open(self.git_dir + "/info/attributes", "w") as stream:
             stream.write(text)
-
-    def blobs(self, ids: Sequence[str]) -> Iterator[bytes]:
-        """The contents of small blobs, in order."""
-        import io
-        wanted = "".join(oid + "\n" for oid in ids).encode()
-        with contextlib.closing(self.output("cat-file", "--batch", stdin=wanted)) as output:
-            stream = io.BytesIO(b"".join(iter(output.read, b"")))
-        for oid in ids:
-            row = stream.readline().split()
-            if len(row) != 3:
-                raise GitFailed(f"The repository lacks the object {oid}.", _PARTIAL)
-            yield stream.read(int(row[2]))
-            stream.read(1)
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
         """The file of a pack that passed git's strict checks, of what ``tip`` has and the commits
@@ -5033,18 +5025,14 @@ def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         with open(os.open(path, flags), "rb", buffering=0) as stream:
-            while left:
-                data = stream.read(min(CHUNK, left))
-                if not data:
-                    raise OSError
+            while left and (data := stream.read(min(CHUNK, left))):
                 left -= len(data)
                 digest.update(data)
                 yield data
     except OSError:
         raise GitFailed(f"The LFS content of {name} can no longer be read.", "Try again.")
     if digest.hexdigest() != pointer[2]:
-        raise GitFailed(f"The LFS content of {name} is damaged.", "Look at it.",
-                        "git lfs fsck")
+        raise GitFailed(f"The LFS content of {name} is damaged.", "Look at it.", "git lfs fsck")
 
 
 def is_content(path: str, pointer: Pointer) -> bool:
@@ -5078,8 +5066,7 @@ class Cksum:
     """The checksum of POSIX cksum, which every host has."""
 
     def __init__(self, data: bytes = b"") -> None:
-        self.register = 0xFFFFFFFF
-        self.length = 0
+        self.register, self.length = 0xFFFFFFFF, 0
         self.update(data)
 
     def update(self, data: bytes) -> None:
@@ -5101,7 +5088,7 @@ class Archive(Source):
 
     def __init__(self, shadow: Shadow, tree: str, front: Iterable[bytes] = ()) -> None:
         shadow.attributes(SHADOW_ATTRIBUTES)
-        output = shadow.output("archive", "--format=tar", tree, talks=True)
+        output = Output(shadow, "archive", "--format=tar", tree, talks=True)
         super().__init__(output.stdout.fileno())
         self.close = output.close
         self.pieces = filter(None, itertools.chain(front, iter(output.read, b"")))
@@ -5552,7 +5539,7 @@ class Commit:
         text = neutralise(message).replace("\0", "").encode("utf-8", "replace") or b"\n"
         self.head = f"author {author}\ncommitter {committer}\ndata {len(text)}\n".encode() + text
         self.parents: list[bytes] = re.findall(rb"(?m)^parent (.*)$", head)
-        self.changes: dict[bytes, tuple[str, str]] = {}
+        self.changes: dict[bytes, tuple[str, Any]] = {}
 
 
 class Harvest:
@@ -5570,12 +5557,10 @@ class Harvest:
         who = b"cmux <cmux@localhost> %d +0000" % time.time()
         self.commits = {b"1": Commit(b"parent \nauthor %s\ncommitter %s\n\n"
                                      b"work of the workspace\n" % (who, who))}
-        # By the host's id: how many changes name a content, later what store() returned. Not which
-        # changes: of 100,000 that took 15 MB.
-        self.contents: dict[Any, Any] = {}
+        self.contents: dict[bytes, str] = {}  # the host's id -> what store() returned, "" at first
         self.links: dict[bytes, list[bytes]] = {}  # the host's id of a target -> its links
         self.left: dict[bytes, str] = {}  # path that is left out -> why
-        self.total = self.spread = 0  # bytes of contents: each counted once; for each path
+        self.total = self.largest = 0  # bytes of all contents; of the largest
 
     def store(self, chunks: Iterable[bytes], size: int) -> str:
         raise NotImplementedError
@@ -5645,7 +5630,7 @@ class Harvest:
 
     def _change(self, commit: Commit, path: bytes, mode: str, content: Any) -> None:
         if mode:
-            self.contents[content] = self.contents.get(content, 0) + 1
+            self.contents[content] = ""
         why = check_result_path(path)
         if path in self.roots or not self.modules.isdisjoint((path, *above(path))):
             self.left[path] = "it lies in a submodule: no commit of this repository can hold it"
@@ -5661,11 +5646,9 @@ class Harvest:
     def _read_contents(self, wire: Wire) -> None:
         most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
         for name, size in wire.objects(b"blob"):
-            uses = self.contents.get(name)
-            if not isinstance(uses, int):
+            if self.contents.get(name) != "":
                 raise broken()  # it comes twice, or no change names it
-            self.total += size
-            self.spread += size * uses
+            self.total, self.largest = self.total + size, max(self.largest, size)
             if size > most:
                 path = next((path for commit in self.commits.values()
                              for path, change in commit.changes.items()
@@ -5678,7 +5661,7 @@ class Harvest:
             if name in self.links:
                 chunks = [self._check_links(self.links[name], size, chunks)]
             self.contents[name] = self.store(chunks, size)
-        if not all(isinstance(content, str) for content in self.contents.values()):
+        if not all(self.contents.values()):
             raise broken()
 
     def _check_links(self, paths: list[bytes], size: int, chunks: Iterable[bytes]) -> bytes:
@@ -5813,7 +5796,8 @@ class Pull(Harvest):
         self._look_again(made)
         self._compare_names(made)
         ids = list(made.values())
-        if self.spread > PULL_TOTAL_MAX:  # one content may have a thousand names
+        changes = sum(len(commit.changes) for commit in self.commits.values())
+        if self.largest * changes > PULL_TOTAL_MAX:  # one content may have a thousand names
             old, new = (sum(self.shadow.sizes(tree).values()) for tree in (self.base, ids[-1]))
             if new - old > PULL_TOTAL_MAX:
                 raise refuse("it repeats files until they have more than "
