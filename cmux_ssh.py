@@ -4696,21 +4696,20 @@ class Repository(Git):
         user.call("add", "-A", "--", ".", *apart, talks=True)
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
-    def _worktrees(self) -> list[list[str]]:
-        rows = self.records("worktree", "list", "--porcelain", end=b"\n\n", talks=True)
-        return [os.fsdecode(row).split("\n") for row in rows]
+    def _worktrees(self) -> str:
+        return os.fsdecode(b"".join(self.records("worktree", "list", "--porcelain", talks=True)))
 
     def hooks_inside(self) -> list[str]:
         """The hooks directory, relative to each work tree of this repository that it lies in: as
         core.hooksPath names it, and with its links resolved."""
         named = self.user.ask("rev-parse", "--git-path", "hooks")[:-1]
         path = os.path.join(os.path.realpath(self.directory), named)
-        raw = self.config("core.hooksPath")
-        tops = {self.top, *(os.path.realpath(row[0][len("worktree "):])
-                            for row in self._worktrees() if "bare" not in row)}
-        tops -= {"", self.common_dir}  # which git lists for a submodule
+        others = re.findall(r"(?m)^worktree (.*)\n(?!bare)", self._worktrees())
+        # git lists the common directory for a submodule.
+        tops = {self.top, *map(os.path.realpath, others)} - {"", self.common_dir}
         found = {os.path.relpath(near, top) for top in tops
                  for near in (os.path.normpath(path), os.path.realpath(path))}
+        raw = self.config("core.hooksPath")
         if raw and raw[0] not in "/~":
             found.add(os.path.normpath(raw))
         return [path for path in found if path.split("/")[0] not in ("..", ".git")]
@@ -4722,7 +4721,7 @@ class Repository(Git):
         if self.ask("check-ref-format", "--normalize", ref) != ref + "\n" \
                 or branch.startswith("-") or branch == "HEAD" or not branch.isprintable():
             raise UsageError(f"{show(branch)} is not a branch name.")
-        if any("branch " + ref in row for row in self._worktrees()):
+        if f"\nbranch {ref}\n" in self._worktrees():
             raise GitFailed(
                 f"The branch {show(branch)} is checked out: a pull would change your work tree.",
                 "Choose another branch, or check out another one.")
@@ -4981,31 +4980,29 @@ class Parts:
         self.host_tree = "" if self.files else self.tree
 
     def _look(self, place: Place, tree: str, prefix: bytes) -> None:
-        links, attributes = [], False
         for mode, oid, path in self.shadow.listing(tree):
-            attributes = attributes or path.endswith(b".gitattributes")
             if mode == "160000":
-                links.append((path, oid))
+                self._look_into(place, path, oid, prefix)
             elif prefix:
                 self._rows.append((mode, oid, prefix + path))
         words = "grep", "-laF", "lfs", tree, "--", ":(glob)**/.gitattributes"
-        if attributes and self.shadow.ask(*words):
-            for path, pointer in self.shadow.pointers(tree):
-                path, (mode, oid, sha256, size) = prefix + path, pointer
-                self.pointers[path], file = pointer, place.content(sha256, size)
-                if file:
-                    self.files[path] = file
-                    content = hashlib.new(self.shadow.form, b"content " + sha256.encode())
-                    self._rows.append((mode, content.hexdigest(), path))
-        for path, commit in links:
-            self.modules.add(prefix + path)
-            if not prefix:
-                self._rows.append(("0", "0" * len(commit), path))
-            module = place.module(path)
-            inner = module and self.shadow.borrow(module.objects, commit)
-            if module and inner:
-                self.places.append((module, inner))
-                self._look(module, inner, prefix + path + b"/")
+        for path, pointer in self.shadow.pointers(tree) if self.shadow.ask(*words) else ():
+            path, (mode, _, sha256, size) = prefix + path, pointer
+            self.pointers[path], file = pointer, place.content(sha256, size)
+            if file:
+                self.files[path] = file
+                content = hashlib.new(self.shadow.form, b"content " + sha256.encode())
+                self._rows.append((mode, content.hexdigest(), path))
+
+    def _look_into(self, place: Place, path: bytes, commit: str, prefix: bytes) -> None:
+        self.modules.add(prefix + path)
+        if not prefix:
+            self._rows.append(("0", "0" * len(commit), path))
+        module = place.module(path)
+        tree = module and self.shadow.borrow(module.objects, commit)
+        if module and tree:
+            self.places.append((module, tree))
+            self._look(module, tree, prefix + path + b"/")
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked as they are read."""
