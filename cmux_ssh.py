@@ -5463,9 +5463,11 @@ class Wire:
             self.total += len(self.buffer)
         return not self.buffer
 
-    def _some(self, most: int) -> bytes:
+    def _more(self) -> None:
         if self.ended():
             raise broken()
+
+    def _some(self, most: int) -> bytes:
         part = bytes(self.buffer[:most])
         del self.buffer[:most]
         return part
@@ -5473,7 +5475,8 @@ class Wire:
     def line(self, end: bytes = b"\n") -> bytes:
         line = b""
         while line[-1:] != end:
-            line += self._some(self.buffer.find(end) + 1 or CHUNK)
+            self._more()
+            line += self._some(self.buffer.find(end) + 1 or len(self.buffer))
             if len(line) > 8 * 1024:  # a path is the longest
                 raise broken()
         return line[:-1]
@@ -5484,7 +5487,8 @@ class Wire:
 
     def chunks(self, size: int) -> Iterator[bytes]:
         while size:
-            chunk = self._some(min(size, CHUNK))
+            self._more()
+            chunk = self._some(size)
             size -= len(chunk)
             yield chunk
 
