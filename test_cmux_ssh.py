@@ -7452,7 +7452,7 @@ def test_mcp_long_files_come_in_pages_that_join(mcp, shared):
     while offset <= 3000:
         text = mcp("read", path="long.txt", offset=offset)
         found += re.findall(r"^line .*$", text, re.M)
-        more = re.search(r"go on with offset=(\d+)", text)
+        more = re.search(r"Go on with offset=(\d+)", text)
         pages, offset = pages + 1, int(more.group(1)) if more else 9999
     assert [line.encode() for line in found] == lines and pages > 3
 
