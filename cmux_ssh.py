@@ -153,7 +153,7 @@ TOP_EVERY = 2  # between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
 MCP_SOFT = 45  # desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
-MCP_CALLS = 100  # that are not answered yet: two threads each, and their output
+MCP_CALLS = 100  # that are not answered yet: two threads each; a third of them runs
 MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
 MCP_LOG_MAX = 2 * MIB  # of output kept of each of them, which hosts may flood
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
@@ -2300,32 +2300,32 @@ class Lock:
 
     def wait(self, deadline: Deadline) -> bool:
         """take() until the deadline."""
-        pause, silence = LOOK_FIRST, Deadline(1)
+        pause = LOOK_FIRST
         while not self.take():
             if not nap(pause, deadline):
                 return False
             pause = min(pause * 1.5, 1)  # six hundred threads may wait for a host that starts
-            if silence.over() and self.doing:
-                owner, holder = self._holder()
-                if owner not in (0, os.getpid()) and holder not in self._told:
-                    self._told.add(holder)
-                    self.tell("Waiting for " + holder)
         return True
 
     def hold(self, cancel: Cancel | None = None) -> Lock:
         """Take it, waiting if need be. Raises StateFailed after LOCK_PATIENCE, Cancelled."""
-        if self.fd < 0 and not self.wait(Deadline(LOCK_PATIENCE, cancel)):
+        deadline = Deadline(LOCK_PATIENCE, cancel)
+        if self.fd < 0 and not self.wait(deadline.within(1)):
             owner, holder = self._holder()
-            raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
-                               *["See what it does.", f"ps -p {owner}"] * bool(owner))
+            if owner not in ("", str(os.getpid())) and holder not in self._told:
+                self._told.add(holder)
+                self.tell("Waiting for " + holder)
+            if not self.wait(deadline):
+                owner, holder = self._holder()
+                raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
+                                   *["See what it does.", f"ps -p {owner}"] * bool(owner))
         return self
 
-    def _holder(self) -> tuple[int, str]:
-        """The process that holds it, 0 where that is unknown, and a sentence's end about it."""
-        try:
-            owner = int(read_bytes(self.path, 20) or b"0")
-        except (StateFailed, ValueError):
-            owner = 0
+    def _holder(self) -> tuple[str, str]:
+        """The process that holds it, "" where that is unknown, and a sentence's end about it."""
+        owner = ""
+        with contextlib.suppress(StateFailed):
+            owner = as_text(read_bytes(self.path, 20) or b"")
         who = f"process {owner}" if owner else "another process"
         return owner, f"{who}, which {self.doing or 'holds ' + show(self.path)}."
 
@@ -8180,18 +8180,17 @@ MCP_MANAGE_INSTRUCTIONS = (
     "its name as `workspace`; workspace_diff shows what it changed; workspace_pull brings that as "
     "commits to branch cmux/NAME, which the user merges; workspace_rm deletes it, but no work that "
     "has not been pulled.")
-MCP_REST = {
-    "exec": "Some of the output is left out: for all of it, send it to a file (> out.txt 2>&1) "
-            "and read that with offset and limit.",
-    "workspace_diff": "Some of it is left out: ask with stat=true, or look at single files."}
+MCP_REST = (
+    "Some of it is left out: ask for less (a narrower search, stat=true), or send output to a file "
+    "(> out.txt 2>&1) and read that with offset and limit.")
 MCP_BODIES = (  # what the host sent, shown below the facts
     "path", "stdout", "stderr", "content", "output", "notes", "executes", "diff", "stat", "paths",
     "matches", "jobs", "workspaces")
 # Escape sequences are removed whole: a model has no terminal, and colours cost it tokens. One
 # without an end takes at most its line with it.
 _ESCAPES = (
-    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?|[ -/]*[0-~])|"
-    r"\x9b[0-?]*[ -/]*[@-~]|[\x90\x98\x9d-\x9f][^\x07\x1b\x9c\n]*(?:[\x07\x9c]|\x1b\\)?")
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*"
+    r"(?:[\x07\x9c]|\x1b\\)?|\x1b[ -/]*[0-~]")
 # What Capture, an edit's diff and row_text put where they cut.
 _CUT = rb"(\s?\[\.\.\.(?: [^\]\n]{0,60})?\]\s?)"
 
@@ -8248,9 +8247,9 @@ class Call:
     """One tools/call: a thread does it, another one answers. If that answer is a job, this is it.
     """
 
-    def __init__(self, number: str | int, tool: Verb, params: Fields,
+    def __init__(self, number: str | int, tool: Verb, params: Fields, size: int,
                  reply: Callable[[Fields], None]) -> None:
-        self.number, self.tool, self.reply = number, tool, reply
+        self.number, self.tool, self.reply, self.bytes = number, tool, reply, size
         self.arguments = understood(tool, params.get("arguments"))
         self.token = params.get("_meta", {}).get("progressToken")
         self.id, self.doing = "r" + os.urandom(4).hex(), "running"
@@ -8286,8 +8285,7 @@ class McpServer:
     the host, with files for its output, would double what a call costs."""
 
     def __init__(self, project: Project, workspace: str, host: Sequence[str],
-                 write: Callable[[bytes, Cancel], None], manage: bool = False,
-                 soft: float = MCP_SOFT) -> None:
+                 write: Callable[[bytes, Cancel], None], manage: bool, soft: float) -> None:
         self.write, self.writing, self.ending = write, threading.Lock(), Cancel()
         self.closed = False  # nobody reads the answers any more
         self.project, self.workspace, self.host = project, workspace, host
@@ -8302,6 +8300,7 @@ class McpServer:
             self.tools = {name: Verb(tool.name, tool.text, *tool.args, other, **tool.settings)
                           for name, tool in TOOLS.items()}
             self.tools.update(MANAGE_TOOLS)
+        self.slots = threading.Semaphore(MCP_CALLS // 3)
         self.calls: set[Call] = set()  # not answered yet
         self.kept: dict[str, Call] = {}  # answered with a job
 
@@ -8353,7 +8352,7 @@ class McpServer:
                                     "is neither text nor a whole number.")
             number = asked
             if number is not None:
-                self._request(number, method, params)
+                self._request(number, method, params, len(line))
             elif method == "notifications/cancelled" and isinstance(params, dict):
                 for call in list(self.calls):
                     if call.number == params.get("requestId"):
@@ -8366,7 +8365,7 @@ class McpServer:
         except Exception as error:  # no input ends the server
             self.send(id=number, error={"code": -32603, "message": defect(error)})
 
-    def _request(self, number: str | int, method: str, params: Any) -> None:
+    def _request(self, number: str | int, method: str, params: Any, size: int) -> None:
         meta = params.get("_meta", {}) if isinstance(params, dict) else None
         if not isinstance(meta, dict):
             raise ProtocolError(-32602, "The parameters are not an object.")
@@ -8386,7 +8385,7 @@ class McpServer:
                 result = dict(result, resultType="complete", _meta={MCP_META + "serverInfo": info})
             self.send(id=number, result=result)
         if method == "tools/call":
-            return self._begin(number, params, respond)
+            return self._begin(number, params, size, respond)
         if method == "tools/list":
             result = {"tools": list(map(described, self.tools.values()))}
         elif method == "server/discover":
@@ -8402,22 +8401,24 @@ class McpServer:
 
     # -- tools/call --
 
-    def _begin(self, number: str | int, params: Fields, reply: Callable[[Fields], None]) -> None:
+    def _begin(self, number: str | int, params: Fields, size: int,
+               reply: Callable[[Fields], None]) -> None:
         name = params.get("name")
         tool = self.tools.get(name) if isinstance(name, str) else None
         if tool is None:
             raise ProtocolError(-32602, f"There is no tool {show(str(name))}.")
         # No line is read meanwhile: a client may send calls without end, and read no answer.
-        wait_until(lambda: len(self.calls) < MCP_CALLS, 1e9)
-        call = Call(number, tool, params, reply)
+        wait_until(lambda: len(self.calls) < MCP_CALLS and size + sum(
+            one.bytes for one in list(self.calls)) < 2 * BATCH_LINE_MAX, 1e9)
+        call = Call(number, tool, params, size, reply)
         self.calls.add(call)
         try:
             for act in (self._serve, self._work):
                 threading.Thread(target=act, args=(call,), daemon=True).start()
-        except RuntimeError:  # the system has no room for one more thread
+        except RuntimeError:
             call.cancelled = True
             self.calls.discard(call)
-            raise
+            raise ProtocolError(-32603, "This machine has no room for one more thread.")
 
     def _serve(self, call: Call) -> None:
         """Report progress. Answer a call at its end, or at the soft timeout with a job: it goes on.
@@ -8435,9 +8436,11 @@ class McpServer:
         if not call.cancelled:
             call.reply({"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}],
                         "isError": failed})
-        self.calls.discard(call)  # only now: while the answers are not read, no more calls begin
+        self.calls.discard(call)
+        self.slots.release()  # only now: while the answers are not read, no more calls begin
 
     def _work(self, call: Call) -> None:
+        self.slots.acquire()
         call.text, call.failed = self._attempt(self._perform, call)
         call.cancel.close()
         call.done.set()
@@ -8473,7 +8476,7 @@ class McpServer:
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
         tool, most = call.tool, self.soft * 0.9  # what waits answers before the soft timeout
-        self._bound()  # before a first call that renames it
+        self._bind()
         arguments, kept = dict(tool.check(call.arguments)), list(self.kept.values())
         if not tool.reads and tool.name != "stop" and MCP_KEPT <= sum(
                 not one.done.is_set() for one in kept):
@@ -8506,20 +8509,19 @@ class McpServer:
     def _host_of(self, name: str) -> str:
         return str(self.project._entries().get(name, {}).get("host", ""))
 
-    def _bound(self) -> str:
-        """The present name of the workspace this is bound to, which may have been renamed."""
+    def _bind(self) -> None:
+        """Follow the workspace this is bound to: it may have been renamed."""
         entries = self.project._entries()
         names = {entry["op"]: name for name, entry in entries.items()}
         self.workspace = names.get(self.op, self.workspace)
         self.op = entries.get(self.workspace, {}).get("op", self.op)
-        return self.workspace
 
     def _workspace(self, call: Call, name: str) -> Workspace:
         """The workspace of a call. Only the one bound to is made if need be, not that of a mistyped
         name. Its making outlives this call, or a client with a timeout of its own would begin a
         long upload again and again."""
         own = name in ("", self.workspace)
-        name, host = (self._bound(), self.host) if own else (name, ())
+        name, host = (self.workspace, self.host) if own else (name, ())
         entry = self.project._entries().get(name) if own else self.project._entry(name)
         if entry and entry.get("init") != "pending":
             return self.project.existing(name, host)  # renamed this instant: missing, not made
@@ -8529,8 +8531,7 @@ class McpServer:
         call.doing = "running"
         made = f"the workspace {found.name} is new, of commit {found.base[:10]}."
         call.result["made"] = " ".join([made, *report.texts])
-        if own:
-            self._bound()  # what it is called from now on
+        self._bind()  # it may be new
         return found
 
     def _on_kept(self, call: Call, names: Sequence[str], arguments: Fields) -> str:
@@ -8582,7 +8583,7 @@ class McpServer:
                 text = page(text, call.arguments.get("offset", 1), notes)
             elif len(text) > room:
                 result["truncated"] = True
-                notes.append(MCP_REST.get(tool, "Some of it is left out: narrow the search."))
+                notes.append(MCP_REST)
                 lost, head = len(text) - room, room * 3 // 5
                 text = f"{text[:head]}\n[... {lost} characters left out ...]\n{text[head + lost:]}"
             room = max(room - len(text), MCP_ROOM // 8)
@@ -8774,9 +8775,6 @@ def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
         text += f" It takes: {takes[0]}. Offered: {', '.join(keys) or 'no key at all'}."
         fix = ["Add your key to the agent (ssh-add, with SSH_AUTH_SOCK set), name it with "
                "IdentityFile, or ask its owner to allow keys."]
-    elif proxy_of(config) == "ProxyCommand" and type(error) is ConnectionDropped:
-        text = text if said.strip() else "The ProxyCommand ended without a connection or a word."
-        fix = [f"Run it by hand: {config.first('proxycommand')[:300]}"]
     return "dead", "connect", text, *fix
 
 

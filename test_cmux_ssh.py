@@ -8097,7 +8097,7 @@ DOCTOR = {  # how the host h comes to have the trouble, doctor's exit code, its 
                "but sent nothing. Its sshd may hang, or another service may have that port: ssh -F ", "h accepted the connection, but sent nothing"),
     "hangs up": (lambda site: behind_line(site, refuse=True), 255, "h ", "doctor h"),
     "late proxy": (lambda site: site.host("h", f"ProxyCommand sh -c '{COLD_PROXY}'"), 255, "without a connection: spoken late."),
-    "silent proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'exit 1'"), 255, "ended without a connection or a word", "h dropped the connection"),
+    "silent proxy": (lambda site: site.host("h", "ProxyCommand sh -c 'exit 1'"), 255, "h dropped the connection"),
     "bad config": (lambda site: site.host("h", "Frobnicate yes"), 255, "Correct the file"),
     "no sh": (lambda site: site.inetd("h", "ForceCommand exit 3"), 1, "start-up files"),
     "readonly": (lambda site: site.inetd("h", env={"HOME": "/proc/nowhere"}), 1, "cannot be written"),
