@@ -2347,13 +2347,11 @@ def read_bytes(path: str, limit: int) -> bytes | None:
     """The content of a private file; None if there is none."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as stream:
-            owner, data = os.fstat(stream.fileno()).st_uid, stream.read(limit + 1)
+            data = stream.read(limit + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StateFailed(f"Cannot read {show(path)}: {error.strerror}.")
-    if owner != os.geteuid():
-        raise StateFailed(f"The file {show(path)} belongs to someone else.")
     if len(data) > limit:
         raise StateFailed(f"The file {show(path)} is larger than {human_size(limit)}.")
     return data
@@ -8235,12 +8233,9 @@ class Veil:
                    *(overlap(data, value, False) for value, _ in self.masks), 0)
 
 
-class ProtocolError(CmuxError):
-    """A JSON-RPC error: the request is malformed, or names what does not exist."""
-
-    def __init__(self, code: int, message: str, **more: Fields) -> None:
-        super().__init__(message)
-        self.fields = dict(more, code=code, message=message)
+class ProtocolError(Exception):
+    """A JSON-RPC error (code, message, perhaps data): the request is malformed, or names what does
+    not exist."""
 
 
 class Call:
@@ -8358,23 +8353,22 @@ class McpServer:
                     if call.number == params.get("requestId"):
                         call.cancelled = True
                         call.cancel.set()
-        except ProtocolError as error:
-            self.send(id=number, error=error.fields)
-        except UsageError as error:
-            self.send(id=None, error={"code": -32700, "message": str(error)})
         except Exception as error:  # no input ends the server
-            self.send(id=number, error={"code": -32603, "message": defect(error)})
+            parts = (error.args if isinstance(error, ProtocolError) else
+                     (-32700, str(error)) if isinstance(error, UsageError) else
+                     (-32603, defect(error)))
+            self.send(id=number, error=dict(zip(("code", "message", "data"), parts)))
 
     def _request(self, number: str | int, method: str, params: Any, size: int) -> None:
-        meta = params.get("_meta", {}) if isinstance(params, dict) else None
-        if not isinstance(meta, dict):
+        if not fits(params, {"_meta?": dict}):
             raise ProtocolError(-32602, "The parameters are not an object.")
+        meta = params.get("_meta", {})
         asked = meta.get(MCP_META + "protocolVersion")
         if asked not in (None, MCP_VERSIONS[0]):
-            raise ProtocolError(-32022, "This server does not speak this protocol version.", data={
+            raise ProtocolError(-32022, "This server does not speak this protocol version.", {
                 "supported": MCP_VERSIONS,
                 "requested": asked[:64] if isinstance(asked, str) else ""})
-        if asked and not isinstance(meta.get(MCP_META + "clientCapabilities"), dict):
+        if asked and not fits(meta, {MCP_META + "clientCapabilities": dict}):
             raise ProtocolError(-32602, f"_meta has no {MCP_META}clientCapabilities.")
         stateless = bool(asked) or method == "server/discover"
         info = {"name": "cmux-ssh", "version": __version__}
@@ -8408,7 +8402,7 @@ class McpServer:
         if tool is None:
             raise ProtocolError(-32602, f"There is no tool {show(str(name))}.")
         # No line is read meanwhile: a client may send calls without end, and read no answer.
-        wait_until(lambda: len(self.calls) < MCP_CALLS and size + sum(
+        wait_until(lambda: self.closed or len(self.calls) < MCP_CALLS and size + sum(
             one.bytes for one in list(self.calls)) < 2 * BATCH_LINE_MAX, 1e9)
         call = Call(number, tool, params, size, reply)
         self.calls.add(call)
@@ -8456,11 +8450,13 @@ class McpServer:
                 return defect(error), True
         tools = {tool.name: name for name, tool in self.tools.items()}
         steps = [tools.get(command.split()[0], "") for command in failure.commands]
-        hint = f"{failure.hint.rstrip('.')}: {', '.join(steps)}" if steps else failure.hint
+        text = f"{failure} {failure.hint}".rstrip()
         if "" in steps:
-            hint = f"{failure.hint} {as_called('For the user', *failure.commands)}"
+            text += " " + as_called("For the user", *failure.commands)
+        elif steps:
+            text = f"{text.rstrip('.')}: {', '.join(steps)}"
         try:
-            return Veil(self.project, self.op).clean(f"{failure} {hint}".rstrip()), True
+            return Veil(self.project, self.op).clean(text), True
         except CmuxError as unread:  # without the secrets nothing of the host's can be shown
             return advised(unread), True
 
@@ -8751,31 +8747,32 @@ LEAKS = """ForwardAgent ForwardX11 SendEnv SetEnv LocalForward RemoteForward Dyn
 
 def examine_machine() -> Iterator[Finding]:
     printed = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
-    version = re.search(r"OpenSSH_(?:for_Windows_)?(\d+)\.(\d+)", printed)
+    version = re.search(r"OpenSSH_(\d+)\.(\d+)", printed)
     state = "fix" if not version else "ok" if tuple(map(int, version.groups())) >= (7, 8) else "bad"
     yield state, "ssh here", printed[:100], NEWER_SSH
     yield "ok", "python", "%d.%d.%d" % sys.version_info[:3]
     yield "ok", "state", f"{private_directory(state_home())} is private"
 
 
-def explain(config: SSHConfig, words: str, said: bytes) -> Finding:
+def explain(config: SSHConfig, words: str, said: bytes) -> HostError:
     """Why the connection failed, by the debugging messages of ssh and the words of its
     ProxyCommand."""
     plain, heard = read_log(words.encode())
     error = failure_in(plain if plain.strip() or proxy_of(config) else said, config, heard)
     if isinstance(error, ConnectionDropped):
         error = proxy_failure(config, said) or error
-    text, fix = str(error), [error.hint, *error.commands]
     key = re.search(r"Server host key: (\S+ SHA256:\S+)", words)
     if isinstance(error, HostKeyFailed) and key:
-        text += f" It offers {key[1]}."
+        error.args = f"{error} It offers {key[1]}.",
     elif isinstance(error, AuthenticationFailed) and error.asks:
         keys = re.findall(r"Offering public key: (.*?) (?:RSA|DSA|ECDSA|ED25519)\S* ", words)
         takes = re.findall(r"Authentications that can continue: (\S+)", words)[-1:] or ["nothing"]
-        text += f" It takes: {takes[0]}. Offered: {', '.join(keys) or 'no key at all'}."
-        fix = ["Add your key to the agent (ssh-add, with SSH_AUTH_SOCK set), name it with "
-               "IdentityFile, or ask its owner to allow keys."]
-    return "dead", "connect", text, *fix
+        offered = ", ".join(keys) or "no key at all"
+        error.args = f"{error} It takes: {takes[0]}. Offered: {offered}.",
+        error.hint, error.commands = (
+            "Add your key to the agent (ssh-add, with SSH_AUTH_SOCK set), name it with "
+            "IdentityFile, or ask the host's owner to allow keys."), ()
+    return error
 
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
@@ -8847,8 +8844,7 @@ def examine_connection(host: Host) -> Iterator[Finding]:
     used = re.search(r"(?m)^(?:debug1: Authentication succeeded \(|Authenticated to .* using \")"
                      r"([^\")]{1,60})", words)
     if not used:
-        yield explain(host.masters.config, words, said)
-        return
+        raise explain(host.masters.config, words, said)
     server = re.search(r"remote software version (\S{1,80})", words)
     key = re.search(r"Server accepts key: (.{1,300}?)(?: explicit)?(?: agent)?\s*\n", words)
     yield ("ok", "connect", f"{server[1] if server else 'a server'} in "

@@ -8266,10 +8266,6 @@ def test_a_damaged_state_file_is_said_and_left_alone(repo, which, site):
         refused(repo.cli("secrets set OTHER", stdin=b"x") if which == "secrets" else repo.cli("new other -H box"), 1, "is damaged")
     assert file.read_bytes() == whole[:-5] + b"\xff garbage"
     file.write_bytes(whole)
-    if os.geteuid() == 0:
-        os.chown(file, 65534, -1)
-        refused(repo.exec("true"), 125, "belongs to someone else")
-        os.chown(file, 0, -1)
     assert repo.exec('echo "$TOK"').out == b"value-12345\n"
 
 
