@@ -2412,12 +2412,6 @@ def paths_in(folder: str) -> set[str]:
     return set()
 
 
-def damaged(path: str, what: str = "is damaged") -> StateFailed:
-    move = f"mv {quote(path)} {quote(f'{path}.damaged-{time.time():.0f}')}"
-    return StateFailed(f"The state file {show(path, 300)} {what}.",
-                       "Repair it, or set it aside.", move)
-
-
 def fits(value: Any, shape: Any) -> bool:
     """Whether a value has a shape: a type; a pattern, for a text; a tuple of shapes, one of which
     must fit; a list, of one shape for any number or of one for each; a dict, for the keys that it
@@ -2464,17 +2458,16 @@ def read_json(path: str, shape: Any = dict) -> Fields | None:
     data = read_bytes(path, STATE_MAX)
     if data is None:
         return None
-    try:
-        value: Fields = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError):
-        value = {}
-    if not fits(value, {"version": int}):
-        raise damaged(path)
-    if value["version"] != 1:
+    value: Fields = {}
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(data.decode("utf-8"))
+    if fits(value, {"version": int}) and value["version"] != 1:
         raise StateFailed(f"The state file {show(path)} was written by a newer version.",
                           "Use that version of this program.")
-    if not fits(value, shape):
-        raise damaged(path, "has parts that are not as they should be")
+    if not fits(value, {"version": int}) or not fits(value, shape):
+        move = f"mv {quote(path)} {quote(f'{path}.damaged-{time.time():.0f}')}"
+        raise StateFailed(f"The state file {show(path, 300)} is damaged.",
+                          "Repair it, or set it aside.", move)
     return value
 
 

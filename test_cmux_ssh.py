@@ -3275,7 +3275,7 @@ def test_a_record_with_wrong_parts_is_left_alone(repo):
     for more in ({"name": "../x"}, {"id": "x"}, {"workspaces": []}, {"workspaces": {"../x": entry}}, {"workspaces": {"main": 1}},
             {"workspaces": {"main": dict(entry, created="now")}}, {"workspaces": {"main": dict(entry, path=None)}},
             {"workspaces": {"main": dict(entry, state=None)}}, {"jobs": []}, {"places": [["a"]]}, {"sent": [["a", 1]]}, {"sent": {}}):
-        refused(listed(dict(good, **more)), 1, "has parts that are not as they should be. Repair it, or set it aside")
+        refused(listed(dict(good, **more)), 1, "is damaged. Repair it, or set it aside")
         assert json.loads(file.read_text()) == dict(good, **more)
     making = {key: value for key, value in entry.items() if key != "path"}
     for record in ({key: value for key, value in good.items() if key not in ("jobs", "places", "sent")},
@@ -9539,7 +9539,7 @@ def test_a_secret_with_half_a_character_is_damaged(repo, site):
     (file,) = [path for path in site.state.rglob("*") if path.is_file() and b"valuevalue" in path.read_bytes()]
     file.write_bytes(file.read_bytes().replace(b"valuevalue", b"\\" + b"ud800x"))
     ran = repo.exec("true")
-    assert ran.code == 125 and "has parts that are not as they should be" in ran.said
+    assert ran.code == 125 and "is damaged" in ran.said
 
 
 def test_mcp_a_failing_secret_command(repo, site):
