@@ -2260,7 +2260,7 @@ def sha256_of(data: bytes | str) -> str:
 
 class Lock:
     """An advisory lock on a file, which goes with it. When its process dies the kernel frees it.
-    ``doing`` is for those that wait: what its owner, whose process id the file then holds, does."""
+    ``doing``: what its owner does; the file then says it to those that wait."""
 
     tell: Callable[[str], None] = staticmethod(lambda text: None)  # of a long wait
     _told: set[str] = set()
@@ -2291,7 +2291,8 @@ class Lock:
             fork_aware().add(self)
             with contextlib.suppress(OSError):  # a full disk
                 if self.doing:
-                    os.ftruncate(self.fd, os.pwrite(self.fd, b"%d" % os.getpid(), 0))
+                    holder = f"process {os.getpid()}, which {self.doing}."
+                    os.ftruncate(self.fd, os.pwrite(self.fd, encoded(holder), 0))
         return self.fd >= 0
 
     def _forked(self) -> None:
@@ -2311,23 +2312,19 @@ class Lock:
         """Take it, waiting if need be. Raises StateFailed after LOCK_PATIENCE, Cancelled."""
         deadline = Deadline(LOCK_PATIENCE, cancel)
         if self.fd < 0 and not self.wait(deadline.within(1)):
-            owner, holder = self._holder()
-            if owner not in ("", str(os.getpid())) and holder not in self._told:
+            holder = self._holder()
+            if holder not in self._told and f" {os.getpid()}," not in holder:
                 self._told.add(holder)
                 self.tell("Waiting for " + holder)
             if not self.wait(deadline):
-                owner, holder = self._holder()
-                raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for {holder}",
-                                   *["See what it does.", f"ps -p {owner}"] * bool(owner))
+                raise StateFailed(f"Waited {LOCK_PATIENCE:.0f} seconds in vain for "
+                                  + self._holder(), "See what it does.")
         return self
 
-    def _holder(self) -> tuple[str, str]:
-        """The process that holds it, "" where that is unknown, and a sentence's end about it."""
-        owner = ""
+    def _holder(self) -> str:
         with contextlib.suppress(StateFailed):
-            owner = as_text(read_bytes(self.path, 20) or b"")
-        who = f"process {owner}" if owner else "another process"
-        return owner, f"{who}, which {self.doing or 'holds ' + show(self.path)}."
+            return as_text(read_bytes(self.path, 1000) or b"another process.")
+        return "another process."
 
     def free(self) -> None:
         if self.fd >= 0:

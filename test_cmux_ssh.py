@@ -3217,7 +3217,7 @@ def test_a_stalled_upload_holds_up_no_other_host(repo, tuned, line):
             assert waited.code == (125 if "exec" in words else 1) and waited.out == b"" and 2 < waited.seconds < 15
             said = waited.said.replace(f"Waiting for {who}", "", 1) if "exec" not in words else waited.said  # in a pipe it adds no word
             assert said != waited.said or "exec" in words
-            assert f"Waited 2 seconds in vain for {who}" in said and f"ps -p {sender.pid}" in said, waited
+            assert f"Waited 2 seconds in vain for {who}" in said, waited
         assert repo.new("b").seconds < 15
     finally:
         kill(sender.pid, SIGCONT)
