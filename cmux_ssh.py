@@ -8241,8 +8241,8 @@ class Call:
         self.op = ""  # the id of its workspace
         self.cancel, self.cancelled = Cancel(), False  # cancelled: by the client
         self.done = threading.Event()
-        self.result: Fields = {}  # these three hold what came of it, once it is done
-        self.text, self.failed = "", True
+        self.result: Fields = {}  # of its tool
+        self.answer = "", True  # its text, once it is done, and whether that is of a failure
         self.output = bytearray()  # of a command, up to MCP_LOG_MAX bytes, for logs
 
     def take(self, data: bytes) -> None:
@@ -8251,7 +8251,7 @@ class Call:
 
     def status(self) -> Fields:
         stopped = self.result.get("stopped") and self.result.get("timed_out") is False
-        state = ("running" if not self.done.is_set() else "lost" if self.failed else
+        state = ("running" if not self.done.is_set() else "lost" if self.answer[1] else
                  "stopped" if stopped else "exited")
         return {"job": self.id, "state": state, "exit_code": self.result.get("exit_code"),
                 "size": len(self.output)}
@@ -8387,14 +8387,13 @@ class McpServer:
 
     def _begin(self, number: str | int, params: Fields, size: int,
                reply: Callable[[Fields], None]) -> None:
-        name = params.get("name")
-        tool = self.tools.get(name) if isinstance(name, str) else None
-        if tool is None:
-            raise ProtocolError(-32602, f"There is no tool {show(str(name))}.")
+        name = str(params.get("name"))
+        if name not in self.tools:
+            raise ProtocolError(-32602, f"There is no tool {show(name)}.")
         # No line is read meanwhile: a client may send calls without end, and read no answer.
         wait_until(lambda: self.closed or len(self.calls) < MCP_CALLS and size + sum(
             one.bytes for one in list(self.calls)) < 2 * BATCH_LINE_MAX, 1e9)
-        call = Call(number, tool, params, size, reply)
+        call = Call(number, self.tools[name], params, size, reply)
         self.calls.add(call)
         try:
             for act in (self._serve, self._work):
@@ -8416,7 +8415,7 @@ class McpServer:
                     "progressToken": call.token, "progress": round(seconds, 1),
                     "message": f"{call.doing} for {seconds:.0f} s"})
         ended = call.done.is_set()
-        text, failed = (call.text, call.failed) if ended else self._attempt(self._keep, call)
+        text, failed = call.answer if ended else self._attempt(self._keep, call)
         if not call.cancelled:
             call.reply({"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}],
                         "isError": failed})
@@ -8425,7 +8424,7 @@ class McpServer:
 
     def _work(self, call: Call) -> None:
         self.slots.acquire()
-        call.text, call.failed = self._attempt(self._perform, call)
+        call.answer = self._attempt(self._perform, call)
         call.cancel.close()
         call.done.set()
 
@@ -8536,9 +8535,9 @@ class McpServer:
         job = next((one for one in jobs if one.done.is_set()), jobs[0])
         ended, status, call.op = job.done.is_set(), job.status(), job.op
         if tool == "wait" and ended:
-            return f"job: {job.id}\nstate: {status['state']}\n{job.text}"
+            return f"job: {job.id}\nstate: {status['state']}\n{job.answer[0]}"
         if tool == "stop":
-            sure = "confirmed" if ended and not job.failed else "requested"
+            sure = "confirmed" if ended and not job.answer[1] else "requested"
             status["stopped"] = job.result.get("stopped") or sure
         return self._shown(call, job.logs(offset) if tool == "logs" else status)
 
@@ -8632,7 +8631,7 @@ def page(text: str, offset: int, notes: list[str]) -> str:
 def defect(bug: Exception) -> str:
     """The sentence for the client about a bug; its traceback goes to stderr, the client's log."""
     import traceback
-    traceback.print_exception(type(bug), bug, bug.__traceback__)
+    traceback.print_exc()
     return f"A defect of this server: {type(bug).__name__}."
 
 
