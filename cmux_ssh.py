@@ -8665,8 +8665,8 @@ def throwaway_server() -> Iterator[str]:
     sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec",
                                  "/opt/homebrew/sbin"))
     keygen = find_program("ssh-keygen")
-    near = None if re.match(r"[\w/.+-]+\Z", temporary_folder()) else "/tmp"  # ssh expands %
-    path, saved = tempfile.mkdtemp(prefix="cmux-demo-", dir=near), dict(os.environ)
+    # ssh expands % and ends a path at a blank, which $TMPDIR may have.
+    path, saved = tempfile.mkdtemp(prefix="cmux-demo-", dir="/tmp"), dict(os.environ)
     os.environ.update(CMUX_SSH_HOME=path + "/state", CMUX_SSH_COMMAND=f"ssh -F {path}/ssh_config")
     try:
         os.mkdir(path + "/home", 0o700)
@@ -8699,7 +8699,7 @@ def in_process_table(value: str) -> bool:
 def demo(tell: Callable[[str], None]) -> None:
     with throwaway_server() as path, \
             Project(make_repository(path + "/hello", DEMO_FILES)) as project:
-        tell("A throwaway sshd on this machine, reached by a ProxyCommand of ssh: host `demo`.")
+        tell("The host `demo` is a throwaway sshd on this machine, started by a ProxyCommand.")
         secret, seen = f"demo-{os.urandom(12).hex()}", []  # type: str, list[bool]
         project.set_secret("API_TOKEN", secret)
         workspace = project.create("try-it", "demo")
@@ -8818,8 +8818,7 @@ def examine_secrets(host: Host) -> Finding:
     host.run(records, "/", look, len, deadline=Deadline(30))
     answer = out.value()
     if any(seen) or answer.startswith(b"seen"):
-        where = "of this machine" if any(seen) else "on the host"
-        return ("bad", "secrets", f"a process table {where} showed a secret",
+        return ("bad", "secrets", "a process table, of the host or of this machine, showed one",
                 "Do not use this host, and report this.")
     if not answer.startswith(b"unseen"):
         return "note", "secrets", "the host shows no process table to look into"
