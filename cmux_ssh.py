@@ -389,9 +389,10 @@ class Cancel:
     tree on the host ends first. run() then returns an Outcome of reason ``cancel``, exec() exit
     code 130; all else raises Cancelled. It stays set."""
 
+    is_set = False
+    _read = _write = -1  # a pipe, made when somebody polls
+
     def __init__(self) -> None:
-        self._read = self._write = -1  # a pipe, made when somebody polls
-        self.is_set = False
         self._joined: Any = weakref.WeakSet()  # others, to be set with this one
         self._forked()
 
@@ -8297,7 +8298,7 @@ class McpServer:
                     break
                 if line.strip():
                     self._line(line)
-            wait_until(lambda: not self.calls, 0 if self.closed else MCP_GRACE)
+            wait_until(lambda: self.closed or not self.calls, MCP_GRACE)
         finally:
             self.ending.set()
             left = [*list(self.calls), *self.kept.values()]
