@@ -551,8 +551,8 @@ def check_host(text: object) -> str:
     uri, port = _URI.match(name), 22
     if uri:
         import urllib.parse  # ssh decodes the user, too
-        at = user = urllib.parse.unquote(uri.group(1) or "")
-        host, port = uri.group(2), int(uri.group(3) or 22)
+        at = user = urllib.parse.unquote(uri[1] or "")
+        host, port = uri[2], int(uri[3] or 22)
     good = _HOSTNAME.match(host) and (not at or _USER.match(user)) and 0 < port < 65536
     if not good or not (name + user).isprintable() or len(name) > 1024:
         raise UsageError(f"{show(str(text))} is not a host name.", "Give what you type after ssh: "
@@ -658,7 +658,7 @@ class TerminalText:
     def __call__(self, data: bytes, last: bool = False) -> str:
         text, shown = self.held + self.decode(data, last), [self.colour]
         cut = None if last else re.search(r"\x1b(\[[0-9;:]{0,40})?\Z", text)
-        text, self.held = (text[:cut.start()], cut.group()) if cut else (text, "")
+        text, self.held = (text[:cut.start()], cut[0]) if cut else (text, "")
         for at, part in enumerate(re.split(r"(\r|\x1b\[[0-9;:]{0,40}m)", text)):
             if at % 2 and part != "\r":
                 before = "" if len(self.colour) > 200 else self.colour
@@ -8097,7 +8097,7 @@ class Batch:
             answer.update(ok=False, error=error_fields(known) if known else {
                 "type": "Bug", "message": repr(error), "hint": ""})
         with self.writing:
-            self.failed = self.failed or not answer["ok"]
+            self.failed |= not answer["ok"]
             try:
                 self.write(json.dumps(answer).encode() + b"\n")
             except PipeClosed:  # the reader of the results has gone
