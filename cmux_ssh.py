@@ -2314,7 +2314,7 @@ class Lock:
         deadline = Deadline(LOCK_PATIENCE, cancel)
         if self.fd < 0 and not self.wait(deadline.within(1)):
             holder = self._holder()
-            if holder not in self._told and f" {os.getpid()}," not in holder:
+            if self.doing and holder not in self._told and f" {os.getpid()}," not in holder:
                 self._told.add(holder)
                 self.tell("Waiting for " + holder)
             if not self.wait(deadline):
@@ -2323,9 +2323,7 @@ class Lock:
         return self
 
     def _holder(self) -> str:
-        with contextlib.suppress(StateFailed):
-            return as_text(read_bytes(self.path, 1000) or b"another process.")
-        return "another process."
+        return as_text(read_bytes(self.path, 1000) or b"") or f"the lock {show(self.path)}."
 
     def free(self) -> None:
         if self.fd >= 0:
@@ -2520,7 +2518,7 @@ class Registry:
     @contextlib.contextmanager
     def editing(self) -> Iterator[Fields]:
         """The record, to be changed under the lock; written unless that raises."""
-        with Lock(self.path + ".lock", "changes " + show(self.path)):
+        with Lock(self.path + ".lock"):
             value = read_json(self.path, RECORD)
             if value is None:
                 name = os.path.basename(re.sub(r"(/*\.git)*/*\Z", "", self.repository))
@@ -2571,7 +2569,7 @@ def secrets_file(key: str = "global") -> str:
 @contextlib.contextmanager
 def editing_secrets(path: str) -> Iterator[Secrets]:
     """The secrets of a file, to be changed under its lock, then checked and written."""
-    with Lock(path + ".lock", "changes " + show(path)):
+    with Lock(path + ".lock"):
         stored = read_secrets(path)
         yield stored
         for name, entry in stored.items():
@@ -8740,7 +8738,6 @@ def examine_machine() -> Iterator[Finding]:
     version = re.search(r"OpenSSH_(\d+)\.(\d+)", printed)
     state = "fix" if not version else "ok" if tuple(map(int, version.groups())) >= (7, 8) else "bad"
     yield state, "ssh here", printed[:100], NEWER_SSH
-    yield "ok", "python", "%d.%d.%d" % sys.version_info[:3]
     yield "ok", "state", f"{private_directory(state_home())} is private"
 
 

@@ -8039,14 +8039,14 @@ def test_doctor_finds_a_good_host_good(repo, site):
     before = sorted(str(p) for p in site.far_home().rglob("*"))
     found = repo.ok("doctor box --json")
     assert {row["state"] for row in found.json} == {"ok"}
-    assert {"ssh here", "python", "state", "config", "connect", "system", "tar", "git there", "disk", "sessions", "latency", "secrets"} == set(states(found))
+    assert {"ssh here", "state", "config", "connect", "system", "tar", "git there", "disk", "sessions", "latency", "secrets"} == set(states(found))
     text = {row["what"]: row["text"] for row in found.json}
     assert "publickey" in text["connect"] and str(site.keys.user) in text["connect"] and text["sessions"].startswith("10 ")
     assert sorted(str(p) for p in site.far_home().rglob("*")) == before
-    assert repo.ok("doctor").out.count(b"ok ") == 12
+    assert repo.ok("doctor").out.count(b"ok ") == 11
     assert repo.cli("exec --", "echo still").out == b"still\n"
     alone = site.cli("doctor --json")  # looks at this machine
-    assert alone.code == 0 and states(alone) == {"ssh here": "ok", "python": "ok", "state": "ok", "host": "note"}
+    assert alone.code == 0 and states(alone) == {"ssh here": "ok", "state": "ok", "host": "note"}
 
 
 def test_doctor_understands_an_ssh_before_8_7(repo, site):
