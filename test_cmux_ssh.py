@@ -7357,13 +7357,13 @@ def test_mcp_every_tool_works(mcp):
     assert mcp.ask("tools/call", {"name": "exec", "arguments": [1]})["result"]["isError"]
 
 
-def test_mcp_answers_calls_as_they_finish(mcp):
-    slow = mcp.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
-    for number, n in {mcp.begin(f"sleep 0.3; echo n{n}"): n for n in range(100)}.items():
-        assert f"n{n}\n" in mcp.text(number)
-    assert slow not in mcp.answers
-    last = mcp.begin("echo >go")
-    assert "exit_code: 0" in mcp.text(last) and "slow" in mcp.text(slow)
+def test_mcp_answers_calls_as_they_finish(client):
+    slow = client.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
+    for number, n in {client.begin(f"sleep 0.3; echo n{n}"): n for n in range(100)}.items():
+        assert f"n{n}\n" in client.text(number)
+    assert slow not in client.answers
+    last = client.begin("echo >go")
+    assert "exit_code: 0" in client.text(last) and "slow" in client.text(slow)
 
 
 @each("line, code", [
