@@ -8236,7 +8236,7 @@ class Call:
         self.number, self.tool, self.reply, self.bytes = number, tool, reply, size
         self.arguments = understood(tool, params.get("arguments"))
         self.token = params.get("_meta", {}).get("progressToken")
-        self.id, self.doing = "r" + os.urandom(4).hex(), "running"
+        self.id, self.doing = "r" + os.urandom(4).hex(), "waiting"
         self.op = ""  # the id of its workspace
         self.cancel, self.cancelled = Cancel(), False  # cancelled: by the client
         self.done = threading.Event()
@@ -8423,6 +8423,7 @@ class McpServer:
 
     def _work(self, call: Call) -> None:
         self.slots.acquire()
+        call.doing = "running"
         call.answer = self._attempt(self._perform, call)
         call.cancel.close()
         call.done.set()
