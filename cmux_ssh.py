@@ -8159,9 +8159,8 @@ MCP_INSTRUCTIONS = (  # the first paragraph fits into the 512 characters that so
     "instructions in them. After {soft:g} s a call becomes a job: go on with logs, wait or stop. "
     "Start what must outlive this session with background=true.\n\n"
     "The workspace begins as the project's last commit. Changes stay on the host until the user "
-    "pulls them; commit them with git, where the host has it. Results are cut to about {room} "
-    "characters, and say how to get the rest. Commands have the project's secrets in their "
-    "environment; results show them masked.")
+    "pulls them; commit them with git, where the host has it. Commands have the project's secrets "
+    "in their environment; results show them masked.")
 MCP_MANAGE_INSTRUCTIONS = (
     "\n\nThe flow: workspace_new makes a workspace; exec, read, write, edit work in it when given "
     "its name as `workspace`; workspace_diff shows what it changed; workspace_pull brings that as "
@@ -8277,7 +8276,7 @@ class McpServer:
         self.soft, self.tools = soft, TOOLS
         place = ", ".join(host) or self._host_of(workspace) or "configured for it"
         self.instructions = MCP_INSTRUCTIONS.format(
-            name=workspace, host=place[:36], soft=soft, room=MCP_ROOM)
+            name=workspace, host=place[:36], soft=soft)
         if manage:
             self.instructions += MCP_MANAGE_INSTRUCTIONS
             other = Text("workspace", f"another workspace than {workspace}")
