@@ -2446,7 +2446,7 @@ ROW = {"operation": str, "time": (int, float), "duration?": (int, float), "bytes
 DOWN = {"count": int, "why": [str, str, str, [str]]}
 
 
-def read_json(path: str, shape: Any = dict) -> Fields | None:
+def read_json(path: str, shape: Any) -> Fields | None:
     """An object of a ``shape`` from a private JSON file of version 1; None without the file.
 
     Raises StateFailed for any other file, each time. It is not moved away: its next reader would
@@ -2551,7 +2551,7 @@ class Registry:
         return [(name, entry, scope) for path, scope in files if path in present
                 for name, entry in self._cached(path, read_secrets).items()]
 
-    def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
+    def secrets(self, op: str, only: Collection[str] | None) -> Secrets:
         """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
         found = {name: entry for name, entry, _ in self.stored(op)}
         try:
@@ -2646,7 +2646,7 @@ def all_projects(report: Callable[[StateFailed], Any]) -> Iterator[Fields]:
             report(error)
 
 
-def secret_values(secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
+def secret_values(secrets: Secrets, cancel: Cancel | None) -> dict[str, bytes]:
     """The values of secrets; their commands are run now (by a shell, as the user typed them).
     Raises CmuxError, which names the secret, never its value; Cancelled."""
     values: dict[str, bytes] = {}
@@ -8007,8 +8007,7 @@ def advised(error: CmuxError) -> str:
 # injected reader and writer. Promises: bounded memory; every result is delivered, whatever else
 # fails; one bug is raised, not swallowed.
 
-def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
-                cancel: Cancel | None = None) -> list[Any]:
+def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int, cancel: Cancel) -> list[Any]:
     """Run each job in a thread, ``at_once`` (0: all) at a time; the value or CmuxError of each, in
     order. On KeyboardInterrupt it sets ``cancel``, and waits for what runs."""
     results: list[Any] = [Cancelled("Not begun.")] * len(jobs)
@@ -8018,7 +8017,7 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
 
     def work() -> None:
         for index, job in waiting:
-            if cancel and cancel.is_set:
+            if cancel.is_set:
                 break
             try:
                 results[index] = job()
@@ -8035,7 +8034,7 @@ def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int = 0,
         try:
             ended.wait(1)
         except KeyboardInterrupt:
-            if cancel is None or cancel.is_set:
+            if cancel.is_set:
                 raise
             cancel.set()
     if bugs:
@@ -8069,7 +8068,7 @@ class Batch:
                     return
                 if line.strip():
                     self._answer(number, line)
-        for failure in filter(None, in_parallel([work] * at_once, cancel=self.cancel)):
+        for failure in filter(None, in_parallel([work] * at_once, 0, self.cancel)):
             raise failure
         if self.cancel.is_set:
             raise KeyboardInterrupt
@@ -8864,7 +8863,7 @@ def examine(host: Host | None, root: str) -> Iterator[Finding]:
         yield "bad", what, str(error), error.hint, *error.commands
 
 
-def doctor(name: str, root: str = "") -> Iterator[dict[str, str]]:
+def doctor(name: str, root: str) -> Iterator[dict[str, str]]:
     """Examine this machine, and, unless ``name`` is "", that host. The states are ok; note (good
     to know); fix (it works, and could be better); bad (the host cannot be used); dead (it cannot be
     reached)."""
