@@ -8663,8 +8663,8 @@ def throwaway_server() -> Iterator[str]:
     sshd = find_program("sshd", ("/usr/sbin", "/usr/local/sbin", "/usr/libexec",
                                  "/opt/homebrew/sbin"))
     keygen = find_program("ssh-keygen")
-    # ssh expands % and ends a path at a blank, which $TMPDIR may have.
-    path, saved = tempfile.mkdtemp(prefix="cmux-demo-", dir="/tmp"), dict(os.environ)
+    near = None if re.match(r"[\w/.+-]+\Z", temporary_folder()) else "/tmp"  # ssh expands %
+    path, saved = tempfile.mkdtemp(prefix="cmux-demo-", dir=near), dict(os.environ)
     os.environ.update(CMUX_SSH_HOME=path + "/state", CMUX_SSH_COMMAND=f"ssh -F {path}/ssh_config")
     try:
         os.mkdir(path + "/home", 0o700)
