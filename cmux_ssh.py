@@ -153,7 +153,7 @@ TOP_EVERY = 2  # between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
 MCP_SOFT = 45  # desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
-MCP_CALLS = 100  # that are not answered yet: two threads each; a third of them runs
+MCP_CALLS = 256  # that are not answered yet: two threads each; an eighth of them runs
 MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
 MCP_LOG_MAX = 2 * MIB  # of output kept of each of them, which hosts may flood
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
@@ -8242,6 +8242,9 @@ class Call:
         self.answer = "", True  # its text, once it is done, and whether that is of a failure
         self.output = bytearray()  # of a command, up to MCP_LOG_MAX bytes, for logs
 
+    def respond(self, text: str, failed: bool) -> None:
+        self.reply({"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}], "isError": failed})
+
     def take(self, data: bytes) -> None:
         """A piece of the command's output."""
         self.output += data[:MCP_LOG_MAX - len(self.output)]
@@ -8282,7 +8285,7 @@ class McpServer:
             self.tools = {name: Verb(tool.name, tool.text, *tool.args, other, **tool.settings)
                           for name, tool in TOOLS.items()}
             self.tools.update(MANAGE_TOOLS)
-        self.slots = threading.Semaphore(MCP_CALLS // 3)
+        self.slots = threading.Semaphore(MCP_CALLS // 8)
         self.calls: set[Call] = set()  # not answered yet
         self.kept: dict[str, Call] = {}  # answered with a job
 
@@ -8387,10 +8390,9 @@ class McpServer:
         name = str(params.get("name"))
         if name not in self.tools:
             raise ProtocolError(-32602, f"There is no tool {show(name)}.")
-        # No line is read meanwhile: a client may send calls without end, and read no answer.
-        wait_until(lambda: self.closed or len(self.calls) < MCP_CALLS and size + sum(
-            one.bytes for one in list(self.calls)) < 2 * BATCH_LINE_MAX, 1e9)
-        call = Call(number, self.tools[name], params, size, reply)
+        calls, call = list(self.calls), Call(number, self.tools[name], params, size, reply)
+        if len(calls) >= MCP_CALLS or sum(one.bytes for one in calls) > 4 * BATCH_LINE_MAX:
+            return call.respond("Too many calls wait: call again when some have ended.", True)
         self.calls.add(call)
         try:
             for act in (self._serve, self._work):
@@ -8414,8 +8416,7 @@ class McpServer:
         ended = call.done.is_set()
         text, failed = call.answer if ended else self._attempt(self._keep, call)
         if not call.cancelled:
-            call.reply({"content": [{"type": "text", "text": text[:MCP_ROOM * 2]}],
-                        "isError": failed})
+            call.respond(text, failed)
         self.calls.discard(call)
         self.slots.release()  # only now: while the answers are not read, no more calls begin
 
