@@ -6300,7 +6300,7 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         if found != count:
             places = itertools.islice(re.finditer(b"(?=%s)" % re.escape(old), data), 10)
             lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
-            where = f" (at lines {lines})" if lines else ""
+            where = f" (at lines {lines})" * bool(found)
             raise ToolFailed(
                 f"{which} occurs {found} times in {show(path)}{where}, not {count}; nothing was "
                 "changed.", "Give more context, or the right count." if found else
@@ -6353,8 +6353,8 @@ def glob_patterns(pattern: str) -> Iterator[str]:
 def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
     """A test for paths below the workspace at ``home`` that fit a pattern: a component ``**`` is
     any number of components, ``*`` of characters of one, ``[...]`` is as in sh; ``by_name``:
-    without a slash it is for any depth. And a pattern for find -path, whose ``*`` crosses slashes,
-    that matches whatever may fit."""
+    without a slash it is for any depth. And a wider one for find -path, whose ``*`` crosses
+    slashes."""
     if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
         raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
     patterns, regexes = list(itertools.islice(glob_patterns(pattern), 101)), []
@@ -6362,7 +6362,7 @@ def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[
         raise UsageError(f"{show(pattern)} stands for more than 100 patterns.",
                          "Write fewer braces.")
     for at, one in enumerate(patterns):
-        below = one[len(home) + 1:] if one.startswith(home + "/") else one
+        below = one.removeprefix(home + "/")
         for wrong, what, hint in _NO_GLOB:
             if re.match(wrong, below, re.S):
                 raise UsageError(f"{show(pattern)} {what}.", hint)
@@ -6381,7 +6381,7 @@ def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[
     if patterns[1:]:
         patterns = [os.path.commonprefix(patterns).partition("[")[0] + "*"]
     # ? and [...] become * too: in the C locale they stand for one byte of a character
-    return test, "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", patterns[0], flags=re.S)
+    return test, "./" + re.sub(r"\*\*/?|\?|\[.*\]|\\", "*", patterns[0], flags=re.S)
 
 
 def component_regex(part: str) -> str:
@@ -6426,7 +6426,7 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
             path = after
         return
     for line in data.split(b"\n"):
-        match = re.match(rb"\./([^:]*(?::(?!\d{1,15}:)[^:]*)*):(\d{1,15}):", line)
+        match = re.match(rb"\./(.*?):(\d{1,15}):", line)
         if match:
             yield match[1], int(match[2]), line[match.end():]
 
@@ -6661,21 +6661,20 @@ class Workspace:
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
-    def _environment(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
-                    only: Collection[str] | None) -> bytes:
-        """The header records of a command's environment: CMUX_ variables, the secrets (``only``
-        these), then ``extra``."""
-        values = self._values(extra, cancel, only)
+    def _environment(self, *given: Any) -> bytes:
+        """The header records of a command's environment."""
+        values = self._values(*given)
         records = [record("_cmux_path" if name == "PATH" else name, value)
                    for name, value in values.items()]
         return b"".join([HELD if len(values) > 2 else b"", *records])
 
     def _values(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
                 only: Collection[str] | None) -> dict[str, bytes]:
-        stored = self.project.registry.secrets(self.op, only)
-        secrets = self.project._fetch(stored, self.project.ending.join(cancel))
-        values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(self.project.name),
-                  **secrets}
+        """CMUX_ variables, the secrets (``only`` these), then ``extra``."""
+        project = self.project
+        values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(project.name),
+                  **project._fetch(project.registry.secrets(self.op, only),
+                                   project.ending.join(cancel))}
         for name, value in (extra or {}).items():
             values[check_variable(name)] = encoded(value)
         if sum(map(len, values.values())) > SECRETS_MAX:
@@ -6696,15 +6695,14 @@ class Workspace:
             records = self._environment(env, cancel, secrets) + words
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
-        directory = os.path.join(self.path, cwd) if cwd else self.path
         with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
             def count(sink: Sink, data: bytes) -> None:
                 entry.size += len(data)
                 sink(data)
             out, err = (functools.partial(count, sink) for sink in (stdout, stderr))
             try:
-                outcome = self.host.run(records, directory, out, err, source, Deadline(timeout),
-                                        cancel)
+                outcome = self.host.run(records, os.path.join(self.path, cwd), out, err, source,
+                                        Deadline(timeout), cancel)
             except WorkspaceMissing:
                 raise self._no_directory(cwd)
             entry.code = outcome.exit_code
@@ -6734,12 +6732,10 @@ class Workspace:
         """
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
         sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
-        with contextlib.ExitStack() as held:
-            source = None
-            if stdin is not None:
-                source = Source(held.enter_context(spool(encoded(stdin))).fileno())
-            outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout,
-                               cancel, secrets)
+        opened: Any = contextlib.nullcontext() if stdin is None else spool(encoded(stdin))
+        with opened as stream:
+            outcome = self.run(command, sinks[0], sinks[1], stream and Source(stream.fileno()),
+                               cwd, env, login, timeout, cancel, secrets)
         return exec_result(self, outcome, out, err, began)
 
     @logged("forward")
@@ -6829,17 +6825,14 @@ class Workspace:
                 data = b"".join(re.findall(b".*\n|.+", data)[offset - 1:][:limit or None])
         return FileContent(content=data, size=size, sha256=digest)
 
-    def write(self, path: str, content: str | bytes,
-              cancel: Cancel | None = None) -> Written:
-        """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
-        symlink is followed, missing directories are made. Returns ``created``, ``size`` (bytes),
-        ``sha256``."""
-        return self._replace(path, encoded(content), "", cancel)
-
     @logged("write", "size")
-    def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> Written:
-        """write(). ``old``: the cksum that the file must still have, or ""."""
-        where = absolute(self, path)
+    def write(self, path: str, content: str | bytes, cancel: Cancel | None = None,
+              old: str = "") -> Written:
+        """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
+        symlink is followed, missing directories are made. ``old``: what the file must still have,
+        as cksum prints it, or FileChanged is raised. Returns ``created``, ``size`` (bytes),
+        ``sha256``."""
+        where, data = absolute(self, path), encoded(content)
         lock = Cksum(encoded(where + "\n")).line().replace(" ", "-")
         reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), Cksum(data).line(), old,
                            self.path, lock, about=path, data=data, once=True, cancel=cancel)
@@ -6863,8 +6856,7 @@ class Workspace:
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
-                seen = Cksum(before.content).line()
-                written = self._replace(path, after, seen, cancel)
+                written = self.write(path, after, cancel, Cksum(before.content).line())
                 return {"sha256": written["sha256"],
                         "diff": unified_diff(before.content, after, path)}
             except FileChanged:
@@ -6874,9 +6866,8 @@ class Workspace:
     def _search(self, script: str, *arguments: str, cancel: Cancel | None) -> bytes:
         """The output of a script that runs as a command, so that it can be stopped."""
         out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
-        records = command_records(["sh", "-c", script, "sh", *arguments], False, False)
-        outcome = self.host.run(
-            records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
+        outcome = self.run(["sh", "-c", script, "sh", *arguments], out, err, secrets=(),
+                           timeout=SEARCH_PATIENCE, cancel=cancel)
         if outcome.reason == "cancel":
             raise Cancelled("Cancelled.")
         if outcome.reason:
@@ -6987,7 +6978,7 @@ class Workspace:
         Arguments as of exec(). Raises WorkspaceMissing."""
         line, words = check_command(command)
         job = "j" + os.urandom(4).hex()
-        records = (record("_cmux_directory", os.path.join(self.path, cwd) if cwd else self.path)
+        records = (record("_cmux_directory", os.path.join(self.path, cwd))
                    + self._environment(env, cancel, secrets) + line_records(line, words, login))
         try:
             reply = self.host._call(START, job_directory(self, job), job, *words, before=records,
@@ -7002,10 +6993,9 @@ class Workspace:
             shown = masked_detail(command, self.project._masks())
             row = {"workspace": self.name, "command": shown, "started": round(time.time(), 3)}
             with self.project.registry.editing() as known:
-                jobs = known.setdefault("jobs", {})
-                jobs[job] = row
-                for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-200]:
-                    del jobs[old]
+                jobs = {**known.get("jobs", {}), job: row}
+                known["jobs"] = dict(sorted(
+                    jobs.items(), key=lambda item: float(item[1]["started"]))[-200:])
         return job
 
     @logged("jobs")
@@ -7050,26 +7040,31 @@ class Workspace:
         return {**parse_state(match[3]), "job": match[2], "output": data,
                 "next_offset": offset + len(data), "size": int(match[1])}
 
-    def _logs(self, deadline: Deadline, **more: Any) -> Job:
-        """logs(); a lost or refused connection is tried again for five minutes. A host that does
-        not wait before it answers is not asked again at once."""
-        patience, failed = Deadline(300), False
+    def _follow(self, job: str | Sequence[str], sink: Callable[[bytes], Any], deadline: Deadline,
+                offset: int = 0, limit: int = MIB) -> Job:
+        """Pass what logs() returns to ``sink``, until there is no more, or the deadline."""
+        patience: Deadline | None = None  # while the connection is lost or refused
         while True:
             soon = Deadline(0.5)
             try:
-                status = self.logs(cancel=deadline.cancel, **more)
-                if failed:
-                    Masters.tell("It answers again.")
-                if status["state"] == "running" and not status["output"] and not soon.over():
-                    nap(0.5, deadline)
-                return status
+                status = self.logs(job, offset, deadline.capped(25), limit, deadline.cancel)
             except HostError as error:
-                if isinstance(error, (HostKeyFailed, AuthenticationFailed)) \
-                        or patience.over() or deadline.over():
+                if isinstance(error, (HostKeyFailed, AuthenticationFailed)) or deadline.over() \
+                        or patience and patience.over():
                     raise
-                if not failed:
+                if not patience:
+                    patience = Deadline(300)
                     Masters.tell(f"{error} Trying again for up to 5 minutes.")
-                failed = True
+                nap(0.5, deadline)
+                continue
+            if patience:
+                patience = None
+                Masters.tell("It answers again.")
+            sink(status["output"])
+            offset = status["next_offset"]
+            if status["state"] != "running" and not status["output"] or deadline.over():
+                return status
+            if not status["output"] and not soon.over():  # the host does not wait
                 nap(0.5, deadline)
 
     @logged("wait", code=wait_code)
@@ -7078,24 +7073,16 @@ class Workspace:
         """Wait, ``timeout`` seconds at most, for the end of a job, or of the first of several,
         across lost connections: ``job`` (which one), ``state`` (running, if none has ended),
         ``exit_code``, ``size``."""
-        deadline = Deadline(timeout, cancel)
-        while True:
-            status = self._logs(deadline, job=job, wait=deadline.capped(25), limit=0)
-            if status["state"] != "running" or deadline.over():
-                del status["output"], status["next_offset"]
-                return status
+        status = self._follow(job, len, Deadline(timeout, cancel), limit=0)
+        del status["output"], status["next_offset"]
+        return status
 
     @logged("logs")
     def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
                cancel: Cancel | None = None) -> Job:
         """Pass a job's output to ``sink`` until it ends, across lost connections, each byte once.
         Returns what logs() did last."""
-        while True:
-            status = self._logs(Deadline(None, cancel), job=job, offset=offset, wait=20)
-            sink(status["output"])
-            offset = status["next_offset"]
-            if status["state"] != "running" and not status["output"]:
-                return status
+        return self._follow(job, sink, Deadline(None, cancel), offset)
 
     @logged("stop")
     def stop(self, job: str, cancel: Cancel | None = None) -> Job:
@@ -7138,8 +7125,8 @@ class Project:
         self._mutex = threading.Lock()
         self.looking = threading.Lock()  # one thread reports what is not sent
         self._fetching = threading.Lock()
-        self._unknown: dict[str, tuple[float, CmuxError]] = {}  # command -> why it failed
-        self.fetched: set[str] = set()   # commands of secrets that this process has run
+        self._failures: dict[str, tuple[Deadline, CmuxError]] = {}  # of the commands of secrets
+        self.fetched = {""}  # those commands that this process has run
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
     def _fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
@@ -7158,22 +7145,22 @@ class Project:
         may have sent what they print. Also where a narrower scope wins now."""
         with self._fetching:
             for name, entry, _ in self.registry.stored(op):
-                command = entry.get("command")
-                if not command or command in self.fetched:
+                command = entry.get("command", "")
+                failed = self._failures.get(command)
+                if command in self.fetched:
                     continue
-                until, why = self._unknown.get(command, (0.0, CmuxError("")))
-                if time.monotonic() < until:
-                    raise why
+                if failed and not failed[0].over():
+                    raise failed[1]
                 try:
                     self._fetch({name: entry}, cancel)
+                except Cancelled:
+                    raise
                 except CmuxError as error:
-                    if not isinstance(error, Cancelled):
-                        self._unknown[command] = time.monotonic() + 10, error
+                    self._failures[command] = Deadline(10), error
                     raise
 
     def _known_secrets(self) -> dict[bytes, str]:
-        """value -> name of the secrets that this process has fetched, and of all that are stored.
-        """
+        """value -> name of the secrets that were fetched here, and of all that are stored."""
         return {**self.handed_over, **{encoded(entry.get("value", "")): name
                                        for name, entry, _ in self.registry.stored()}}
 
@@ -7420,18 +7407,15 @@ class Project:
 
     def _fewest(self, name: str, pool: Sequence[str]) -> str:
         """The host with the fewest workspaces of this user. The choice counts for others who choose
-        now, until the workspace itself is in the registry."""
+        now in this project, until the workspace itself is in the registry."""
         with self.registry.editing() as record:
-            hosts: list[str] = []
+            placing = {other: row for other, row in record.get("placing", {}).items()
+                       if row[1] > time.time() - 60}
+            hosts = [host for host, _ in placing.values()]
             for value in all_projects(lambda error: None):
-                placing = {other: row for other, row in value.get("placing", {}).items()
-                           if row[1] > time.time() - 60}
                 hosts += [entry["host"] for entry in value["workspaces"].values()]
-                hosts += [host for host, _ in placing.values()]
-                if value["id"] == record["id"]:
-                    record["placing"] = placing
             best = min(pool, key=hosts.count)
-            record.setdefault("placing", {})[name] = [best, time.time()]
+            placing[name], record["placing"] = [best, time.time()], placing
             return best
 
     def _make(self, upload: Upload, init: bool, source: str) -> None:
@@ -7669,26 +7653,23 @@ class Project:
         used = {(entry["host"], entry["root"]) for entry in self._entries().values()}
         known = used.union(map(tuple, self.registry.read().get("places", [])))
         pool = pool_of(only)
-        places = [place for place in sorted(known) if not pool or place[0] in pool]
+        places = sorted(place for place in known if not pool or place[0] in pool)
         if pool and not places:
-            names = " or ".join(map(show, pool))
-            raise UsageError(f"This project has nothing on {names}.",
+            raise UsageError(f"This project has nothing on {' or '.join(map(show, pool))}.",
                              "List them.", "list")
-        freed: dict[str, int] = {}
-        failed: list[CmuxError] = []
-        done: set[tuple[str, str]] = set()
+        freed, failed = {}, []  # type: dict[str, int], list[CmuxError]
         for host, root in places:
             try:
                 with noted(self, "gc", "", host):
                     reply = self.host(host)._call(GC, root, cancel=cancel)
                     check_reply(reply, host, "clear up")
-                    freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
-                    done.add((host, root))
+                freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
             except CmuxError as error:
                 failed.append(error)
+                used.add((host, root))  # it is cleared up another time
         with self.registry.editing() as record:
             record["places"] = [place for place in record.get("places", [])
-                                if tuple(place) not in done - used]
+                                if tuple(place) not in places or tuple(place) in used]
         return freed, failed
 
     def _looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
