@@ -4246,12 +4246,13 @@ class Host:
 
 
 class Incoming:
-    """The stdout of one of our scripts, piece by piece. Over a session that shares a connection the
+    """The stdout of one of our scripts, which reads ``data``, piece by piece. Over a session that shares a connection the
     script gets BULK_FROM as its last word, and ends with status 26 and no output where that is
     more: then, once more over a session for bulk."""
 
-    def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.host, self.words = host, (script, *arguments)
+    def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str,
+                 data: bytes | None = None) -> None:
+        self.host, self.words, self.data = host, (script, *arguments), data
         self.deadline = Deadline(None, host.ending.join(cancel))
         self._begin(False)
 
@@ -4261,8 +4262,10 @@ class Incoming:
 
         def work(sessions: list[Session]) -> None:
             self.shared = not bulk and not sessions[0].master.own
-            records = script_records(*self.words, str(BULK_FROM) if self.shared else "")
-            self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
+            records = HELD * bool(self.data) + script_records(
+                *self.words, str(BULK_FROM) if self.shared else "")
+            self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err,
+                                     data=self.data)
             self.host._begin(self.exchange, self.deadline)
             sessions.clear()  # close() closes it
         self.host._attempt(work, self.deadline, lambda lost: True, bulk=bulk)
@@ -6711,8 +6714,7 @@ class Workspace:
     def _no_directory(self, cwd: str) -> CmuxError:
         if not cwd:
             return gone_there(self.name, self.host.name)
-        where = "on " + self.host.name if cwd[0] == "/" else "in the workspace " + self.name
-        return UsageError(f"There is no directory {show(cwd)} {where}.",
+        return UsageError(f"There is no directory {show(cwd)} in the workspace {self.name}.",
                           "cwd is relative to the workspace, or absolute.")
 
     def exec(self, command: str | Sequence[str], timeout: float | None = None,
@@ -6768,26 +6770,18 @@ class Workspace:
             text += 'exec "${SHELL:-/bin/sh}" -l\n'
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
-        ready = Capture(100)
-        [session] = self.host._open()
+        incoming = Incoming(self.host, None, HANDOVER, self.root, op, data=encoded(text))
         try:
-            header = HELD + script_records(HANDOVER, self.root, op)
-            exchange = Exchange(session, header, ready, ready, data=encoded(text))
-            self.host._begin(exchange)
-            exchange.run(Deadline(START_PATIENCE),
-                         until=lambda: bool(ready.total) or exchange.ended)
-            if ready.value() != b"ready\n":
-                raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
-                                   + show(ready.value(), 200))
+            if incoming.take() != b"ready\n":
+                check_reply(incoming.reply(), self.host.name, "prepare a shell", word="ready")
             argv, environment, ended = self.host.masters.on_terminal(TAKEOVER % octal)
         except BaseException:
-            session.close()
+            incoming.close()
             raise
 
         def hand_over() -> None:
-            with contextlib.suppress(CmuxError):  # the shell then reads nothing, and ends
-                exchange.run(Deadline(SLOT_PATIENCE))
-            session.close()
+            with contextlib.closing(incoming), contextlib.suppress(CmuxError):
+                incoming.reply()  # if that fails, the shell reads nothing, and ends
         helper = threading.Thread(target=hand_over, daemon=True)
         helper.start()
         try:
@@ -7317,12 +7311,7 @@ class Project:
         rename to the name, were left by a killed process: they are cleared away."""
         for other, entry in self._entries().items():
             if entry.get("intent", {}).get("to") == name:
-                lock = self.registry.creation_lock(other)
-                if not lock.wait(Deadline(5)):  # its owner may wait for our lock
-                    raise WorkspaceExists(f"The workspace {other} is about to get the name {name}.",
-                                          "Try again in a moment.")
-                with lock:
-                    self._settle(other)
+                self.workspace(other)
         left = self.registry.read()["workspaces"].get(name)
         if left and left["state"] == "ready":
             raise WorkspaceExists(f"The workspace {name} exists already.",
@@ -7514,7 +7503,7 @@ class Project:
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
                 return []
-            option = "--forget" if forget else "--force" if force else ""
+            option = "--forget" * forget or "--force" * force
             with noted(self, "rm", name, entry["host"], option, entry["op"]):
                 if forget:
                     self._forget(name)
@@ -7680,18 +7669,16 @@ class Project:
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 entry.get("pulled", {}).get("op", "")]
 
-    def _refuse(self, name: str, entry: Fields, lines: Iterable[str],
-                verb: str) -> None:
+    def _refuse(self, name: str, entry: Fields, lines: Iterable[str], verb: str) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
         way, command = "Pull it first", f"pull -w {name}"
-        if lost and all(line.startswith("a job that runs") for line in lost):
+        if not lost:
+            way, command = "Look at it", f"exec -w {name} -- git status --short"
+        elif all(line.startswith("a job that runs") for line in lost):
             way, command = "Wait for it, or end it with stop", f"jobs -w {name}"
-        elif not lost:
-            way = "Look at it"
-            command = f"exec -w {name} -- git status --short"
         lost += entry.get("pulled", {}).get("left", ())
         if lost:
-            some = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+            some = ", ".join(lost[:5]) + ", ..." * (len(lost) > 5)
             error = WorkspaceDirty(f"The workspace {name} has work that would be lost: {some}.",
                                    way + ", or give it up.", command, f"{verb} --force -w {name}")
             error.lost = lost
@@ -7722,6 +7709,52 @@ class Project:
         return diff(self.workspace(name), stat, report, cancel)
 
 
+class View:
+    """What hosts report of the workspaces of projects, on all hosts or on some. Each workspace is
+    asked in a thread of its own, so that no host delays the others."""
+
+    def __init__(self, hosts: Container[str], *projects: Project) -> None:
+        self.hosts, self.projects = hosts, projects
+        self.seen: dict[str, Fields] = {}  # by the id of a workspace
+        self.asked: set[str] = set()
+
+    def look(self) -> list[tuple[Workspace, Fields]]:
+        return [(workspace, self.seen.get(workspace.op, {}))
+                for project in self.projects for workspace in project.workspaces()
+                if not self.hosts or workspace.host.name in self.hosts]
+
+    def rows(self) -> list[Fields]:
+        """What `list --json` prints."""
+        return [dict(workspace.describe(), changed=seen.get("changed"),
+                     jobs=len(seen["running"]) if "running" in seen else None,
+                     behind=workspace.project.repository.behind(workspace.base))
+                for workspace, seen in self.look()]
+
+    def ask(self, seconds: float) -> None:
+        """Ask all but those still to answer; wait up to ``seconds`` for the answers."""
+        for workspace, _ in self.look():
+            if workspace.op not in self.asked:
+                self.asked.add(workspace.op)
+                threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
+        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
+        while self.asked and not patience.over():
+            time.sleep(0.02)
+        for op in list(self.asked):
+            self.seen.setdefault(op, {"error": late})
+
+    def _ask(self, workspace: Workspace) -> None:
+        op = workspace.op
+        try:
+            workspace.host.masters.connect(now=True)
+            changed, jobs = workspace._look(workspace.path)
+            self.seen[op] = {"changed": changed, "jobs": jobs,
+                             "running": [job for job in jobs if job["state"] == "running"]}
+        except CmuxError as error:
+            self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
+        finally:
+            self.asked.discard(op)
+
+
 # === 16. Verbs ===
 # Owns: one table of verbs and arguments, from which come the command line with help and completion,
 # the checks of batch and call_tool(), and the tools of MCP; hints. May touch: the rooms above.
@@ -7748,15 +7781,9 @@ def tool_write(workspace: Workspace, path: str, cancel: Cancel | None = None,
 
 
 def manage_list(project: Project, cancel: Cancel) -> Fields:
-    rows = []
-    for workspace in project.workspaces():
-        changed = jobs = None
-        with contextlib.suppress(CmuxError):
-            changed, found = workspace._look(workspace.path, cancel=cancel)
-            jobs = sum(job["state"] == "running" for job in found)
-        rows.append(dict(workspace.describe(), changed=changed, jobs=jobs,
-                         behind=project.repository.behind(workspace.base)))
-    return {"workspaces": rows}
+    view = View((), project)
+    view.ask(TOP_PATIENCE)
+    return {"workspaces": view.rows()}
 
 
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
@@ -9428,46 +9455,6 @@ def command_history(options: Options) -> Shown:
     return None, text, "" if text else "Nothing is on record yet."
 
 
-class View:
-    """What hosts report of the workspaces of projects, on all hosts or on some. Each workspace is
-    asked in a thread of its own, so that no host delays the others."""
-
-    def __init__(self, hosts: Container[str], *projects: Project) -> None:
-        self.hosts, self.projects = hosts, projects
-        self.seen: dict[str, Fields] = {}  # by the id of a workspace
-        self.asked: set[str] = set()
-
-    def look(self) -> list[tuple[Workspace, Fields]]:
-        return [(workspace, self.seen.get(workspace.op, {}))
-                for project in self.projects for workspace in project.workspaces()
-                if not self.hosts or workspace.host.name in self.hosts]
-
-    def ask(self, seconds: float) -> None:
-        """Ask all but those still to answer; wait up to ``seconds`` for the answers."""
-        import threading
-        for workspace, _ in self.look():
-            if workspace.op not in self.asked:
-                self.asked.add(workspace.op)
-                threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
-        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
-        while self.asked and not patience.over():
-            time.sleep(0.02)
-        for op in list(self.asked):
-            self.seen.setdefault(op, {"error": late})
-
-    def _ask(self, workspace: Workspace) -> None:
-        op = workspace.op
-        try:
-            workspace.host.masters.connect(now=True)
-            changed, jobs = workspace._look(workspace.path)
-            self.seen[op] = {"changed": changed, "jobs": jobs,
-                             "running": [job for job in jobs if job["state"] == "running"]}
-        except CmuxError as error:
-            self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
-        finally:
-            self.asked.discard(op)
-
-
 def top_rows(view: View, project: Project) -> tuple[list[Fields], str]:
     """A row for each operation and job that runs, and for each workspace without any; their
     table."""
@@ -9605,10 +9592,7 @@ def command_list(options: Options) -> Shown:
     view = View(options.host, *projects)
     if options.verbosity >= 0:
         view.ask(3)
-    rows = [dict(workspace.describe(), changed=seen.get("changed"),
-                 behind=workspace.project.repository.behind(workspace.base),
-                 jobs=len(seen["running"]) if "running" in seen else None)
-            for workspace, seen in view.look()]
+    rows = view.rows()
     text = listing(options, "NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
         {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
          "age": age(row["created"]), "base": row["base"][:10]} for row in rows])
