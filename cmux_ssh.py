@@ -95,6 +95,10 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
         "next_offset": int, "output_size": int, "command": str, "started": float | None,
         "stopped": str}, total=False)
     Sink = Callable[[bytes], Any]
+    Command = str | Sequence[str]  # a shell line, or an exact argv
+    Hosts = str | Sequence[str]    # one, or a pool
+    SecretNames = Collection[str] | None  # names of secrets; None: all
+    Environment = Mapping[str, str] | None
     Target = tuple[int, int]  # a port of the host, a local socket that ssh itself reads and writes
 
 __version__ = "0.2.0"
@@ -566,7 +570,7 @@ def check_host(text: object) -> str:
     return name
 
 
-def pool_of(host: str | Sequence[str]) -> list[str]:
+def pool_of(host: Hosts) -> list[str]:
     """The hosts of a pool (one, several or none), checked."""
     hosts = host if isinstance(host, (list, tuple)) else [host] if host else []
     return list(dict.fromkeys(map(check_host, hosts)))
@@ -1901,7 +1905,7 @@ operation() {
   done
 }
 """
-# LOGS: waits for `more` output or the `end` of a job, the first of several; then "bytes id state\n"
+# LOGS: waits for `more` output or the `end` of a job, the first of several; then a line as JOBS'
 # and its output from offset.
 LOGS = JOB_STATE + r"""
 operation() {
@@ -1916,7 +1920,7 @@ operation() {
     [ $_cmux_tries -lt "$tenths" ] || break
     _pause 0.1
   done
-  echo "$size ${job##*/} $state"
+  echo "${job##*/} $size $state"
   if [ "$most" -gt 0 ]; then tail -c "+$((offset+1))" "$job/out" | head -c "$most"; fi
 }
 """
@@ -2056,7 +2060,7 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
                      "Install it (git openssh-client openssh-server), or set CMUX_SSH_COMMAND.")
 
 
-def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = -3,
+def spawn(argv: Sequence[str], env: Environment = None, stdin: Any = -3,
           stdout: Any = -3, stderr: Any = -3, own_group: bool = True) -> Process:
     """Start a process. A stream -3 means /dev/null, -1 a pipe, as in subprocess. With ``own_group``
     it leads a new session: Ctrl-C at the terminal does not reach it, and kill_group() ends it with
@@ -2116,7 +2120,7 @@ def kill_group(process: Process) -> None:
         process.wait()
 
 
-def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = REPLY_MAX,
+def run(argv: Sequence[str], env: Environment = None, limit: int = REPLY_MAX,
         patience: float = 60, cancel: Cancel | None = None,
         stderr: Any = -1) -> tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes. With our
@@ -2571,7 +2575,7 @@ class Registry:
         return [(name, entry, scope) for path, scope in files if path in present
                 for name, entry in self._cached(path, read_secrets).items()]
 
-    def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
+    def secrets(self, op: str, only: SecretNames = None) -> Secrets:
         """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
         found = {name: entry for name, entry, _ in self.stored(op)}
         try:
@@ -4246,9 +4250,9 @@ class Host:
 
 
 class Incoming:
-    """The stdout of one of our scripts, which reads ``data``, piece by piece. Over a session that shares a connection the
-    script gets BULK_FROM as its last word, and ends with status 26 and no output where that is
-    more: then, once more over a session for bulk."""
+    """The stdout of one of our scripts, which reads ``data``, piece by piece. Over a session that
+    shares a connection the script gets BULK_FROM as its last word, and ends with status 26 and no
+    output where that is more: then, once more over a session for bulk."""
 
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str,
                  data: bytes | None = None) -> None:
@@ -6278,12 +6282,12 @@ class FileChanged(ToolFailed):
 
 def tool_reply(workspace: "Workspace", reply: Reply, path: str = "") -> Reply:
     """The reply, unless its status stands for a failure."""
-    if reply.status == 37:
+    status = reply.status
+    if status == 37:
         raise gone_there(workspace.name, workspace.host.name)
-    if reply.status:
-        kind = FileChanged if reply.status == 36 else ToolFailed
-        text = TOOL_STATUS.get(
-            reply.status, f"The host failed with status {reply.status}: {{said}}.")
+    if status:
+        text = TOOL_STATUS.get(status, f"The host failed with status {status}: {{said}}.")
+        kind = FileChanged if status == 36 else ToolFailed
         raise kind(text.format(path=show(path), said=show(reply.said(), 300)[1:-1]))
     return reply
 
@@ -6441,12 +6445,15 @@ def job_directory(workspace: "Workspace", *job: str) -> str:
     return "/".join([workspace.root, ".cmux/jobs", workspace.place, workspace.op, *job])
 
 
-def parse_state(text: str) -> Job:
-    """running | exited CODE | stopped CODE | lost -> state and exit_code."""
-    match = re.match(r"(exited|stopped) (\d{1,3})\Z", text, re.A)
-    if match and int(match[2]) < 256:  # 256 would leave this process as a 0
-        return {"state": match[1], "exit_code": int(match[2])}
-    return {"state": "running" if text == "running" else "lost", "exit_code": None}
+def parse_job(line: str) -> Job:
+    """A job as the host describes it, ``size`` is that of its output; nothing of another line."""
+    match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (\w+) ?(\d{1,3})?\Z", line, re.A)
+    if not match:
+        return {}
+    state, code = match[3], int(match[4] or 0)
+    ended = state in ("exited", "stopped") and match[4] and code < 256  # of 256 we would make 0
+    return {"job": match[1], "size": int(match[2]), "exit_code": code if ended else None,
+            "state": state if ended or state == "running" else "lost"}
 
 
 def wait_code(status: Mapping[str, Any]) -> int:
@@ -6471,8 +6478,8 @@ def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> i
 
     def keep(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         path, why = entry.name[len(name) + 1:], ""
-        real = os.path.join(source, path).rstrip("/")
-        if is_dot_git(os.path.basename(real)) or (real + "/").startswith(state):
+        real = os.path.join(source, path, "")
+        if is_dot_git(os.path.basename(real[:-1])) or real.startswith(state):
             why = "it is git's, or this program's own"
         elif entry.issym():
             why = why_no_link(encoded(path), encoded(entry.linkname))
@@ -6531,7 +6538,7 @@ class Arg:
         elif isinstance(value, list) and "texts" in self.kinds:
             fits = all(isinstance(word, str) for word in value)
         elif isinstance(value, str):
-            encoded(value)  # refuses a lone surrogate, which JSON can spell, and which has no bytes
+            encoded(value)  # refuses a lone surrogate, which JSON can spell
         if not fits:
             wanted = " or ".join(KINDS[kind][2] for kind in self.kinds).format(self.least)
             raise UsageError(f"{label} takes {wanted}.")
@@ -6539,26 +6546,25 @@ class Arg:
     def from_word(self, word: str) -> Any:
         """The value of a word of the command line. Raises UsageError."""
         label, value = (self.flags or [self.name])[-1], word  # type: str, Any
+        one = self.kinds[-1] != "texts"  # of several words each is one text
         if self.kinds == ["count"]:
             value = int(word) if re.match(r"[+-]?\d{1,15}\Z", word) else word
         elif self.kinds == ["seconds"]:
             match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z", word)
-            units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
             if not match:
                 raise UsageError(f"{label} takes a number of seconds, or a time like 5m or 1h.")
-            value = float(match[1]) * units[match[2]]
-        if not (word or self.blank) and (self.flags or self.kinds[-1] != "texts"):
+            value = float(match[1]) * {"m": 60, "h": 3600, "d": 86400}.get(match[2], 1)
+        if not (word or self.blank) and (self.flags or one):
             raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
-        if self.kinds[-1] != "texts":  # of several words each is one text
+        if one:
             self.check(value, label)
         return value
 
     def schema(self) -> Fields:
         """The JSON schema for MCP."""
         rows = [KINDS[kind][0] for kind in self.kinds]
-        least = {"minimum": self.least} if self.kinds[0] in ("count", "seconds") else {}
-        row = rows[0] if len(rows) == 1 else {"anyOf": rows}
-        return dict(row, description=self.text, **least)
+        row = dict({"anyOf": rows} if rows[1:] else rows[0], description=self.text)
+        return dict(row, minimum=self.least) if self.kinds[0] in ("count", "seconds") else row
 
 
 class Verb:
@@ -6671,8 +6677,8 @@ class Workspace:
                    for name, value in values.items()]
         return b"".join([HELD if len(values) > 2 else b"", *records])
 
-    def _values(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
-                only: Collection[str] | None) -> dict[str, bytes]:
+    def _values(self, extra: Environment, cancel: Cancel | None,
+                only: SecretNames) -> dict[str, bytes]:
         """CMUX_ variables, the secrets (``only`` these), then ``extra``."""
         project = self.project
         values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(project.name),
@@ -6685,10 +6691,10 @@ class Workspace:
                              "Hand over fewer secrets.")
         return values
 
-    def run(self, command: str | Sequence[str], stdout: Sink, stderr: Sink,
-            source: Source | None = None, cwd: str = "", env: Mapping[str, str] | None = None,
+    def run(self, command: Command, stdout: Sink, stderr: Sink,
+            source: Source | None = None, cwd: str = "", env: Environment = None,
             login: bool = False, timeout: float | None = None, cancel: Cancel | None = None,
-            secrets: Collection[str] | None = None) -> Outcome:
+            secrets: SecretNames = None) -> Outcome:
         """Run ``command`` and stream its output to the callables, which may raise to end it; see
         exec() for the rest. ``source``: a stream for the command's stdin."""
         words = command_records(command, login, source is not None)
@@ -6717,11 +6723,10 @@ class Workspace:
         return UsageError(f"There is no directory {show(cwd)} in the workspace {self.name}.",
                           "cwd is relative to the workspace, or absolute.")
 
-    def exec(self, command: str | Sequence[str], timeout: float | None = None,
-             cwd: str = "", env: Mapping[str, str] | None = None,
-             stdin: str | bytes | None = None, login: bool = False, limit: int = CAPTURE_MAX,
-             cancel: Cancel | None = None, tee: Sink | None = None,
-             secrets: Collection[str] | None = None) -> ExecResult:
+    def exec(self, command: Command, timeout: float | None = None, cwd: str = "",
+             env: Environment = None, stdin: str | bytes | None = None, login: bool = False,
+             limit: int = CAPTURE_MAX, cancel: Cancel | None = None, tee: Sink | None = None,
+             secrets: SecretNames = None) -> ExecResult:
         """Run a command and wait for it.
 
         ``command``: a string is a shell line, a sequence an exact argv. ``timeout``: seconds; then
@@ -6749,9 +6754,8 @@ class Workspace:
             Forward(self.host.masters, port, local, (report or Report()).warn))
 
     @logged("shell", code=lambda status: 255 if status is None else status)
-    def shell(self, command: str | Sequence[str] = "", cwd: str = "",
-              env: Mapping[str, str] | None = None, login: bool = False,
-              secrets: Collection[str] | None = None) -> int | None:
+    def shell(self, command: Command = "", cwd: str = "", env: Environment = None,
+              login: bool = False, secrets: SecretNames = None) -> int | None:
         """The user's login shell on the host, or a command as for exec(), on this terminal; its
         exit status, None if it was cut off.
 
@@ -6965,9 +6969,8 @@ class Workspace:
     # -- jobs --
 
     @logged("start")
-    def start(self, command: str | Sequence[str], cwd: str = "",
-              env: Mapping[str, str] | None = None, login: bool = False,
-              cancel: Cancel | None = None, secrets: Collection[str] | None = None) -> str:
+    def start(self, command: Command, cwd: str = "", env: Environment = None, login: bool = False,
+              cancel: Cancel | None = None, secrets: SecretNames = None) -> str:
         """Start a background job, which outlives this process and the connection; returns its id.
         Arguments as of exec(). Raises WorkspaceMissing."""
         line, words = check_command(command)
@@ -7004,14 +7007,11 @@ class Workspace:
         reply = self._tool(JOBS, job_directory(self), *path, cancel=cancel)
         changed = re.match(rb"changed +(\d{1,9})\n", reply.stdout)
         known = self.project.registry.read().get("jobs", {})
-        rows = []  # type: list[Job]
-        for line in reply.lines():
-            match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (.*)", line, re.A)
-            if match:
-                own = known.get(match[1], {})
-                rows.append({**parse_state(match[3]), "job": match[1],
-                             "output_size": int(match[2]), "command": own.get("command", ""),
-                             "started": own.get("started")})
+        rows: list[Job] = [*filter(None, map(parse_job, reply.lines()))]
+        for row in rows:
+            own = known.get(row["job"], {})
+            row.update({"output_size": row.pop("size"), "command": own.get("command", ""),
+                        "started": own.get("started")})
         rows.sort(key=lambda row: (row["started"] or 0, row["job"]))
         return int(changed[1]) if changed else None, rows
 
@@ -7028,11 +7028,10 @@ class Workspace:
                            "more" if limit else "end", *(job_directory(self, one) for one in jobs),
                            about=" or ".join(jobs), cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
-        match = re.match(r"(\d{1,15}) (j[0-9a-f]{8}) (.*)", head.decode("latin-1"), re.A)
-        if not match or match[2] not in jobs or len(data) > limit:
+        row = parse_job(head.decode("latin-1"))
+        if row.get("job") not in jobs or len(data) > limit:
             raise RemoteFailed("The host's answer to logs is damaged.")
-        return {**parse_state(match[3]), "job": match[2], "output": data,
-                "next_offset": offset + len(data), "size": int(match[1])}
+        return {**row, "output": data, "next_offset": offset + len(data)}
 
     def _follow(self, job: str | Sequence[str], sink: Callable[[bytes], Any], deadline: Deadline,
                 offset: int = 0, limit: int = MIB) -> Job:
@@ -7084,8 +7083,9 @@ class Workspace:
         confirmed, or requested where the end was not seen."""
         reply = self._tool(STOP, job_directory(self, job), about=job, cancel=cancel)
         how, state, *_ = reply.lines() + ["", ""]
-        stopped = "confirmed" if how == "confirmed" else "requested"
-        return {**parse_state(state), "job": job, "stopped": stopped}
+        row = parse_job(f"{job} 0 {state}")
+        return {"job": job, "state": row.get("state", "lost"), "exit_code": row.get("exit_code"),
+                "stopped": "confirmed" if how == "confirmed" else "requested"}
 
 
 class Project:
@@ -7101,7 +7101,7 @@ class Project:
     """
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
-                 warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
+                 warm: int = WARM_SESSIONS, host: Hosts = ()) -> None:
         self._warm, self._pool = warm, pool_of(host)
         self._passed: dict[str, str] = {}  # host that is down -> the first workspace to notice
         self.repository = Repository(directory)
@@ -7211,8 +7211,7 @@ class Project:
         """The current branch's name, made safe."""
         return safe_workspace(self.repository.branch() or "detached")
 
-    def _hosts_for(self, workspace: str, host: str | Sequence[str] = (),
-                  source: str = "") -> list[str]:
+    def _hosts_for(self, workspace: str, host: Hosts = (), source: str = "") -> list[str]:
         """The pool for a new workspace: the host of the workspace ``source``, if that is named;
         else ``host``, this object's, the words of $CMUX_SSH_HOST, or the values of the user's
         `git config cmux.host`. Raises UsageError."""
@@ -7342,9 +7341,9 @@ class Project:
                 entry.get("pulled", {}).pop("left", None)
                 entry["over"] = dict(entry.get("branches", {}))
 
-    def create(self, name: str, host: str | Sequence[str], ref: str = "HEAD", root: str = "",
+    def create(self, name: str, host: Hosts, ref: str = "HEAD", root: str = "",
                init: bool = True, report: Report | None = None, cancel: Cancel | None = None,
-               source: str = "", secrets: Collection[str] | None = None) -> Workspace:
+               source: str = "", secrets: SecretNames = None) -> Workspace:
         """Make workspace ``name`` from commit ``ref`` on ``host`` (of several: the one that can be
         reached and has the fewest workspaces), below its directory ``root`` (default ~/cmux), with
         the files that git ignores (packages, caches) in the workspace ``source`` of that host. Then
@@ -7376,8 +7375,7 @@ class Project:
                     self._run_init(upload, secrets)
                 return self.workspace(name)
 
-    def _reach(self, name: str, pool: Sequence[str], report: Report,
-               cancel: Cancel | None) -> str:
+    def _reach(self, name: str, pool: Sequence[str], report: Report, cancel: Cancel | None) -> str:
         """Connect to a host of a pool for a workspace, passing over those that are down."""
         many = len(pool) > 1
         host = self.host(self._fewest(name, pool) if many else pool[0])
@@ -7437,7 +7435,7 @@ class Project:
             record["workspaces"][name] = entry
             upload.note_sent(record, root)
 
-    def _run_init(self, upload: Upload, secrets: Collection[str] | None) -> None:
+    def _run_init(self, upload: Upload, secrets: SecretNames) -> None:
         name, report = upload.name, upload.report
         report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
@@ -7457,9 +7455,8 @@ class Project:
         finally:
             self._update(name, init=end)
 
-    def ensure(self, name: str, host: str | Sequence[str] = (), report: Report | None = None,
-               cancel: Cancel | None = None,
-               secrets: Collection[str] | None = None) -> Workspace:
+    def ensure(self, name: str, host: Hosts = (), report: Report | None = None,
+               cancel: Cancel | None = None, secrets: SecretNames = None) -> Workspace:
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default: this
         object's, then $CMUX_SSH_HOST, then `git config cmux.host`); waits while another process
         makes it. Raises as create() does, UsageError if it is on another host, and WorkspaceMissing
@@ -7481,13 +7478,13 @@ class Project:
                     raise
         return self.existing(name, host)
 
-    def existing(self, name: str, host: str | Sequence[str]) -> Workspace:
+    def existing(self, name: str, host: Hosts) -> Workspace:
         """A workspace. Raises UsageError if it is not on ``host``, or one of several."""
         found = self.workspace(name)
         self._check_place(name, found.host.name, host)
         return found
 
-    def _check_place(self, name: str, place: str, host: str | Sequence[str]) -> None:
+    def _check_place(self, name: str, place: str, host: Hosts) -> None:
         """Raise UsageError unless ``place`` is ``host``, one of several, or none is given."""
         pool = pool_of(host)
         if pool and place not in pool:
@@ -7556,8 +7553,7 @@ class Project:
             held.enter_context(noted(self, operation, source, entry["host"], name, entry["op"]))
             yield dict(entry, path=entry["path"][:-len(source)] + name)
 
-    def fork(self, source: Workspace, name: str,
-             cancel: Cancel | None = None) -> Workspace:
+    def fork(self, source: Workspace, name: str, cancel: Cancel | None = None) -> Workspace:
         """A new workspace with the content and the own secrets of ``source``, copied on the host.
         Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled."""
         with self._moving("fork", source.name, name, cancel) as entry:
@@ -7574,8 +7570,7 @@ class Project:
             self._update(name, state="ready")
             return self.workspace(name)
 
-    def rename(self, source: Workspace, name: str,
-               cancel: Cancel | None = None) -> Workspace:
+    def rename(self, source: Workspace, name: str, cancel: Cancel | None = None) -> Workspace:
         """Give a workspace another name, locally and on the host. Returns the new object; the old
         one can no longer be used. Until all is done, the old name counts. Raises as fork() does."""
         with self._moving("rename", source.name, name, cancel) as entry:
@@ -7634,7 +7629,7 @@ class Project:
                 upload.report.warn(f"What was in {name} is kept until gc, on {host}: "
                                    + show(line[5:], PATH_MAX))
 
-    def gc(self, only: str | Sequence[str] = (),
+    def gc(self, only: Hosts = (),
            cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
         """Free trash, leftovers and old bases on the hosts that have or had a workspace of the
         project, or ``only`` on some: (bytes by host, the errors of others). Raises UsageError for
@@ -7799,7 +7794,7 @@ def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = Fa
     return {"removed": workspace}
 
 
-def manage_new(project: Project, host: str | Sequence[str] = (), **given: Any) -> Fields:
+def manage_new(project: Project, host: Hosts = (), **given: Any) -> Fields:
     report = Warnings()
     made = project.create(host=host, report=report, **given)
     return dict(made.describe(), notes=report.texts)
