@@ -6331,8 +6331,7 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
 
 
 _BRACKET = r"\[[!^]?\]?[^\]]*\]"
-_BRACES = (
-    r"(?s)((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET))
+_BRACES = (r"(?s)((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET))
 _NO_GLOB = (  # what would match nothing: an empty answer would lie
     (r".*\[\{\].*\.\..*\[\}\]", "has a range in braces, which is not understood",
      "Write its members out, as {1,2,3}."),
@@ -6655,12 +6654,10 @@ class Workspace:
         self.created: float = entry["created"]
         init = entry.get("init")  # pending, its status, or lost
         self.state = "init failed" if init else "ready"
-        if init == "pending":
-            lock = project.registry.creation_lock(name)
-            if lock.take():  # the process that ran it was killed
-                lock.free()
-            else:
-                self.state = "init running"
+        lock = project.registry.creation_lock(name)
+        if init == "pending" and not lock.take():  # else the process that ran it was killed
+            self.state = "init running"
+        lock.free()
 
     def __repr__(self) -> str:
         return f"Workspace({self.name!r} on {self.host.name!r})"
@@ -6733,9 +6730,8 @@ class Workspace:
         its process tree is ended, and its output so far returned. ``cwd``: relative to the
         workspace. ``stdin``: bytes or a str (None: /dev/null). ``limit``: bytes kept of each
         stream. ``tee`` gets the bytes of both as they come. ``secrets``: the names of those that it
-        gets (None: all of this workspace). Raises HostError (the connection), UsageError and
-        WorkspaceMissing. A status of the command raises nothing, nor does ``cancel``, which ends it
-        as a timeout does, with ``exit_code`` 130 and ``stopped`` (None for a command's own 130).
+        gets (None: all of this workspace). Its status raises nothing, nor does ``cancel``, which
+        ends it as a timeout does, with ``exit_code`` 130 and ``stopped`` (None for its own 130).
         """
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
         sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
@@ -6885,8 +6881,7 @@ class Workspace:
         names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
                  if 2 < len(name) <= PATH_MAX]
         found = sorted(filter(test, names))
-        return {"paths": found[:limit],
-                "truncated": len(data) >= SEARCH_MAX or len(found) > limit}
+        return {"paths": found[:limit], "truncated": len(data) >= SEARCH_MAX or len(found) > limit}
 
     @logged("grep")
     def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200,
@@ -7093,8 +7088,11 @@ class Project:
 
     ``directory`` is any directory inside it. Where a key or a passphrase is needed,
     ``interactive()`` is whether ssh may ask a person on the terminal (default: never). ``warm``
-    sessions are kept ready on each host. ``host``, or a list of them, is for new workspaces. Raises
-    GitFailed, StateFailed, UsageError.
+    sessions are kept ready on each host. ``host``, or a list of them, is for new workspaces.
+
+    All methods may raise UsageError, GitFailed, StateFailed, and, for the name of a workspace,
+    WorkspaceMissing or WorkspaceExists; those that take a ``cancel`` HostError, RemoteFailed and
+    Cancelled, too.
 
     In a ``with`` statement, the end of the block, or Ctrl-C at once, cancels all that this object
     began, except jobs; it does nothing more after that.
@@ -7187,8 +7185,7 @@ class Project:
                    everywhere: bool = False) -> None:
         """Store a secret, which commands see as the environment variable ``name``, in a local 0600
         file; None forgets it. It is for this project, for one ``workspace`` of it, or
-        (``everywhere``) for all projects; the narrower wins. Raises UsageError, WorkspaceMissing,
-        StateFailed."""
+        (``everywhere``) for all projects; the narrower wins."""
         check_variable(name, secret=True)
         with self._editing_secrets(workspace, everywhere) as stored:
             stored.pop(name, None)
@@ -7201,7 +7198,7 @@ class Project:
         return str(self.registry.read()["name"])
 
     def host(self, name: str) -> Host:
-        """The Host of that name, always the same object. Raises UsageError."""
+        """The Host of that name, always the same object."""
         with self._mutex:
             if name not in self._hosts:
                 self._hosts[name] = Host(name, self._interactive, self._warm, self.ending)
@@ -7235,7 +7232,7 @@ class Project:
                 if entry.get("state") == "ready"}
 
     def workspace(self, name: str) -> Workspace:
-        """An existing workspace. Raises WorkspaceMissing."""
+        """An existing workspace."""
         entry, lock = self._entry(name), self.registry.creation_lock(name)
         if "intent" in entry and lock.take():  # else an operation on it runs
             with lock:
@@ -7348,10 +7345,7 @@ class Project:
         reached and has the fewest workspaces), below its directory ``root`` (default ~/cmux), with
         the files that git ignores (packages, caches) in the workspace ``source`` of that host. Then
         run its init hook, with ``secrets`` as for exec(), if ``init``. A hook that fails and a host
-        that is passed over are reported, and undo nothing.
-
-        Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
-        """
+        that is passed over are reported, and undo nothing. Raises UploadFailed."""
         self._made.add(check_workspace(name))
         pool = self._hosts_for(name, host, source)
         self.registry.secrets("", secrets)
@@ -7459,8 +7453,8 @@ class Project:
                cancel: Cancel | None = None, secrets: SecretNames = None) -> Workspace:
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default: this
         object's, then $CMUX_SSH_HOST, then `git config cmux.host`); waits while another process
-        makes it. Raises as create() does, UsageError if it is on another host, and WorkspaceMissing
-        if another one is probably meant."""
+        makes it. Raises UsageError if it is on another host, UploadFailed, and WorkspaceMissing if
+        another one is probably meant."""
         entry = self._entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
@@ -7495,7 +7489,7 @@ class Project:
                cancel: Cancel | None = None) -> list[str]:
         """Remove a workspace. Without ``force``, jobs that run and work that has not been pulled
         raise WorkspaceDirty. ``forget``: only locally, its host is gone for good. Returns [name],
-        or [] when there is none. Raises HostError, RemoteFailed, Cancelled."""
+        or [] when there is none."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
@@ -7555,7 +7549,7 @@ class Project:
 
     def fork(self, source: Workspace, name: str, cancel: Cancel | None = None) -> Workspace:
         """A new workspace with the content and the own secrets of ``source``, copied on the host.
-        Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled."""
+        """
         with self._moving("fork", source.name, name, cancel) as entry:
             secrets = read_secrets(self.registry.own_secrets(entry["op"]))
             op = os.urandom(8).hex()
@@ -7572,7 +7566,7 @@ class Project:
 
     def rename(self, source: Workspace, name: str, cancel: Cancel | None = None) -> Workspace:
         """Give a workspace another name, locally and on the host. Returns the new object; the old
-        one can no longer be used. Until all is done, the old name counts. Raises as fork() does."""
+        one can no longer be used. Until all is done, the old name counts."""
         with self._moving("rename", source.name, name, cancel) as entry:
             op = os.urandom(8).hex()
             words = [op, source.name, name, entry["op"]]
@@ -7590,7 +7584,7 @@ class Project:
              report: Report | None = None, cancel: Cancel | None = None) -> bool:
         """Bring a workspace to another local commit; False when it has that already. Raises
         WorkspaceDirty if it has work that has not been pulled; with ``force`` a copy stays in the
-        host's trash until gc. Raises as create() does, too."""
+        host's trash until gc. Raises UploadFailed, too."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry, report = self._settle(name), report or Report()
             with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
@@ -7632,8 +7626,7 @@ class Project:
     def gc(self, only: Hosts = (),
            cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
         """Free trash, leftovers and old bases on the hosts that have or had a workspace of the
-        project, or ``only`` on some: (bytes by host, the errors of others). Raises UsageError for
-        another host."""
+        project, or ``only`` on some: (bytes by host, the errors of others)."""
         used = {(entry["host"], entry["root"]) for entry in self._entries().values()}
         known = used.union(map(tuple, self.registry.read().get("places", [])))
         pool = pool_of(only)
@@ -7836,152 +7829,147 @@ COMMON = (
     Flag("quiet", "print less", "-q --quiet"),
     Flag("verbose", "print what is done", "-v --verbose"))
 
-VERBS: dict[str, Verb] = {verb.name: verb for verb in (
-    Verb("exec", "run a command in a workspace, made first if need be",
-         Arg("text|texts", "command", "one string is a shell line, several are an exact argv",
-             required=True, word="...", shown="-- CMD..."),
-         Seconds("timeout", "seconds; then the process tree is ended (exit code 124)",
-                 least=0.001),
-         Text("cwd", "relative to the workspace", shown="DIR"),
-         json=[Arg("map", "env", "more environment variables"),
-               Text("stdin", "text for the command's stdin"),
-               Flag("background", BACKGROUND)],
-         line=[Texts("env", "one more environment variable", shown="K=V"),
-               Flag("push", "first bring the workspace to the local HEAD"),
-               Texts("secrets", "hand over this secret, and no other but those so named",
-                     "--secret", shown="NAME"),
-               Flag("no_secrets", "hand over no secret"),
-               Flag("login", "read the login profile first (nvm, pyenv, cargo)"),
-               Flag("no_stdin", "do not pass stdin on (never from a terminal, or to several)",
-                    "-n --no-stdin"),
-               Flag("all", "in every workspace of this project"),
-               PARALLEL,
-               Flag("detach", BACKGROUND),
-               Flag("tty", "on this terminal, as ssh -t", "-t --tty")],
-         example="-H my-server -- make test", tool=tool_exec, destroys=True,
-         model="Run a command in the workspace on the remote host, by bash where there is one."),
-    Verb("shell", "an interactive shell in a workspace", line=[NAME],
-         example="fix-login", lacks="j"),
-    Verb("forward", "reach a port of the workspace's host at 127.0.0.1",
-         Texts("ports", "PORT of the host, at LOCAL", word="+", shown="[LOCAL:]PORT"),
-         example="3000 8080:80"),
-    Verb("diff", "what a workspace changed against its base; creates nothing",
-         Flag("stat", "only how much, by file"), json=[ONE_WORKSPACE], line=[NAME],
-         example="fix-login --stat", manage=manage_diff, reads=True),
-    Verb("pull", "bring a workspace's work back as commits on branch cmux/NAME",
-         Text("branch", "another branch than cmux/NAME"), json=[ONE_WORKSPACE],
-         line=[NAME, Flag("allow", "also changes of this repository's own hooks")],
-         example="fix-login", manage=manage_pull),
-    Verb("push", "bring a workspace to another local commit; sends what differs", REF,
-         Flag("force", "also over work that has not been pulled (a copy is kept until gc)"),
-         json=[ONE_WORKSPACE], line=[NAME, *DIRTY],
-         example="fix-login", manage=manage_push, destroys=True),
-    Verb("read", "a file's bytes, or lines of it", PATH,
-         Count("offset", "first line, 1 is the first", least=1, shown="LINE"),
-         Count("limit", "how many lines"),
-         example="src/main.c --offset 10 --limit 20", reads=True,
-         tool=lambda workspace, **given: workspace.read(**given).as_dict()),
-    Verb("write", "stdin becomes the file, whole or not at all", PATH,
-         json=[Text("content", "the text"),
-               Text("content_base64", "or the bytes, as base64")],
-         example="notes.txt < notes.txt", tool=tool_write, destroys=True,
-         model="Make content the whole of a file (atomic; makes parent directories)."),
-    Verb("edit", "exact replacements, all or none", PATH,
-         Text("sha256", "of the file as last seen: refuse if it changed", shown="HEX"),
-         json=[Arg("objects", "edits", "one or more", required=True)],
-         line=[Text("old", "without --old and --new: JSON with edits on stdin", shown="TEXT",
-                    blank=True),
-               Text("new", "what replaces it", shown="TEXT", blank=True),
-               EDIT.args[2]],
-         example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
-         model="Replace exact text in a file, all edits or none; read the file first."),
-    Verb("cp", "copy files to or from a workspace, also what git ignores",
-         Word("source", "a local path, or NAME:PATH or :PATH in a workspace", shown="SRC"),
-         Word("to", "the same, or a directory to put it in", shown="DST"),
-         Flag("force", "replace what has that name"),
-         example="fix-login:build/report ."),
-    Verb("glob", "paths of files that match",
-         Word("pattern", "below the workspace: *, ?, [...], {a,b} within a component, ** across"),
-         Count("limit", "at most so many (default: 1000)", least=1),
-         example="'src/**/*.py'", tool=Workspace.glob, reads=True),
-    Verb("grep", "lines that match an extended regular expression",
-         Word("pattern", "the expression"),
-         Text("glob", "only files that match; without a slash: by name", shown="G"),
-         Flag("ignore_case", "ignore case"),
-         Count("limit", "at most so many (default: 200)", least=1),
-         example="'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True),
-    Verb("jobs", "the background jobs of a workspace",
-         line=[Flag("all", "of every workspace of this project")],
-         reads=True, tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
-    Verb("logs", "a job's output", ONE_JOB,
-         Count("offset", "first byte, 0 is the first", shown="BYTE"),
-         Seconds("wait", "seconds to wait for more, at most 30"),
-         line=[Flag("follow", "go on until the job ends, across lost connections",
-                    "-f --follow")],
-         example="-f j0123abcd", reads=True, tool=Workspace.logs,
-         model="A job's output from a byte offset, and its state. Go on from next_offset."),
-    Verb("wait", "wait for a job, or the first of several, to end; its exit code",
-         Arg("text|texts", "job", f"{ONE_JOB.text}; or several", word="*", shown="ID",
-             required=True),
-         Seconds("timeout", "seconds to wait; it may still run then"),
-         example="j0123abcd", tool=Workspace.wait, reads=True),
-    Verb("stop", "end a job and everything it started", ONE_JOB,
-         example="j0123abcd", tool=Workspace.stop, destroys=True),
-    Verb("new", "create workspaces, in parallel, from a local commit", REF,
-         Text("source", "with what git ignores (packages, caches) in this workspace of that "
-              "host", "--from", shown="WS"),
-         json=[NEW_NAME],
-         line=[Texts("names", "default: the branch's name", word="*", shown="NAME"), *DIRTY,
-               Text("root", "where on the host (default: ~/cmux)", shown="DIR"),
-               Flag("no_init", "do not run .cmux/init")],
-         example="fix-login fix-logout -H my-server",
-         manage=manage_new),
-    Verb("list", "this project's workspaces",
-         line=[Flag("all_projects", "of every project of this machine")],
-         example="--json", lacks="w", manage=manage_list, reads=True),
-    Verb("fork", "a new workspace, made on the host with the content of another",
-         NEW_NAME, json=[ONE_WORKSPACE], example="-w fix-login second-try",
-         manage=lambda project, cancel, workspace, name: project.fork(
-             project.workspace(workspace), name, cancel).describe()),
-    Verb("rename", "give a workspace another name", NEW_NAME, json=[ONE_WORKSPACE],
-         example="-w fix-login login", manage=lambda project, cancel, workspace, name:
-         project.rename(project.workspace(workspace), name, cancel).describe()),
-    Verb("rm", "delete workspaces; refuses work that has not been pulled",
-         Flag("force", "also with work that exists nowhere else, and jobs that run"),
-         json=[ONE_WORKSPACE],
-         line=[Texts("names", "or one with -w", word="*", shown="NAME"),
-               Flag("forget", "only locally: its host is gone for good")],
-         example="fix-login", manage=manage_rm, destroys=True),
-    Verb("history", "every operation with its time, duration, exit code and bytes",
-         Count("limit", "the last N, 0 for all", "-n --limit", default=50),
-         example="-w fix-login", lacks="H"),
-    Verb("top", "a live view of the workspaces and what runs in them", lacks="w"),
-    Verb("gc", "free trash, leftovers and old bases on this project's hosts", lacks="w"),
-    Verb("mcp", "an MCP server on stdio: the tools, bound to one workspace",
-         Flag("manage", "the workspace commands as tools too, and other workspaces"),
-         Seconds("soft_timeout", "after so long a call returns a job",
-                 default=MCP_SOFT, least=0.001),
-         example="-H my-server -w fix-login", lacks="j"),
-    Verb("batch", "JSON lines of tool calls on stdin, results on stdout", PARALLEL,
-         example="-j 32 < calls.jsonl"),
-    Verb("secrets set", "store a secret from stdin or a hidden prompt",
-         Word("name", "of the environment variable"),
-         Text("command", "run CMD for the value, each time", shown="CMD"),
-         EVERYWHERE, example="NPM_TOKEN --command 'op read op://ci/npm'", lacks="H"),
-    Verb("secrets import", "take NAME=value lines from a dotenv file",
-         Word("file", "read once; - is stdin"), EVERYWHERE, example=".env", lacks="H"),
-    Verb("secrets list", "the names of the secrets, and their scopes", lacks="H"),
-    Verb("secrets rm", "forget secrets",
-         Texts("names", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
-         example="NPM_TOKEN", lacks="H"),
-    Verb("doctor", "what is wrong with a host or this machine, and how to mend it",
-         Text("target", "default: the workspace's host", word="?", shown="HOST"),
-         example="my-server"),
-    Verb("completion", "the completion script for a shell, on stdout",
-         Word("shell", "bash, zsh or fish", choices=("bash", "zsh", "fish")),
-         example="bash >> ~/.bashrc", lacks="CHwj"),
-    Verb("demo", "the whole flow against a throwaway sshd on this machine", lacks="CHwj"),
-)}
+VERBS: dict[str, Verb] = {}
+
+
+def verb(name: str, text: str, *args: Arg, **settings: Any) -> None:
+    """A row of the table."""
+    VERBS[name] = Verb(name, text, *args, **settings)
+
+
+verb("exec", "run a command in a workspace, made first if need be",
+     Arg("text|texts", "command", "one string is a shell line, several are an exact argv",
+         required=True, word="...", shown="-- CMD..."),
+     Seconds("timeout", "seconds; then the process tree is ended (exit code 124)", least=0.001),
+     Text("cwd", "relative to the workspace", shown="DIR"),
+     json=[Arg("map", "env", "more environment variables"),
+           Text("stdin", "text for the command's stdin"),
+           Flag("background", BACKGROUND)],
+     line=[Texts("env", "one more environment variable", shown="K=V"),
+           Flag("push", "first bring the workspace to the local HEAD"),
+           Texts("secrets", "hand over this secret, and no other but those so named",
+                 "--secret", shown="NAME"),
+           Flag("no_secrets", "hand over no secret"),
+           Flag("login", "read the login profile first (nvm, pyenv, cargo)"),
+           Flag("no_stdin", "do not pass stdin on (never from a terminal, or to several)",
+                "-n --no-stdin"),
+           Flag("all", "in every workspace of this project"), PARALLEL,
+           Flag("detach", BACKGROUND),
+           Flag("tty", "on this terminal, as ssh -t", "-t --tty")],
+     example="-H my-server -- make test", tool=tool_exec, destroys=True,
+     model="Run a command in the workspace on the remote host, by bash where there is one.")
+verb("shell", "an interactive shell in a workspace", line=[NAME],
+     example="fix-login", lacks="j")
+verb("forward", "reach a port of the workspace's host at 127.0.0.1",
+     Texts("ports", "PORT of the host, at LOCAL", word="+", shown="[LOCAL:]PORT"),
+     example="3000 8080:80")
+verb("diff", "what a workspace changed against its base; creates nothing",
+     Flag("stat", "only how much, by file"), json=[ONE_WORKSPACE], line=[NAME],
+     example="fix-login --stat", manage=manage_diff, reads=True)
+verb("pull", "bring a workspace's work back as commits on branch cmux/NAME",
+     Text("branch", "another branch than cmux/NAME"), json=[ONE_WORKSPACE],
+     line=[NAME, Flag("allow", "also changes of this repository's own hooks")],
+     example="fix-login", manage=manage_pull)
+verb("push", "bring a workspace to another local commit; sends what differs", REF,
+     Flag("force", "also over work that has not been pulled (a copy is kept until gc)"),
+     json=[ONE_WORKSPACE], line=[NAME, *DIRTY],
+     example="fix-login", manage=manage_push, destroys=True)
+verb("read", "a file's bytes, or lines of it", PATH,
+     Count("offset", "first line, 1 is the first", least=1, shown="LINE"),
+     Count("limit", "how many lines"), example="src/main.c --offset 10 --limit 20", reads=True,
+     tool=lambda workspace, **given: workspace.read(**given).as_dict())
+verb("write", "stdin becomes the file, whole or not at all", PATH,
+     json=[Text("content", "the text"),
+           Text("content_base64", "or the bytes, as base64")],
+     example="notes.txt < notes.txt", tool=tool_write, destroys=True,
+     model="Make content the whole of a file (atomic; makes parent directories).")
+verb("edit", "exact replacements, all or none", PATH,
+     Text("sha256", "of the file as last seen: refuse if it changed", shown="HEX"),
+     json=[Arg("objects", "edits", "one or more", required=True)],
+     line=[Text("old", "without --old and --new: JSON with edits on stdin", shown="TEXT",
+                blank=True),
+           Text("new", "what replaces it", shown="TEXT", blank=True), EDIT.args[2]],
+     example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
+     model="Replace exact text in a file, all edits or none; read the file first.")
+verb("cp", "copy files to or from a workspace, also what git ignores",
+     Word("source", "a local path, or NAME:PATH or :PATH in a workspace", shown="SRC"),
+     Word("to", "the same, or a directory to put it in", shown="DST"),
+     Flag("force", "replace what has that name"), example="fix-login:build/report .")
+verb("glob", "paths of files that match",
+     Word("pattern", "below the workspace: *, ?, [...], {a,b} within a component, ** across"),
+     Count("limit", "at most so many (default: 1000)", least=1),
+     example="'src/**/*.py'", tool=Workspace.glob, reads=True)
+verb("grep", "lines that match an extended regular expression",
+     Word("pattern", "the expression"),
+     Text("glob", "only files that match; without a slash: by name", shown="G"),
+     Flag("ignore_case", "ignore case"),
+     Count("limit", "at most so many (default: 200)", least=1),
+     example="'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True)
+verb("jobs", "the background jobs of a workspace",
+     line=[Flag("all", "of every workspace of this project")],
+     reads=True, tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)})
+verb("logs", "a job's output", ONE_JOB,
+     Count("offset", "first byte, 0 is the first", shown="BYTE"),
+     Seconds("wait", "seconds to wait for more, at most 30"),
+     line=[Flag("follow", "go on until the job ends, across lost connections", "-f --follow")],
+     example="-f j0123abcd", reads=True, tool=Workspace.logs,
+     model="A job's output from a byte offset, and its state. Go on from next_offset.")
+verb("wait", "wait for a job, or the first of several, to end; its exit code",
+     Arg("text|texts", "job", f"{ONE_JOB.text}; or several", word="*", shown="ID", required=True),
+     Seconds("timeout", "seconds to wait; it may still run then"),
+     example="j0123abcd", tool=Workspace.wait, reads=True)
+verb("stop", "end a job and everything it started", ONE_JOB,
+     example="j0123abcd", tool=Workspace.stop, destroys=True)
+verb("new", "create workspaces, in parallel, from a local commit", REF,
+     Text("source", "with what git ignores (packages, caches) in this workspace of that "
+          "host", "--from", shown="WS"), json=[NEW_NAME],
+     line=[Texts("names", "default: the branch's name", word="*", shown="NAME"), *DIRTY,
+           Text("root", "where on the host (default: ~/cmux)", shown="DIR"),
+           Flag("no_init", "do not run .cmux/init")], example="fix-login fix-logout -H my-server",
+     manage=manage_new)
+verb("list", "this project's workspaces",
+     line=[Flag("all_projects", "of every project of this machine")],
+     example="--json", lacks="w", manage=manage_list, reads=True)
+verb("fork", "a new workspace, made on the host with the content of another",
+     NEW_NAME, json=[ONE_WORKSPACE], example="-w fix-login second-try",
+     manage=lambda project, cancel, workspace, name: project.fork(
+         project.workspace(workspace), name, cancel).describe())
+verb("rename", "give a workspace another name", NEW_NAME, json=[ONE_WORKSPACE],
+     example="-w fix-login login", manage=lambda project, cancel, workspace, name:
+     project.rename(project.workspace(workspace), name, cancel).describe())
+verb("rm", "delete workspaces; refuses work that has not been pulled",
+     Flag("force", "also with work that exists nowhere else, and jobs that run"),
+     json=[ONE_WORKSPACE],
+     line=[Texts("names", "or one with -w", word="*", shown="NAME"),
+           Flag("forget", "only locally: its host is gone for good")],
+     example="fix-login", manage=manage_rm, destroys=True)
+verb("history", "every operation with its time, duration, exit code and bytes",
+     Count("limit", "the last N, 0 for all", "-n --limit", default=50),
+     example="-w fix-login", lacks="H")
+verb("top", "a live view of the workspaces and what runs in them", lacks="w")
+verb("gc", "free trash, leftovers and old bases on this project's hosts", lacks="w")
+verb("mcp", "an MCP server on stdio: the tools, bound to one workspace",
+     Flag("manage", "the workspace commands as tools too, and other workspaces"),
+     Seconds("soft_timeout", "after so long a call returns a job", default=MCP_SOFT, least=0.001),
+     example="-H my-server -w fix-login", lacks="j")
+verb("batch", "JSON lines of tool calls on stdin, results on stdout", PARALLEL,
+     example="-j 32 < calls.jsonl")
+verb("secrets set", "store a secret from stdin or a hidden prompt",
+     Word("name", "of the environment variable"),
+     Text("command", "run CMD for the value, each time", shown="CMD"),
+     EVERYWHERE, example="NPM_TOKEN --command 'op read op://ci/npm'", lacks="H")
+verb("secrets import", "take NAME=value lines from a dotenv file",
+     Word("file", "read once; - is stdin"), EVERYWHERE, example=".env", lacks="H")
+verb("secrets list", "the names of the secrets, and their scopes", lacks="H")
+verb("secrets rm", "forget secrets",
+     Texts("names", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
+     example="NPM_TOKEN", lacks="H")
+verb("doctor", "what is wrong with a host or this machine, and how to mend it",
+     Text("target", "default: the workspace's host", word="?", shown="HOST"), example="my-server")
+verb("completion", "the completion script for a shell, on stdout",
+     Word("shell", "bash, zsh or fish", choices=("bash", "zsh", "fish")),
+     example="bash >> ~/.bashrc", lacks="CHwj")
+verb("demo", "the whole flow against a throwaway sshd on this machine", lacks="CHwj")
 GROUPS = {  # of the commands, as the help lists them, by the first of each
     "exec": "work", "read": "files", "jobs": "jobs", "new": "workspaces", "mcp": "agents",
     "secrets set": "setup"}
