@@ -7213,9 +7213,7 @@ class Project:
         else ``host``, this object's, the words of $CMUX_SSH_HOST, or the values of the user's
         `git config cmux.host`. Raises UsageError."""
         if source:
-            place = self._entry(source)["host"]
-            self._check_place(source, place, host)
-            return [place]
+            return [self.existing(source, host).host.name]
         words = os.environ.get("CMUX_SSH_HOST", "").split(" ")  # a tab separates nothing
         hosts = pool_of(host) or self._pool or [*filter(None, words)] or [
             *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
@@ -7431,7 +7429,6 @@ class Project:
 
     def _run_init(self, upload: Upload, secrets: SecretNames) -> None:
         name, report = upload.name, upload.report
-        report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
         end: object = "lost"
         output = functools.partial(report.output, what=name)
@@ -7507,8 +7504,8 @@ class Project:
         return [name]
 
     def _refuse_lost(self, name: str, entry: Fields, cancel: Cancel | None) -> None:
-        if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
-               for row in self._running_now()):
+        if any(row["operation"] in ("exec", "shell")
+               for row in self._about(name, self.history.now())):
             raise WorkspaceDirty(f"A command runs in the workspace {name}.",
                                  "Wait for it, or give it up.", f"rm --force {name}")
         words = *self._looked_at(name, entry, os.urandom(8).hex()), entry["op"]
@@ -7517,17 +7514,11 @@ class Project:
             check_reply(reply, entry["host"], f"look for changes in {name}")
             self._refuse(name, entry, reply.lines(), "rm")
 
-    def _running_now(self) -> list[Fields]:
-        """What this machine runs now, oldest first, by the workspaces' present names."""
-        names = {entry["op"]: name for name, entry in self._entries().items()}
-        return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
-                for row in self.history.now()]
-
-    def _past(self, name: str | None = None) -> list[Fields]:
-        """The history, oldest first: of all workspaces; or of the one that has this name now, also
-        under earlier names; or, if none has it, of those that had it."""
-        op = self._entries().get(name, {}).get("op") if name else None
-        return [row for row in self.history.rows() if not name or (
+    def _about(self, name: str, rows: Iterable[Fields]) -> list[Fields]:
+        """The rows of the history about the workspace that has this name now, also under earlier
+        names, or, if none has it, about those that had it; without a name all."""
+        op = self._entries().get(name, {}).get("op")
+        return [row for row in rows if not name or (
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
     @contextlib.contextmanager
@@ -7566,14 +7557,13 @@ class Project:
 
     def rename(self, source: Workspace, name: str, cancel: Cancel | None = None) -> Workspace:
         """Give a workspace another name, locally and on the host. Returns the new object; the old
-        one can no longer be used. Until all is done, the old name counts."""
+        one can no longer be used. Until all is done, the old name counts, and the next operation on
+        it undoes what was done."""
         with self._moving("rename", source.name, name, cancel) as entry:
             op = os.urandom(8).hex()
             words = [op, source.name, name, entry["op"]]
             reply = self._operate(RENAME, source.name, entry, words,
                                  {"intent": {"op": op, "to": name}}, cancel=cancel)
-            if reply.status in (20, 22):
-                self._settle(source.name)
             check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
             with self.registry.editing() as record:
                 del record["workspaces"][source.name]
@@ -9425,7 +9415,8 @@ def table(heads: str, rows: Iterable[Fields]) -> str:
 
 
 def command_history(options: Options) -> Shown:
-    rows = open_project(options)._past(one_workspace(options))[-options.limit:]
+    project = open_project(options)
+    rows = project._about(one_workspace(options), project.history.rows())[-options.limit:]
     if options.json:
         for row in rows:
             print_json(row)
@@ -9441,10 +9432,10 @@ def command_history(options: Options) -> Shown:
 def top_rows(view: View, project: Project) -> tuple[list[Fields], str]:
     """A row for each operation and job that runs, and for each workspace without any; their
     table."""
-    rows, now, running = [], project._running_now(), []  # type: list[Fields], Any, list[Any]
+    rows, now, running = [], project.history.now(), []  # type: list[Fields], Any, list[Any]
     for workspace, seen in view.look():
         running = [(f"{row['operation']} {row.get('detail', '')}", row["time"])
-                   for row in now if row.get("workspace") == workspace.name]
+                   for row in project._about(workspace.name, now)]
         running += [(f"{job['job']} {job['command']}", job["started"])
                     for job in seen.get("running", ())]
         rows += [{"workspace": workspace.name, "host": workspace.host.name,
