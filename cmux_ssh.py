@@ -6646,12 +6646,10 @@ class Workspace:
     def __init__(self, project: Project, name: str, entry: Mapping[str, Any]) -> None:
         self.project, self.name = project, name
         self.host = project.host(entry["host"])
-        self.root: str = entry["root"]
-        self.place: str = entry["project"]
         self.op: str = entry["op"]  # its id, which no other of this name had
-        self.path: str = check_remote_path(entry["path"])
-        self.base: str = entry["base"]
-        self.created: float = entry["created"]
+        self.root, self.place = entry["root"], entry["project"]
+        self.path = check_remote_path(entry["path"])
+        self.base, self.created = entry["base"], entry["created"]
         init = entry.get("init")  # pending, its status, or lost
         self.state = "init failed" if init else "ready"
         lock = project.registry.creation_lock(name)
@@ -6993,8 +6991,8 @@ class Workspace:
     @logged("jobs")
     def jobs(self, cancel: Cancel | None = None) -> list[Job]:
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited, stopped or lost),
-        ``exit_code`` (None while it runs, or if lost), ``output_size`` (bytes), and, if this
-        machine started it, ``command``, ``started`` (seconds since 1970)."""
+        ``exit_code`` (None while it runs, or if lost), ``output_size`` (bytes), and, of this
+        machine's, ``command``, ``started`` (seconds since 1970)."""
         return self._look(cancel=cancel)[1]
 
     def _look(self, *path: str, cancel: Cancel | None = None) -> tuple[int | None, list[Job]]:
@@ -7557,8 +7555,7 @@ class Project:
 
     def rename(self, source: Workspace, name: str, cancel: Cancel | None = None) -> Workspace:
         """Give a workspace another name, locally and on the host. Returns the new object; the old
-        one can no longer be used. Until all is done, the old name counts, and the next operation on
-        it undoes what was done."""
+        one can no longer be used. Until all is done, the old name counts."""
         with self._moving("rename", source.name, name, cancel) as entry:
             op = os.urandom(8).hex()
             words = [op, source.name, name, entry["op"]]
