@@ -7664,10 +7664,9 @@ class Project:
         return self
 
     def __exit__(self, *_: object) -> None:
-        import _thread
         self.ending.set()
         try:
-            wait_until(lambda: not self.logging - {_thread.get_ident()}, 2 * STOP_PATIENCE)
+            wait_until(lambda: not self.logging - {threading.get_ident()}, 2 * STOP_PATIENCE)
         finally:
             self._leave_interrupts()
             for host in list(self._hosts.values()):
@@ -7711,11 +7710,9 @@ class View:
             if workspace.op not in self.asked:
                 self.asked.add(workspace.op)
                 threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
-        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
-        while self.asked and not patience.over():
-            time.sleep(0.02)
+        wait_until(lambda: not self.asked, seconds)
         for op in list(self.asked):
-            self.seen.setdefault(op, {"error": late})
+            self.seen.setdefault(op, {"error": f"The host has not answered within {seconds} s."})
 
     def _ask(self, workspace: Workspace) -> None:
         op = workspace.op
