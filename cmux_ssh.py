@@ -1863,12 +1863,11 @@ find . -name .git -prune -o -type f -path "$wider" -exec sh -c '
   2>/dev/null | head -n "$lines" | head -c "$bytes"
 """
 
-# START dir id command...: a job that outlives this session: out (both streams), pid of the
-# supervisor, exit. By setsid -f, or a bash with job control: a plain list ignores SIGINT. It is
-# trapped: ksh dies of what ended its subshell. _cmux_: secrets are in the environment.
+# START command...: the job _cmux_job, which outlives this session; in _cmux_folder: out (both
+# streams), pid of the supervisor, exit. By setsid -f, or a bash with job control: a plain list
+# ignores SIGINT. It is trapped: ksh dies of what ended its subshell.
 START = r"""
 operation() {
-  _cmux_folder=$1 _cmux_job=$2; shift 2
   ( umask 077; mkdir -p "$_cmux_folder" ) || return 3
   _words _start "$@"
   _cmux_tries=0
@@ -2018,18 +2017,13 @@ def check_command(command: object) -> tuple[str, Sequence[str]]:
     return command if isinstance(command, str) else 'exec "$@"', words
 
 
-def line_records(line: str, words: Sequence[str], login: bool) -> bytes:
-    """The records of what a shell runs; none for an argv, unless it reads a profile."""
-    if words and not login:
-        return b""
-    return record("_cmux_flag", "-lc" if login else "-c") + record("_cmux_line", line)
-
-
-def command_records(command: object, login: bool, stdin: bool) -> bytes:
+def command_records(command: object, login: bool) -> bytes:
+    """The line for a shell (none for an argv, unless it reads a profile), and the words."""
     line, words = check_command(command)
-    records = [record("_cmux_life", "" if stdin else "life"), line_records(line, words, login)]
-    records += [record("@", word) for word in words]
-    return b"".join(records) + record(".", '_command "$@"')
+    records = [record("@", word) for word in words]
+    if login or not words:
+        records += [record("_cmux_flag", "-lc" if login else "-c"), record("_cmux_line", line)]
+    return b"".join(records)
 
 
 # How a command runs on the terminal: as a child, for ssh has no status for a death by a signal.
@@ -4097,7 +4091,8 @@ class Host:
         Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
         what these two raise, KeyboardInterrupt included, the process tree on the host is ended
         first."""
-        records = record("_cmux_directory", directory) + records
+        records += record("_cmux_directory", directory) + record(
+            "_cmux_life", "" if source else "life") + record(".", '_command "$@"')
         return CommandRun(self, records, stdout, stderr, source).go(
             Deadline(deadline.left(), self.ending.join(cancel)))
 
@@ -6692,7 +6687,7 @@ class Workspace:
             secrets: SecretNames = None) -> Outcome:
         """Run ``command`` and stream its output to the callables, which may raise to end it; see
         exec() for the rest. ``source``: a stream for the command's stdin."""
-        words = command_records(command, login, source is not None)
+        words = command_records(command, login)
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
         try:
@@ -6966,13 +6961,12 @@ class Workspace:
               cancel: Cancel | None = None, secrets: SecretNames = None) -> str:
         """Start a background job, which outlives this process and the connection; returns its id.
         Arguments as of exec(). Raises WorkspaceMissing."""
-        line, words = check_command(command)
-        job = "j" + os.urandom(4).hex()
-        records = (record("_cmux_directory", os.path.join(self.path, cwd))
-                   + self._environment(env, cancel, secrets) + line_records(line, words, login))
+        words, job = command_records(command, login), "j" + os.urandom(4).hex()
+        records = [record("_cmux_folder", job_directory(self, job)), record("_cmux_job", job),
+                   record("_cmux_directory", os.path.join(self.path, cwd)),
+                   self._environment(env, cancel, secrets), words]
         try:
-            reply = self.host._call(START, job_directory(self, job), job, *words, before=records,
-                                   once=True, cancel=cancel)
+            reply = self.host._call(START, before=b"".join(records), once=True, cancel=cancel)
         except WorkspaceMissing:
             raise self._no_directory(cwd)
         check_reply(reply, self.host.name, "start the job")
@@ -8863,7 +8857,7 @@ def examine_secrets(host: Host) -> Finding:
     def look(data: bytes) -> None:
         out(data)
         seen.append(in_process_table(value))
-    records = record("CMUX_PROBE", value) + command_records(command, False, False)
+    records = record("CMUX_PROBE", value) + command_records(command, False)
     host.run(records, "/", look, len, deadline=Deadline(30))
     answer = out.value()
     if any(seen) or answer.startswith(b"seen"):
