@@ -6496,13 +6496,13 @@ def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> i
     return sizes[0]
 
 
-KINDS: dict[str, tuple[Fields, tuple[type, ...], str]] = {  # schema, types, words
-    "text": ({"type": "string"}, (str,), "text"),
-    "flag": ({"type": "boolean"}, (bool,), "true or false"),
-    "count": ({"type": "integer"}, (int,), "a whole number from {}"),
+KINDS: dict[str, tuple[Fields, Any, str]] = {  # schema, shape, words
+    "text": ({"type": "string"}, str, "text"),
+    "flag": ({"type": "boolean"}, bool, "true or false"),
+    "count": ({"type": "integer"}, int, "a whole number from {}"),
     "seconds": ({"type": "number"}, (int, float), "a number of seconds from {}"),
-    "texts": ({"type": "array", "items": {"type": "string"}}, (list,), "a list of texts"),
-    "map": ({"type": "object"}, (dict,), "an object"),
+    "texts": ({"type": "array", "items": {"type": "string"}}, [str], "a list of texts"),
+    "map": ({"type": "object"}, dict, "an object"),
 }
 
 
@@ -6526,14 +6526,14 @@ class Arg:
 
     def check(self, value: object, label: str) -> None:
         """Raise UsageError, which names it ``label``, if the value does not fit."""
-        fits = any(type(value) in KINDS[kind][1] for kind in self.kinds)
-        if isinstance(value, (int, float)):
-            fits = fits and self.least <= value < 1e15
-        elif isinstance(value, list) and "texts" in self.kinds:
-            fits = all(isinstance(word, str) for word in value)
+        good = any(fits(value, KINDS[kind][1]) for kind in self.kinds)
+        if isinstance(value, bool):  # which is an int, too
+            good = self.kinds == ["flag"]
+        elif isinstance(value, (int, float)):
+            good = good and self.least <= value < 1e15
         elif isinstance(value, str):
             encoded(value)  # refuses a lone surrogate, which JSON can spell
-        if not fits:
+        if not good:
             wanted = " or ".join(KINDS[kind][2] for kind in self.kinds).format(self.least)
             raise UsageError(f"{label} takes {wanted}.")
 
@@ -6610,7 +6610,7 @@ Word = functools.partial(Text, word="1")
 EDIT = Verb("edits", "", Text("old", "the exact text to replace", required=True),
             Text("new", "what replaces it", required=True),
             Count("count", "how many matches there must be (default: 1)", least=1))
-KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, (list,), "a list of objects"
+KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, [dict], "a list of objects"
 
 
 # === 15. Workspaces ===
@@ -6867,8 +6867,6 @@ class Workspace:
         """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across
         them; ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than
         ``limit``. ToolFailed after two minutes."""
-        if limit < 1:
-            raise UsageError("The limit is below 1.")
         test, wider = glob_test(pattern, self.path)
         data = self._search(GLOB, wider, str(SEARCH_MAX), cancel=cancel)
         names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
@@ -6882,8 +6880,8 @@ class Workspace:
         """Lines that match an extended regular expression, in files that match ``glob`` (without a
         slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
         to 500 characters), ``truncated``."""
-        if not pattern or "\n" in pattern or limit < 1:
-            raise UsageError("The pattern is empty or has a newline, or the limit is below 1.")
+        if not pattern or "\n" in pattern:
+            raise UsageError("The pattern is empty or has a newline.")
         # grep would quietly misread these:
         if re.search(r"\\[dD]|\(\?", re.sub(r"\\[^dD]|\[\^?\]?[^][\\]*\]", "", pattern)):
             raise UsageError("An extended regular expression has no \\d, \\D and (?.",
@@ -7113,7 +7111,7 @@ class Project:
         self.fetched = {""}  # those commands that this process has run
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
-    def _fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
+    def _fetch(self, secrets: Secrets, cancel: Cancel | None) -> dict[str, bytes]:
         """The values of secrets, remembered for masking: the last 1000, for a command may print
         another each time."""
         values = secret_values(secrets, cancel)
