@@ -6420,11 +6420,10 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
         for part in rest:
             if path[:2] != b"./":  # after messages of grep
                 path = b"./" + path.partition(b"\n./")[2]
-            row, _, after = part.partition(b"\n")
-            count, colon, text = row.partition(b":")
-            if path[2:] and colon and number(count.decode("latin-1")) > 0:
-                yield path[2:], int(count), text
-            path = after
+            row = re.match(rb"(\d{1,15}):(.*)", part)
+            if row and path[2:]:
+                yield path[2:], int(row[1]), row[2]
+            path = part.partition(b"\n")[2]
         return
     for line in data.split(b"\n"):
         match = re.match(rb"\./(.*?):(\d{1,15}):", line)
@@ -7535,8 +7534,7 @@ class Project:
             secrets = read_secrets(self.registry.own_secrets(entry["op"]))
             op = os.urandom(8).hex()
             entry.update(state="forking", op=op, branches={}, over={}, created=int(time.time()))
-            words = op, source.name
-            reply = self._operate(FORK, name, entry, words, entry, cancel=cancel)
+            reply = self._operate(FORK, name, entry, [op, source.name], entry, cancel=cancel)
             if reply.status in (20, 22):
                 self._forget(name)
             check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
