@@ -2569,7 +2569,7 @@ class Registry:
         return [(name, entry, scope) for path, scope in files if path in present
                 for name, entry in self._cached(path, read_secrets).items()]
 
-    def secrets(self, op: str, only: SecretNames = None) -> Secrets:
+    def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
         """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
         found = {name: entry for name, entry, _ in self.stored(op)}
         try:
@@ -7673,50 +7673,6 @@ class Project:
         return diff(self.workspace(name), stat, report, cancel)
 
 
-class View:
-    """What hosts report of the workspaces of projects, on all hosts or on some. Each workspace is
-    asked in a thread of its own, so that no host delays the others."""
-
-    def __init__(self, hosts: Container[str], *projects: Project) -> None:
-        self.hosts, self.projects = hosts, projects
-        self.seen: dict[str, Fields] = {}  # by the id of a workspace
-        self.asked: set[str] = set()
-
-    def look(self) -> list[tuple[Workspace, Fields]]:
-        return [(workspace, self.seen.get(workspace.op, {}))
-                for project in self.projects for workspace in project.workspaces()
-                if not self.hosts or workspace.host.name in self.hosts]
-
-    def rows(self) -> list[Fields]:
-        """What `list --json` prints."""
-        return [dict(workspace.describe(), changed=seen.get("changed"),
-                     jobs=len(seen["running"]) if "running" in seen else None,
-                     behind=workspace.project.repository.behind(workspace.base))
-                for workspace, seen in self.look()]
-
-    def ask(self, seconds: float) -> None:
-        """Ask all but those still to answer; wait up to ``seconds`` for the answers."""
-        for workspace, _ in self.look():
-            if workspace.op not in self.asked:
-                self.asked.add(workspace.op)
-                threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
-        wait_until(lambda: not self.asked, seconds)
-        for op in list(self.asked):
-            self.seen.setdefault(op, {"error": f"The host has not answered within {seconds} s."})
-
-    def _ask(self, workspace: Workspace) -> None:
-        op = workspace.op
-        try:
-            workspace.host.masters.connect(now=True)
-            changed, jobs = workspace._look(workspace.path)
-            self.seen[op] = {"changed": changed, "jobs": jobs,
-                             "running": [job for job in jobs if job["state"] == "running"]}
-        except CmuxError as error:
-            self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
-        finally:
-            self.asked.discard(op)
-
-
 # === 16. Verbs ===
 # Owns: one table of verbs and arguments, from which come the command line with help and completion,
 # the checks of batch and call_tool(), and the tools of MCP; hints. May touch: the rooms above.
@@ -7743,9 +7699,15 @@ def tool_write(workspace: Workspace, path: str, cancel: Cancel | None = None,
 
 
 def manage_list(project: Project, cancel: Cancel) -> Fields:
-    view = View((), project)
-    view.ask(TOP_PATIENCE)
-    return {"workspaces": view.rows()}
+    rows = []
+    for workspace in project.workspaces():
+        changed = jobs = None
+        with contextlib.suppress(CmuxError):
+            changed, found = workspace._look(workspace.path, cancel=cancel)
+            jobs = sum(job["state"] == "running" for job in found)
+        rows.append(dict(workspace.describe(), changed=changed, jobs=jobs,
+                         behind=project.repository.behind(workspace.base)))
+    return {"workspaces": rows}
 
 
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
@@ -9413,6 +9375,46 @@ def command_history(options: Options) -> Shown:
     return None, text, "" if text else "Nothing is on record yet."
 
 
+class View:
+    """What hosts report of the workspaces of projects, on all hosts or on some. Each workspace is
+    asked in a thread of its own, so that no host delays the others."""
+
+    def __init__(self, hosts: Container[str], *projects: Project) -> None:
+        self.hosts, self.projects = hosts, projects
+        self.seen: dict[str, Fields] = {}  # by the id of a workspace
+        self.asked: set[str] = set()
+
+    def look(self) -> list[tuple[Workspace, Fields]]:
+        return [(workspace, self.seen.get(workspace.op, {}))
+                for project in self.projects for workspace in project.workspaces()
+                if not self.hosts or workspace.host.name in self.hosts]
+
+    def ask(self, seconds: float) -> None:
+        """Ask all but those still to answer; wait up to ``seconds`` for the answers."""
+        import threading
+        for workspace, _ in self.look():
+            if workspace.op not in self.asked:
+                self.asked.add(workspace.op)
+                threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
+        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
+        while self.asked and not patience.over():
+            time.sleep(0.02)
+        for op in list(self.asked):
+            self.seen.setdefault(op, {"error": late})
+
+    def _ask(self, workspace: Workspace) -> None:
+        op = workspace.op
+        try:
+            workspace.host.masters.connect(now=True)
+            changed, jobs = workspace._look(workspace.path)
+            self.seen[op] = {"changed": changed, "jobs": jobs,
+                             "running": [job for job in jobs if job["state"] == "running"]}
+        except CmuxError as error:
+            self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
+        finally:
+            self.asked.discard(op)
+
+
 def top_rows(view: View, project: Project) -> tuple[list[Fields], str]:
     """A row for each operation and job that runs, and for each workspace without any; their
     table."""
@@ -9550,7 +9552,10 @@ def command_list(options: Options) -> Shown:
     view = View(options.host, *projects)
     if options.verbosity >= 0:
         view.ask(3)
-    rows = view.rows()
+    rows = [dict(workspace.describe(), changed=seen.get("changed"),
+                 behind=workspace.project.repository.behind(workspace.base),
+                 jobs=len(seen["running"]) if "running" in seen else None)
+            for workspace, seen in view.look()]
     text = listing(options, "NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
         {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
          "age": age(row["created"]), "base": row["base"][:10]} for row in rows])
