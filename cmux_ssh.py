@@ -4245,13 +4245,12 @@ class Host:
 
 
 class Incoming:
-    """The stdout of one of our scripts, which reads ``data``, piece by piece. Over a session that
-    shares a connection the script gets BULK_FROM as its last word, and ends with status 26 and no
-    output where that is more: then, once more over a session for bulk."""
+    """The stdout of one of our scripts, piece by piece. Over a session that shares a connection the
+    script gets BULK_FROM as its last word, and ends with status 26 and no output where that is
+    more: then, once more over a session for bulk."""
 
-    def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str,
-                 data: bytes | None = None) -> None:
-        self.host, self.words, self.data = host, (script, *arguments), data
+    def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
+        self.host, self.words = host, (script, *arguments)
         self.deadline = Deadline(None, host.ending.join(cancel))
         self._begin(False)
 
@@ -4261,10 +4260,8 @@ class Incoming:
 
         def work(sessions: list[Session]) -> None:
             self.shared = not bulk and not sessions[0].master.own
-            records = HELD * bool(self.data) + script_records(
-                *self.words, str(BULK_FROM) if self.shared else "")
-            self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err,
-                                     data=self.data)
+            records = script_records(*self.words, str(BULK_FROM) if self.shared else "")
+            self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             self.host._begin(self.exchange, self.deadline)
             sessions.clear()  # close() closes it
         self.host._attempt(work, self.deadline, lambda lost: True, bulk=bulk)
@@ -6762,7 +6759,7 @@ class Workspace:
             text += 'exec "${SHELL:-/bin/sh}" -l\n'
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
-        incoming = Incoming(self.host, None, HANDOVER, self.root, op, data=encoded(text))
+        incoming = Incoming(self.host, None, HANDOVER, self.root, op)
         try:
             if incoming.take() != b"ready\n":
                 check_reply(incoming.reply(), self.host.name, "prepare a shell", word="ready")
@@ -6770,6 +6767,8 @@ class Workspace:
         except BaseException:
             incoming.close()
             raise
+        incoming.exchange.outgoing = memoryview(encoded(text))
+        incoming.exchange.close_stdin = True
 
         def hand_over() -> None:
             with contextlib.closing(incoming), contextlib.suppress(CmuxError):
