@@ -6767,8 +6767,9 @@ class Workspace:
         except BaseException:
             incoming.close()
             raise
-        incoming.exchange.outgoing = memoryview(encoded(text))
-        incoming.exchange.close_stdin = True
+        exchange = incoming.exchange  # no sign of life may fall into the text: it is not yet sent
+        exchange.outgoing, exchange.sent = memoryview(encoded(text)), False
+        exchange.close_stdin = True
 
         def hand_over() -> None:
             with contextlib.closing(incoming), contextlib.suppress(CmuxError):
