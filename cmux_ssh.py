@@ -6437,13 +6437,13 @@ def job_directory(workspace: "Workspace", *job: str) -> str:
 
 def parse_job(line: str) -> Job:
     """A job as the host describes it, ``size`` is that of its output; nothing of another line."""
-    match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (\w+) ?(\d{1,3})?\Z", line, re.A)
+    match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (?:(running)\Z|(exited|stopped) (\d{1,3})\Z)?",
+                     line, re.A)
     if not match:
         return {}
-    state, code = match[3], int(match[4] or 0)
-    ended = state in ("exited", "stopped") and match[4] and code < 256  # of 256 we would make 0
-    return {"job": match[1], "size": int(match[2]), "exit_code": code if ended else None,
-            "state": state if ended or state == "running" else "lost"}
+    code = int(match[5] or 256)  # which would leave this process as a 0
+    return {"job": match[1], "size": int(match[2]), "exit_code": code if code < 256 else None,
+            "state": match[4] if code < 256 else match[3] or "lost"}
 
 
 def wait_code(status: Mapping[str, Any]) -> int:
@@ -7019,7 +7019,8 @@ class Workspace:
 
     def _follow(self, job: str | Sequence[str], sink: Callable[[bytes], Any], deadline: Deadline,
                 offset: int = 0, limit: int = MIB) -> Job:
-        """Pass what logs() returns to ``sink``, until there is no more, or the deadline."""
+        """Pass a job's output to ``sink`` until it has ended, or the deadline has passed. Returns
+        the last answer of logs()."""
         patience: Deadline | None = None  # while the connection is lost or refused
         while True:
             soon = Deadline(0.5)
@@ -7068,7 +7069,7 @@ class Workspace:
         reply = self._tool(STOP, job_directory(self, job), about=job, cancel=cancel)
         how, state, *_ = reply.lines() + ["", ""]
         row = parse_job(f"{job} 0 {state}")
-        return {"job": job, "state": row.get("state", "lost"), "exit_code": row.get("exit_code"),
+        return {"job": job, "state": row["state"], "exit_code": row["exit_code"],
                 "stopped": "confirmed" if how == "confirmed" else "requested"}
 
 
@@ -7505,7 +7506,7 @@ class Project:
 
     def _about(self, name: str, rows: Iterable[Fields]) -> list[Fields]:
         """The rows of the history about the workspace that has this name now, also under earlier
-        names, or, if none has it, about those that had it; without a name all."""
+        names; or, if none has it, about those that had it. Without a name: all."""
         op = self._entries().get(name, {}).get("op")
         return [row for row in rows if not name or (
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
