@@ -1653,7 +1653,7 @@ work() {
   from=$1 to=$2 its=$3
   if taken "$project/$to"; then [ "$(owner "$to")" = "$its" ] || return 20
   else
-    find_workspace "$from" || return
+    find_workspace "$from" && [ "$(owner "$from")" = "$its" ] || return 22
     echo "$its" >"$made/$to.op" && mv "$work" "$project/$to" || return 3
   fi
   [ "$from" = "$to" ] || [ "$(owner "$from")" != "$its" ] || rm -f "$made/$from.op"
