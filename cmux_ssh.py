@@ -6299,7 +6299,7 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         if found != count:
             places = itertools.islice(re.finditer(b"(?=%s)" % re.escape(old), data), 10)
             lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
-            where = f" (at lines {lines})" * bool(found)
+            where = f" (at lines {lines})" * bool(lines)
             raise ToolFailed(
                 f"{which} occurs {found} times in {show(path)}{where}, not {count}; nothing was "
                 "changed.", "Give more context, or the right count." if found else
@@ -7090,11 +7090,10 @@ class Project:
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
                  warm: int = WARM_SESSIONS, host: Hosts = ()) -> None:
-        self._warm, self._pool = warm, pool_of(host)
+        self._warm, self._pool, self._interactive = warm, pool_of(host), interactive
         self._passed: dict[str, str] = {}  # host that is down -> the first workspace to notice
         self.repository = Repository(directory)
         self.registry = Registry(self.repository.common_dir)
-        self._interactive = interactive
         self._hosts: dict[str, Host] = {}
         self.ending = Cancel()
         self._forked()
