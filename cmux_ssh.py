@@ -95,6 +95,10 @@ if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command
         "next_offset": int, "output_size": int, "command": str, "started": float | None,
         "stopped": str}, total=False)
     Sink = Callable[[bytes], Any]
+    Command = str | Sequence[str]  # a shell line, or an exact argv
+    Hosts = str | Sequence[str]    # one, or a pool
+    SecretNames = Collection[str] | None  # names of secrets; None: all
+    Environment = Mapping[str, str] | None
     Target = tuple[int, int]  # a port of the host, a local socket that ssh itself reads and writes
 
 __version__ = "0.2.0"
@@ -560,7 +564,7 @@ def check_host(text: object) -> str:
     return name
 
 
-def pool_of(host: str | Sequence[str]) -> list[str]:
+def pool_of(host: Hosts) -> list[str]:
     """The hosts of a pool (one, several or none), checked."""
     hosts = host if isinstance(host, (list, tuple)) else [host] if host else []
     return list(dict.fromkeys(map(check_host, hosts)))
@@ -1643,7 +1647,7 @@ work() {
   from=$1 to=$2 its=$3
   if taken "$project/$to"; then [ "$(owner "$to")" = "$its" ] || return 20
   else
-    find_workspace "$from" || return
+    find_workspace "$from" && [ "$(owner "$from")" = "$its" ] || return 22
     echo "$its" >"$made/$to.op" && mv "$work" "$project/$to" || return 3
   fi
   [ "$from" = "$to" ] || [ "$(owner "$from")" != "$its" ] || rm -f "$made/$from.op"
@@ -1853,12 +1857,11 @@ find . -name .git -prune -o -type f -path "$wider" -exec sh -c '
   2>/dev/null | head -n "$lines" | head -c "$bytes"
 """
 
-# START dir id command...: a job that outlives this session: out (both streams), pid of the
-# supervisor, exit. By setsid -f, or a bash with job control: a plain list ignores SIGINT. It is
-# trapped: ksh dies of what ended its subshell. _cmux_: secrets are in the environment.
+# START command...: the job _cmux_job, which outlives this session; in _cmux_folder: out (both
+# streams), pid of the supervisor, exit. By setsid -f, or a bash with job control: a plain list
+# ignores SIGINT. It is trapped: ksh dies of what ended its subshell.
 START = r"""
 operation() {
-  _cmux_folder=$1 _cmux_job=$2; shift 2
   ( umask 077; mkdir -p "$_cmux_folder" ) || return 3
   _words _start "$@"
   _cmux_tries=0
@@ -1895,7 +1898,7 @@ operation() {
   done
 }
 """
-# LOGS: waits for `more` output or the `end` of a job, the first of several; then "bytes id state\n"
+# LOGS: waits for `more` output or the `end` of a job, the first of several; then a line as JOBS'
 # and its output from offset.
 LOGS = JOB_STATE + r"""
 operation() {
@@ -1910,7 +1913,7 @@ operation() {
     [ $_cmux_tries -lt "$tenths" ] || break
     _pause 0.1
   done
-  echo "$size ${job##*/} $state"
+  echo "${job##*/} $size $state"
   if [ "$most" -gt 0 ]; then tail -c "+$((offset+1))" "$job/out" | head -c "$most"; fi
 }
 """
@@ -2008,18 +2011,13 @@ def check_command(command: object) -> tuple[str, Sequence[str]]:
     return command if isinstance(command, str) else 'exec "$@"', words
 
 
-def line_records(line: str, words: Sequence[str], login: bool) -> bytes:
-    """The records of what a shell runs; none for an argv, unless it reads a profile."""
-    if words and not login:
-        return b""
-    return record("_cmux_flag", "-lc" if login else "-c") + record("_cmux_line", line)
-
-
-def command_records(command: object, login: bool, stdin: bool) -> bytes:
+def command_records(command: object, login: bool) -> bytes:
+    """The line for a shell (none for an argv, unless it reads a profile), and the words."""
     line, words = check_command(command)
-    records = [record("_cmux_life", "" if stdin else "life"), line_records(line, words, login)]
-    records += [record("@", word) for word in words]
-    return b"".join(records) + record(".", '_command "$@"')
+    records = [record("@", word) for word in words]
+    if login or not words:
+        records += [record("_cmux_flag", "-lc" if login else "-c"), record("_cmux_line", line)]
+    return b"".join(records)
 
 
 # How a command runs on the terminal: as a child, for ssh has no status for a death by a signal.
@@ -2050,7 +2048,7 @@ def find_program(name: str, more: Sequence[str] = ()) -> str:
                      "Install it (git openssh-client openssh-server), or set CMUX_SSH_COMMAND.")
 
 
-def spawn(argv: Sequence[str], env: Mapping[str, str] | None = None, stdin: Any = -3,
+def spawn(argv: Sequence[str], env: Environment = None, stdin: Any = -3,
           stdout: Any = -3, stderr: Any = -3, own_group: bool = True) -> Process:
     """Start a process. A stream -3 means /dev/null, -1 a pipe, as in subprocess. With ``own_group``
     it leads a new session: Ctrl-C at the terminal does not reach it, and kill_group() ends it with
@@ -2110,7 +2108,7 @@ def kill_group(process: Process) -> None:
         process.wait()
 
 
-def run(argv: Sequence[str], env: Mapping[str, str] | None = None, limit: int = REPLY_MAX,
+def run(argv: Sequence[str], env: Environment = None, limit: int = REPLY_MAX,
         patience: float = 60, cancel: Cancel | None = None,
         stderr: Any = -1) -> tuple[int, bytes, bytes]:
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes. With our
@@ -4067,7 +4065,8 @@ class Host:
         Bytes reach ``stdout`` and ``stderr`` as they come. At the deadline, on ``cancel`` and on
         what these two raise, KeyboardInterrupt included, the process tree on the host is ended
         first."""
-        records = record("_cmux_directory", directory) + records
+        records += record("_cmux_directory", directory) + record(
+            "_cmux_life", "" if source else "life") + record(".", '_command "$@"')
         return CommandRun(self, records, stdout, stderr, source).go(
             Deadline(deadline.left(), self.ending.join(cancel)))
 
@@ -6117,12 +6116,12 @@ class FileChanged(ToolFailed):
 
 def tool_reply(workspace: "Workspace", reply: Reply, path: str = "") -> Reply:
     """The reply, unless its status stands for a failure."""
-    if reply.status == 37:
+    status = reply.status
+    if status == 37:
         raise gone_there(workspace.name, workspace.host.name)
-    if reply.status:
-        kind = FileChanged if reply.status == 36 else ToolFailed
-        text = TOOL_STATUS.get(
-            reply.status, f"The host failed with status {reply.status}: {{said}}.")
+    if status:
+        text = TOOL_STATUS.get(status, f"The host failed with status {status}: {{said}}.")
+        kind = FileChanged if status == 36 else ToolFailed
         raise kind(text.format(path=show(path), said=show(reply.said(), 300)[1:-1]))
     return reply
 
@@ -6142,7 +6141,7 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         if found != count:
             places = itertools.islice(re.finditer(b"(?=%s)" % re.escape(old), data), 10)
             lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
-            where = f" (at lines {lines})" if lines else ""
+            where = f" (at lines {lines})" * bool(lines)
             raise ToolFailed(
                 f"{which} occurs {found} times in {show(path)}{where}, not {count}; nothing was "
                 "changed.", "Give more context, or the right count." if found else
@@ -6166,8 +6165,7 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
 
 
 _BRACKET = r"\[[!^]?\]?[^\]]*\]"
-_BRACES = (
-    r"(?s)((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET))
+_BRACES = (r"(?s)((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET))
 _NO_GLOB = (  # what would match nothing: an empty answer would lie
     (r".*\[\{\].*\.\..*\[\}\]", "has a range in braces, which is not understood",
      "Write its members out, as {1,2,3}."),
@@ -6195,8 +6193,8 @@ def glob_patterns(pattern: str) -> Iterator[str]:
 def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
     """A test for paths below the workspace at ``home`` that fit a pattern: a component ``**`` is
     any number of components, ``*`` of characters of one, ``[...]`` is as in sh; ``by_name``:
-    without a slash it is for any depth. And a pattern for find -path, whose ``*`` crosses slashes,
-    that matches whatever may fit."""
+    without a slash it is for any depth. And a wider one for find -path, whose ``*`` crosses
+    slashes."""
     if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
         raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
     patterns, regexes = list(itertools.islice(glob_patterns(pattern), 101)), []
@@ -6204,7 +6202,7 @@ def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[
         raise UsageError(f"{show(pattern)} stands for more than 100 patterns.",
                          "Write fewer braces.")
     for at, one in enumerate(patterns):
-        below = one[len(home) + 1:] if one.startswith(home + "/") else one
+        below = one.removeprefix(home + "/")
         for wrong, what, hint in _NO_GLOB:
             if re.match(wrong, below, re.S):
                 raise UsageError(f"{show(pattern)} {what}.", hint)
@@ -6223,7 +6221,7 @@ def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[
     if patterns[1:]:
         patterns = [os.path.commonprefix(patterns).partition("[")[0] + "*"]
     # ? and [...] become * too: in the C locale they stand for one byte of a character
-    return test, "./" + re.sub(r"\*\*/|\*\*|\?|\[.*\]|\\", "*", patterns[0], flags=re.S)
+    return test, "./" + re.sub(r"\*\*/?|\?|\[.*\]|\\", "*", patterns[0], flags=re.S)
 
 
 def component_regex(part: str) -> str:
@@ -6261,14 +6259,13 @@ def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
         for part in rest:
             if path[:2] != b"./":  # after messages of grep
                 path = b"./" + path.partition(b"\n./")[2]
-            row, _, after = part.partition(b"\n")
-            count, colon, text = row.partition(b":")
-            if path[2:] and colon and number(count.decode("latin-1")) > 0:
-                yield path[2:], int(count), text
-            path = after
+            row = re.match(rb"(\d{1,15}):(.*)", part)
+            if row and path[2:]:
+                yield path[2:], int(row[1]), row[2]
+            path = part.partition(b"\n")[2]
         return
     for line in data.split(b"\n"):
-        match = re.match(rb"\./([^:]*(?::(?!\d{1,15}:)[^:]*)*):(\d{1,15}):", line)
+        match = re.match(rb"\./(.*?):(\d{1,15}):", line)
         if match:
             yield match[1], int(match[2]), line[match.end():]
 
@@ -6280,12 +6277,15 @@ def job_directory(workspace: "Workspace", *job: str) -> str:
     return "/".join([workspace.root, ".cmux/jobs", workspace.place, workspace.op, *job])
 
 
-def parse_state(text: str) -> Job:
-    """running | exited CODE | stopped CODE | lost -> state and exit_code."""
-    match = re.match(r"(exited|stopped) (\d{1,3})\Z", text, re.A)
-    if match and int(match[2]) < 256:  # 256 would leave this process as a 0
-        return {"state": match[1], "exit_code": int(match[2])}
-    return {"state": "running" if text == "running" else "lost", "exit_code": None}
+def parse_job(line: str) -> Job:
+    """A job as the host describes it, ``size`` is that of its output; nothing of another line."""
+    match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (?:(running)\Z|(exited|stopped) (\d{1,3})\Z)?",
+                     line, re.A)
+    if not match:
+        return {}
+    code = int(match[5] or 256)  # which would leave this process as a 0
+    return {"job": match[1], "size": int(match[2]), "exit_code": code if code < 256 else None,
+            "state": match[4] if code < 256 else match[3] or "lost"}
 
 
 def wait_code(status: Mapping[str, Any]) -> int:
@@ -6310,8 +6310,8 @@ def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> i
 
     def keep(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
         path, why = entry.name[len(name) + 1:], ""
-        real = os.path.join(source, path).rstrip("/")
-        if is_dot_git(os.path.basename(real)) or (real + "/").startswith(state):
+        real = os.path.join(source, path, "")
+        if is_dot_git(os.path.basename(real[:-1])) or real.startswith(state):
             why = "it is git's, or this program's own"
         elif entry.issym():
             why = why_no_link(encoded(path), encoded(entry.linkname))
@@ -6334,13 +6334,13 @@ def pack(source: str, name: str, stream: IO[bytes], left: dict[bytes, str]) -> i
     return sizes[0]
 
 
-KINDS: dict[str, tuple[Fields, tuple[type, ...], str]] = {  # schema, types, words
-    "text": ({"type": "string"}, (str,), "text"),
-    "flag": ({"type": "boolean"}, (bool,), "true or false"),
-    "count": ({"type": "integer"}, (int,), "a whole number from {}"),
+KINDS: dict[str, tuple[Fields, Any, str]] = {  # schema, shape, words
+    "text": ({"type": "string"}, str, "text"),
+    "flag": ({"type": "boolean"}, bool, "true or false"),
+    "count": ({"type": "integer"}, int, "a whole number from {}"),
     "seconds": ({"type": "number"}, (int, float), "a number of seconds from {}"),
-    "texts": ({"type": "array", "items": {"type": "string"}}, (list,), "a list of texts"),
-    "map": ({"type": "object"}, (dict,), "an object"),
+    "texts": ({"type": "array", "items": {"type": "string"}}, [str], "a list of texts"),
+    "map": ({"type": "object"}, dict, "an object"),
 }
 
 
@@ -6364,40 +6364,39 @@ class Arg:
 
     def check(self, value: object, label: str) -> None:
         """Raise UsageError, which names it ``label``, if the value does not fit."""
-        fits = any(type(value) in KINDS[kind][1] for kind in self.kinds)
-        if isinstance(value, (int, float)):
-            fits = fits and self.least <= value < 1e15
-        elif isinstance(value, list) and "texts" in self.kinds:
-            fits = all(isinstance(word, str) for word in value)
+        good = any(fits(value, KINDS[kind][1]) for kind in self.kinds)
+        if isinstance(value, bool):  # which is an int, too
+            good = self.kinds == ["flag"]
+        elif isinstance(value, (int, float)):
+            good = good and self.least <= value < 1e15
         elif isinstance(value, str):
-            encoded(value)  # refuses a lone surrogate, which JSON can spell, and which has no bytes
-        if not fits:
+            encoded(value)  # refuses a lone surrogate, which JSON can spell
+        if not good:
             wanted = " or ".join(KINDS[kind][2] for kind in self.kinds).format(self.least)
             raise UsageError(f"{label} takes {wanted}.")
 
     def from_word(self, word: str) -> Any:
         """The value of a word of the command line. Raises UsageError."""
         label, value = (self.flags or [self.name])[-1], word  # type: str, Any
+        one = self.kinds[-1] != "texts"  # of several words each is one text
         if self.kinds == ["count"]:
             value = int(word) if re.match(r"[+-]?\d{1,15}\Z", word) else word
         elif self.kinds == ["seconds"]:
             match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)\Z", word)
-            units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
             if not match:
                 raise UsageError(f"{label} takes a number of seconds, or a time like 5m or 1h.")
-            value = float(match[1]) * units[match[2]]
-        if not (word or self.blank) and (self.flags or self.kinds[-1] != "texts"):
+            value = float(match[1]) * {"m": 60, "h": 3600, "d": 86400}.get(match[2], 1)
+        if not (word or self.blank) and (self.flags or one):
             raise UsageError(f"{label} is empty.", "Is a variable of the script not set?")
-        if self.kinds[-1] != "texts":  # of several words each is one text
+        if one:
             self.check(value, label)
         return value
 
     def schema(self) -> Fields:
         """The JSON schema for MCP."""
         rows = [KINDS[kind][0] for kind in self.kinds]
-        least = {"minimum": self.least} if self.kinds[0] in ("count", "seconds") else {}
-        row = rows[0] if len(rows) == 1 else {"anyOf": rows}
-        return dict(row, description=self.text, **least)
+        row = dict({"anyOf": rows} if rows[1:] else rows[0], description=self.text)
+        return dict(row, minimum=self.least) if self.kinds[0] in ("count", "seconds") else row
 
 
 class Verb:
@@ -6449,7 +6448,7 @@ Word = functools.partial(Text, word="1")
 EDIT = Verb("edits", "", Text("old", "the exact text to replace", required=True),
             Text("new", "what replaces it", required=True),
             Count("count", "how many matches there must be (default: 1)", least=1))
-KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, (list,), "a list of objects"
+KINDS["objects"] = {"type": "array", "items": EDIT.schema()}, [dict], "a list of objects"
 
 
 # === 15. Workspaces ===
@@ -6480,20 +6479,16 @@ class Workspace:
     def __init__(self, project: Project, name: str, entry: Mapping[str, Any]) -> None:
         self.project, self.name = project, name
         self.host = project.host(entry["host"])
-        self.root: str = entry["root"]
-        self.place: str = entry["project"]
         self.op: str = entry["op"]  # its id, which no other of this name had
-        self.path: str = check_remote_path(entry["path"])
-        self.base: str = entry["base"]
-        self.created: float = entry["created"]
+        self.root, self.place = entry["root"], entry["project"]
+        self.path = check_remote_path(entry["path"])
+        self.base, self.created = entry["base"], entry["created"]
         init = entry.get("init")  # pending, its status, or lost
         self.state = "init failed" if init else "ready"
-        if init == "pending":
-            lock = project.registry.creation_lock(name)
-            if lock.take():  # the process that ran it was killed
-                lock.free()
-            else:
-                self.state = "init running"
+        lock = project.registry.creation_lock(name)
+        if init == "pending" and not lock.take():  # else the process that ran it was killed
+            self.state = "init running"
+        lock.free()
 
     def __repr__(self) -> str:
         return f"Workspace({self.name!r} on {self.host.name!r})"
@@ -6503,21 +6498,20 @@ class Workspace:
         return {"name": self.name, "host": self.host.name, "path": self.path, "base": self.base,
                 "created": self.created, "project": self.project.name, "state": self.state}
 
-    def _environment(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
-                    only: Collection[str] | None) -> bytes:
-        """The header records of a command's environment: CMUX_ variables, the secrets (``only``
-        these), then ``extra``."""
-        values = self._values(extra, cancel, only)
+    def _environment(self, *given: Any) -> bytes:
+        """The header records of a command's environment."""
+        values = self._values(*given)
         records = [record("_cmux_path" if name == "PATH" else name, value)
                    for name, value in values.items()]
         return b"".join([HELD if len(values) > 2 else b"", *records])
 
-    def _values(self, extra: Mapping[str, str] | None, cancel: Cancel | None,
-                only: Collection[str] | None) -> dict[str, bytes]:
-        stored = self.project.registry.secrets(self.op, only)
-        secrets = self.project._fetch(stored, self.project.ending.join(cancel))
-        values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(self.project.name),
-                  **secrets}
+    def _values(self, extra: Environment, cancel: Cancel | None,
+                only: SecretNames) -> dict[str, bytes]:
+        """CMUX_ variables, the secrets (``only`` these), then ``extra``."""
+        project = self.project
+        values = {"CMUX_WORKSPACE": encoded(self.name), "CMUX_PROJECT": encoded(project.name),
+                  **project._fetch(project.registry.secrets(self.op, only),
+                                   project.ending.join(cancel))}
         for name, value in (extra or {}).items():
             values[check_variable(name)] = encoded(value)
         if sum(map(len, values.values())) > SECRETS_MAX:
@@ -6525,28 +6519,27 @@ class Workspace:
                              "Hand over fewer secrets.")
         return values
 
-    def run(self, command: str | Sequence[str], stdout: Sink, stderr: Sink,
-            source: Source | None = None, cwd: str = "", env: Mapping[str, str] | None = None,
+    def run(self, command: Command, stdout: Sink, stderr: Sink,
+            source: Source | None = None, cwd: str = "", env: Environment = None,
             login: bool = False, timeout: float | None = None, cancel: Cancel | None = None,
-            secrets: Collection[str] | None = None) -> Outcome:
+            secrets: SecretNames = None) -> Outcome:
         """Run ``command`` and stream its output to the callables, which may raise to end it; see
         exec() for the rest. ``source``: a stream for the command's stdin."""
-        words = command_records(command, login, source is not None)
+        words = command_records(command, login)
         if timeout is not None and not 0 < timeout < 1e8:
             raise UsageError("timeout takes a number of seconds above 0, and below 100000000.")
         try:
             records = self._environment(env, cancel, secrets) + words
         except Cancelled:  # while a secret's command ran
             return Outcome(status=None, stopped="confirmed", reason="cancel")
-        directory = os.path.join(self.path, cwd) if cwd else self.path
         with noted(self.project, "exec", self.name, self.host.name, command, self.op) as entry:
             def count(sink: Sink, data: bytes) -> None:
                 entry.size += len(data)
                 sink(data)
             out, err = (functools.partial(count, sink) for sink in (stdout, stderr))
             try:
-                outcome = self.host.run(records, directory, out, err, source, Deadline(timeout),
-                                        cancel)
+                outcome = self.host.run(records, os.path.join(self.path, cwd), out, err, source,
+                                        Deadline(timeout), cancel)
             except WorkspaceMissing:
                 raise self._no_directory(cwd)
             entry.code = outcome.exit_code
@@ -6555,33 +6548,28 @@ class Workspace:
     def _no_directory(self, cwd: str) -> CmuxError:
         if not cwd:
             return gone_there(self.name, self.host.name)
-        where = "on " + self.host.name if cwd[0] == "/" else "in the workspace " + self.name
-        return UsageError(f"There is no directory {show(cwd)} {where}.",
+        return UsageError(f"There is no directory {show(cwd)} in the workspace {self.name}.",
                           "cwd is relative to the workspace, or absolute.")
 
-    def exec(self, command: str | Sequence[str], timeout: float | None = None,
-             cwd: str = "", env: Mapping[str, str] | None = None,
-             stdin: str | bytes | None = None, login: bool = False, limit: int = CAPTURE_MAX,
-             cancel: Cancel | None = None, tee: Sink | None = None,
-             secrets: Collection[str] | None = None) -> ExecResult:
+    def exec(self, command: Command, timeout: float | None = None, cwd: str = "",
+             env: Environment = None, stdin: str | bytes | None = None, login: bool = False,
+             limit: int = CAPTURE_MAX, cancel: Cancel | None = None, tee: Sink | None = None,
+             secrets: SecretNames = None) -> ExecResult:
         """Run a command and wait for it.
 
         ``command``: a string is a shell line, a sequence an exact argv. ``timeout``: seconds; then
         its process tree is ended, and its output so far returned. ``cwd``: relative to the
         workspace. ``stdin``: bytes or a str (None: /dev/null). ``limit``: bytes kept of each
         stream. ``tee`` gets the bytes of both as they come. ``secrets``: the names of those that it
-        gets (None: all of this workspace). Raises HostError (the connection), UsageError and
-        WorkspaceMissing. A status of the command raises nothing, nor does ``cancel``, which ends it
-        as a timeout does, with ``exit_code`` 130 and ``stopped`` (None for a command's own 130).
+        gets (None: all of this workspace). Its status raises nothing, nor does ``cancel``, which
+        ends it as a timeout does, with ``exit_code`` 130 and ``stopped`` (None for its own 130).
         """
         began, out, err = time.monotonic(), Capture(limit), Capture(limit)
         sinks = [lambda data, keep=keep: (keep(data), tee and tee(data)) for keep in (out, err)]
-        with contextlib.ExitStack() as held:
-            source = None
-            if stdin is not None:
-                source = Source(held.enter_context(spool(encoded(stdin))).fileno())
-            outcome = self.run(command, sinks[0], sinks[1], source, cwd, env, login, timeout,
-                               cancel, secrets)
+        opened: Any = contextlib.nullcontext() if stdin is None else spool(encoded(stdin))
+        with opened as stream:
+            outcome = self.run(command, sinks[0], sinks[1], stream and Source(stream.fileno()),
+                               cwd, env, login, timeout, cancel, secrets)
         return exec_result(self, outcome, out, err, began)
 
     @logged("forward")
@@ -6593,9 +6581,8 @@ class Workspace:
             Forward(self.host.masters, port, local, (report or Report()).warn))
 
     @logged("shell", code=lambda status: 255 if status is None else status)
-    def shell(self, command: str | Sequence[str] = "", cwd: str = "",
-              env: Mapping[str, str] | None = None, login: bool = False,
-              secrets: Collection[str] | None = None) -> int | None:
+    def shell(self, command: Command = "", cwd: str = "", env: Environment = None,
+              login: bool = False, secrets: SecretNames = None) -> int | None:
         """The user's login shell on the host, or a command as for exec(), on this terminal; its
         exit status, None if it was cut off.
 
@@ -6614,26 +6601,21 @@ class Workspace:
             text += 'exec "${SHELL:-/bin/sh}" -l\n'
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
-        ready = Capture(100)
-        [session] = self.host._open()
+        incoming = Incoming(self.host, None, HANDOVER, self.root, op)
         try:
-            header = HELD + script_records(HANDOVER, self.root, op)
-            exchange = Exchange(session, header, ready, ready, data=encoded(text))
-            self.host._begin(exchange)
-            exchange.run(Deadline(START_PATIENCE),
-                         until=lambda: bool(ready.total) or exchange.ended)
-            if ready.value() != b"ready\n":
-                raise RemoteFailed(f"{self.host.name} could not prepare a shell: "
-                                   + show(ready.value(), 200))
+            if incoming.take() != b"ready\n":
+                check_reply(incoming.reply(), self.host.name, "prepare a shell", word="ready")
             argv, environment, ended = self.host.masters.on_terminal(TAKEOVER % octal)
         except BaseException:
-            session.close()
+            incoming.close()
             raise
+        exchange = incoming.exchange  # no sign of life may fall into the text: it is not yet sent
+        exchange.outgoing, exchange.sent = memoryview(encoded(text)), False
+        exchange.close_stdin = True
 
         def hand_over() -> None:
-            with contextlib.suppress(CmuxError):  # the shell then reads nothing, and ends
-                exchange.run(Deadline(SLOT_PATIENCE))
-            session.close()
+            with contextlib.closing(incoming), contextlib.suppress(CmuxError):
+                incoming.reply()  # if that fails, the shell reads nothing, and ends
         helper = threading.Thread(target=hand_over, daemon=True)
         helper.start()
         try:
@@ -6671,17 +6653,14 @@ class Workspace:
                 data = b"".join(re.findall(b".*\n|.+", data)[offset - 1:][:limit or None])
         return FileContent(content=data, size=size, sha256=digest)
 
-    def write(self, path: str, content: str | bytes,
-              cancel: Cancel | None = None) -> Written:
-        """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
-        symlink is followed, missing directories are made. Returns ``created``, ``size`` (bytes),
-        ``sha256``."""
-        return self._replace(path, encoded(content), "", cancel)
-
     @logged("write", "size")
-    def _replace(self, path: str, data: bytes, old: str, cancel: Cancel | None) -> Written:
-        """write(). ``old``: the cksum that the file must still have, or ""."""
-        where = absolute(self, path)
+    def write(self, path: str, content: str | bytes, cancel: Cancel | None = None,
+              old: str = "") -> Written:
+        """Make ``content`` (a str as UTF-8) the whole file, or change nothing. The mode stays, a
+        symlink is followed, missing directories are made. ``old``: what the file must still have,
+        as cksum prints it, or FileChanged is raised. Returns ``created``, ``size`` (bytes),
+        ``sha256``."""
+        where, data = absolute(self, path), encoded(content)
         lock = Cksum(encoded(where + "\n")).line().replace(" ", "-")
         reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), Cksum(data).line(), old,
                            self.path, lock, about=path, data=data, once=True, cancel=cancel)
@@ -6705,8 +6684,7 @@ class Workspace:
                 raise FileChanged(f"{show(path)} changed since it was read.", "Read it again.")
             after = apply_edits(before.content, edits, path)
             try:
-                seen = Cksum(before.content).line()
-                written = self._replace(path, after, seen, cancel)
+                written = self.write(path, after, cancel, Cksum(before.content).line())
                 return {"sha256": written["sha256"],
                         "diff": unified_diff(before.content, after, path)}
             except FileChanged:
@@ -6716,9 +6694,8 @@ class Workspace:
     def _search(self, script: str, *arguments: str, cancel: Cancel | None) -> bytes:
         """The output of a script that runs as a command, so that it can be stopped."""
         out, err = Capture(SEARCH_MAX * 2, SEARCH_MAX * 2), Capture(LOG_MAX, STATE_MAX)
-        records = command_records(["sh", "-c", script, "sh", *arguments], False, False)
-        outcome = self.host.run(
-            records, self.path, out, err, None, Deadline(SEARCH_PATIENCE), cancel)
+        outcome = self.run(["sh", "-c", script, "sh", *arguments], out, err, secrets=(),
+                           timeout=SEARCH_PATIENCE, cancel=cancel)
         if outcome.reason == "cancel":
             raise Cancelled("Cancelled.")
         if outcome.reason:
@@ -6731,15 +6708,12 @@ class Workspace:
         """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across
         them; ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than
         ``limit``. ToolFailed after two minutes."""
-        if limit < 1:
-            raise UsageError("The limit is below 1.")
         test, wider = glob_test(pattern, self.path)
         data = self._search(GLOB, wider, str(SEARCH_MAX), cancel=cancel)
         names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
                  if 2 < len(name) <= PATH_MAX]
         found = sorted(filter(test, names))
-        return {"paths": found[:limit],
-                "truncated": len(data) >= SEARCH_MAX or len(found) > limit}
+        return {"paths": found[:limit], "truncated": len(data) >= SEARCH_MAX or len(found) > limit}
 
     @logged("grep")
     def grep(self, pattern: str, glob: str = "", ignore_case: bool = False, limit: int = 200,
@@ -6747,8 +6721,8 @@ class Workspace:
         """Lines that match an extended regular expression, in files that match ``glob`` (without a
         slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
         to 500 characters), ``truncated``."""
-        if not pattern or "\n" in pattern or limit < 1:
-            raise UsageError("The pattern is empty or has a newline, or the limit is below 1.")
+        if not pattern or "\n" in pattern:
+            raise UsageError("The pattern is empty or has a newline.")
         # grep would quietly misread these:
         if re.search(r"\\[dD]|\(\?", re.sub(r"\\[^dD]|\[\^?\]?[^][\\]*\]", "", pattern)):
             raise UsageError("An extended regular expression has no \\d, \\D and (?.",
@@ -6822,18 +6796,16 @@ class Workspace:
     # -- jobs --
 
     @logged("start")
-    def start(self, command: str | Sequence[str], cwd: str = "",
-              env: Mapping[str, str] | None = None, login: bool = False,
-              cancel: Cancel | None = None, secrets: Collection[str] | None = None) -> str:
+    def start(self, command: Command, cwd: str = "", env: Environment = None, login: bool = False,
+              cancel: Cancel | None = None, secrets: SecretNames = None) -> str:
         """Start a background job, which outlives this process and the connection; returns its id.
         Arguments as of exec(). Raises WorkspaceMissing."""
-        line, words = check_command(command)
-        job = "j" + os.urandom(4).hex()
-        records = (record("_cmux_directory", os.path.join(self.path, cwd) if cwd else self.path)
-                   + self._environment(env, cancel, secrets) + line_records(line, words, login))
+        words, job = command_records(command, login), "j" + os.urandom(4).hex()
+        records = [record("_cmux_folder", job_directory(self, job)), record("_cmux_job", job),
+                   record("_cmux_directory", os.path.join(self.path, cwd)),
+                   self._environment(env, cancel, secrets), words]
         try:
-            reply = self.host._call(START, job_directory(self, job), job, *words, before=records,
-                                   once=True, cancel=cancel)
+            reply = self.host._call(START, before=b"".join(records), once=True, cancel=cancel)
         except WorkspaceMissing:
             raise self._no_directory(cwd)
         check_reply(reply, self.host.name, "start the job")
@@ -6844,17 +6816,16 @@ class Workspace:
             shown = masked_detail(command, self.project._masks())
             row = {"workspace": self.name, "command": shown, "started": round(time.time(), 3)}
             with self.project.registry.editing() as known:
-                jobs = known.setdefault("jobs", {})
-                jobs[job] = row
-                for old in sorted(jobs, key=lambda name: float(jobs[name]["started"]))[:-200]:
-                    del jobs[old]
+                jobs = {**known.get("jobs", {}), job: row}
+                known["jobs"] = dict(sorted(
+                    jobs.items(), key=lambda item: float(item[1]["started"]))[-200:])
         return job
 
     @logged("jobs")
     def jobs(self, cancel: Cancel | None = None) -> list[Job]:
         """The jobs, oldest first: ``job`` (its id), ``state`` (running, exited, stopped or lost),
-        ``exit_code`` (None while it runs, or if lost), ``output_size`` (bytes), and, if this
-        machine started it, ``command``, ``started`` (seconds since 1970)."""
+        ``exit_code`` (None while it runs, or if lost), ``output_size`` (bytes), and, of this
+        machine's, ``command``, ``started`` (seconds since 1970)."""
         return self._look(cancel=cancel)[1]
 
     def _look(self, *path: str, cancel: Cancel | None = None) -> tuple[int | None, list[Job]]:
@@ -6862,14 +6833,11 @@ class Workspace:
         reply = self._tool(JOBS, job_directory(self), *path, cancel=cancel)
         changed = re.match(rb"changed +(\d{1,9})\n", reply.stdout)
         known = self.project.registry.read().get("jobs", {})
-        rows = []  # type: list[Job]
-        for line in reply.lines():
-            match = re.match(r"(j[0-9a-f]{8}) (\d{1,15}) (.*)", line, re.A)
-            if match:
-                own = known.get(match[1], {})
-                rows.append({**parse_state(match[3]), "job": match[1],
-                             "output_size": int(match[2]), "command": own.get("command", ""),
-                             "started": own.get("started")})
+        rows: list[Job] = [*filter(None, map(parse_job, reply.lines()))]
+        for row in rows:
+            own = known.get(row["job"], {})
+            row.update({"output_size": row.pop("size"), "command": own.get("command", ""),
+                        "started": own.get("started")})
         rows.sort(key=lambda row: (row["started"] or 0, row["job"]))
         return int(changed[1]) if changed else None, rows
 
@@ -6886,32 +6854,37 @@ class Workspace:
                            "more" if limit else "end", *(job_directory(self, one) for one in jobs),
                            about=" or ".join(jobs), cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
-        match = re.match(r"(\d{1,15}) (j[0-9a-f]{8}) (.*)", head.decode("latin-1"), re.A)
-        if not match or match[2] not in jobs or len(data) > limit:
+        row = parse_job(head.decode("latin-1"))
+        if row.get("job") not in jobs or len(data) > limit:
             raise RemoteFailed("The host's answer to logs is damaged.")
-        return {**parse_state(match[3]), "job": match[2], "output": data,
-                "next_offset": offset + len(data), "size": int(match[1])}
+        return {**row, "output": data, "next_offset": offset + len(data)}
 
-    def _logs(self, deadline: Deadline, **more: Any) -> Job:
-        """logs(); a lost or refused connection is tried again for five minutes. A host that does
-        not wait before it answers is not asked again at once."""
-        patience, failed = Deadline(300), False
+    def _follow(self, job: str | Sequence[str], sink: Callable[[bytes], Any], deadline: Deadline,
+                offset: int = 0, limit: int = MIB) -> Job:
+        """Pass a job's output to ``sink`` until it has ended, or the deadline has passed. Returns
+        the last answer of logs()."""
+        patience: Deadline | None = None  # while the connection is lost or refused
         while True:
             soon = Deadline(0.5)
             try:
-                status = self.logs(cancel=deadline.cancel, **more)
-                if failed:
-                    Masters.tell("It answers again.")
-                if status["state"] == "running" and not status["output"] and not soon.over():
-                    nap(0.5, deadline)
-                return status
+                status = self.logs(job, offset, deadline.capped(25), limit, deadline.cancel)
             except HostError as error:
-                if isinstance(error, (HostKeyFailed, AuthenticationFailed)) \
-                        or patience.over() or deadline.over():
+                if isinstance(error, (HostKeyFailed, AuthenticationFailed)) or deadline.over() \
+                        or patience and patience.over():
                     raise
-                if not failed:
+                if not patience:
+                    patience = Deadline(300)
                     Masters.tell(f"{error} Trying again for up to 5 minutes.")
-                failed = True
+                nap(0.5, deadline)
+                continue
+            if patience:
+                patience = None
+                Masters.tell("It answers again.")
+            sink(status["output"])
+            offset = status["next_offset"]
+            if status["state"] != "running" and not status["output"] or deadline.over():
+                return status
+            if not status["output"] and not soon.over():  # the host does not wait
                 nap(0.5, deadline)
 
     @logged("wait", code=wait_code)
@@ -6920,24 +6893,16 @@ class Workspace:
         """Wait, ``timeout`` seconds at most, for the end of a job, or of the first of several,
         across lost connections: ``job`` (which one), ``state`` (running, if none has ended),
         ``exit_code``, ``size``."""
-        deadline = Deadline(timeout, cancel)
-        while True:
-            status = self._logs(deadline, job=job, wait=deadline.capped(25), limit=0)
-            if status["state"] != "running" or deadline.over():
-                del status["output"], status["next_offset"]
-                return status
+        status = self._follow(job, len, Deadline(timeout, cancel), limit=0)
+        del status["output"], status["next_offset"]
+        return status
 
     @logged("logs")
     def follow(self, job: str, sink: Callable[[bytes], Any], offset: int = 0,
                cancel: Cancel | None = None) -> Job:
         """Pass a job's output to ``sink`` until it ends, across lost connections, each byte once.
         Returns what logs() did last."""
-        while True:
-            status = self._logs(Deadline(None, cancel), job=job, offset=offset, wait=20)
-            sink(status["output"])
-            offset = status["next_offset"]
-            if status["state"] != "running" and not status["output"]:
-                return status
+        return self._follow(job, sink, Deadline(None, cancel), offset)
 
     @logged("stop")
     def stop(self, job: str, cancel: Cancel | None = None) -> Job:
@@ -6945,8 +6910,9 @@ class Workspace:
         confirmed, or requested where the end was not seen."""
         reply = self._tool(STOP, job_directory(self, job), about=job, cancel=cancel)
         how, state, *_ = reply.lines() + ["", ""]
-        stopped = "confirmed" if how == "confirmed" else "requested"
-        return {**parse_state(state), "job": job, "stopped": stopped}
+        row = parse_job(f"{job} 0 {state}")
+        return {"job": job, "state": row["state"], "exit_code": row["exit_code"],
+                "stopped": "confirmed" if how == "confirmed" else "requested"}
 
 
 class Project:
@@ -6954,20 +6920,22 @@ class Project:
 
     ``directory`` is any directory inside it. Where a key or a passphrase is needed,
     ``interactive()`` is whether ssh may ask a person on the terminal (default: never). ``warm``
-    sessions are kept ready on each host. ``host``, or a list of them, is for new workspaces. Raises
-    GitFailed, StateFailed, UsageError.
+    sessions are kept ready on each host. ``host``, or a list of them, is for new workspaces.
+
+    All methods may raise UsageError, GitFailed, StateFailed, and, for the name of a workspace,
+    WorkspaceMissing or WorkspaceExists; those that take a ``cancel`` HostError, RemoteFailed and
+    Cancelled, too.
 
     In a ``with`` statement, the end of the block, or Ctrl-C at once, cancels all that this object
     began, except jobs; it does nothing more after that.
     """
 
     def __init__(self, directory: str = ".", interactive: Callable[[], bool] | None = None,
-                 warm: int = WARM_SESSIONS, host: str | Sequence[str] = ()) -> None:
-        self._warm, self._pool = warm, pool_of(host)
+                 warm: int = WARM_SESSIONS, host: Hosts = ()) -> None:
+        self._warm, self._pool, self._interactive = warm, pool_of(host), interactive
         self._passed: dict[str, str] = {}  # host that is down -> the first workspace to notice
         self.repository = Repository(directory)
         self.registry = Registry(self.repository.common_dir)
-        self._interactive = interactive
         self._hosts: dict[str, Host] = {}
         self.ending = Cancel()
         self._forked()
@@ -6980,11 +6948,11 @@ class Project:
         self._mutex = threading.Lock()
         self.looking = threading.Lock()  # one thread reports what is not sent
         self._fetching = threading.Lock()
-        self._unknown: dict[str, tuple[float, CmuxError]] = {}  # command -> why it failed
-        self.fetched: set[str] = set()   # commands of secrets that this process has run
+        self._failures: dict[str, tuple[Deadline, CmuxError]] = {}  # of the commands of secrets
+        self.fetched = {""}  # those commands that this process has run
         self.logging: set[int] = set()   # threads in the middle of a logged operation
 
-    def _fetch(self, secrets: Secrets, cancel: Cancel | None = None) -> dict[str, bytes]:
+    def _fetch(self, secrets: Secrets, cancel: Cancel | None) -> dict[str, bytes]:
         """The values of secrets, remembered for masking: the last 1000, for a command may print
         another each time."""
         values = secret_values(secrets, cancel)
@@ -7000,22 +6968,22 @@ class Project:
         may have sent what they print. Also where a narrower scope wins now."""
         with self._fetching:
             for name, entry, _ in self.registry.stored(op):
-                command = entry.get("command")
-                if not command or command in self.fetched:
+                command = entry.get("command", "")
+                failed = self._failures.get(command)
+                if command in self.fetched:
                     continue
-                until, why = self._unknown.get(command, (0.0, CmuxError("")))
-                if time.monotonic() < until:
-                    raise why
+                if failed and not failed[0].over():
+                    raise failed[1]
                 try:
                     self._fetch({name: entry}, cancel)
+                except Cancelled:
+                    raise
                 except CmuxError as error:
-                    if not isinstance(error, Cancelled):
-                        self._unknown[command] = time.monotonic() + 10, error
+                    self._failures[command] = Deadline(10), error
                     raise
 
     def _known_secrets(self) -> dict[bytes, str]:
-        """value -> name of the secrets that this process has fetched, and of all that are stored.
-        """
+        """value -> name of the secrets that were fetched here, and of all that are stored."""
         return {**self.handed_over, **{encoded(entry.get("value", "")): name
                                        for name, entry, _ in self.registry.stored()}}
 
@@ -7048,8 +7016,7 @@ class Project:
                    everywhere: bool = False) -> None:
         """Store a secret, which commands see as the environment variable ``name``, in a local 0600
         file; None forgets it. It is for this project, for one ``workspace`` of it, or
-        (``everywhere``) for all projects; the narrower wins. Raises UsageError, WorkspaceMissing,
-        StateFailed."""
+        (``everywhere``) for all projects; the narrower wins."""
         check_variable(name, secret=True)
         with self._editing_secrets(workspace, everywhere) as stored:
             stored.pop(name, None)
@@ -7062,7 +7029,7 @@ class Project:
         return str(self.registry.read()["name"])
 
     def host(self, name: str) -> Host:
-        """The Host of that name, always the same object. Raises UsageError."""
+        """The Host of that name, always the same object."""
         with self._mutex:
             if name not in self._hosts:
                 self._hosts[name] = Host(name, self._interactive, self._warm, self.ending)
@@ -7072,15 +7039,12 @@ class Project:
         """The current branch's name, made safe."""
         return safe_workspace(self.repository.branch() or "detached")
 
-    def _hosts_for(self, workspace: str, host: str | Sequence[str] = (),
-                  source: str = "") -> list[str]:
+    def _hosts_for(self, workspace: str, host: Hosts = (), source: str = "") -> list[str]:
         """The pool for a new workspace: the host of the workspace ``source``, if that is named;
         else ``host``, this object's, the words of $CMUX_SSH_HOST, or the values of the user's
         `git config cmux.host`. Raises UsageError."""
         if source:
-            place = self._entry(source)["host"]
-            self._check_place(source, place, host)
-            return [place]
+            return [self.existing(source, host).host.name]
         words = os.environ.get("CMUX_SSH_HOST", "").split(" ")  # a tab separates nothing
         hosts = pool_of(host) or self._pool or [*filter(None, words)] or [
             *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
@@ -7097,7 +7061,7 @@ class Project:
                 if entry.get("state") == "ready"}
 
     def workspace(self, name: str) -> Workspace:
-        """An existing workspace. Raises WorkspaceMissing."""
+        """An existing workspace."""
         entry, lock = self._entry(name), self.registry.creation_lock(name)
         if "intent" in entry and lock.take():  # else an operation on it runs
             with lock:
@@ -7172,12 +7136,7 @@ class Project:
         rename to the name, were left by a killed process: they are cleared away."""
         for other, entry in self._entries().items():
             if entry.get("intent", {}).get("to") == name:
-                lock = self.registry.creation_lock(other)
-                if not lock.wait(Deadline(5)):  # its owner may wait for our lock
-                    raise WorkspaceExists(f"The workspace {other} is about to get the name {name}.",
-                                          "Try again in a moment.")
-                with lock:
-                    self._settle(other)
+                self.workspace(other)
         left = self.registry.read()["workspaces"].get(name)
         if left and left["state"] == "ready":
             raise WorkspaceExists(f"The workspace {name} exists already.",
@@ -7208,17 +7167,14 @@ class Project:
                 entry.get("pulled", {}).pop("left", None)
                 entry["over"] = dict(entry.get("branches", {}))
 
-    def create(self, name: str, host: str | Sequence[str], ref: str = "HEAD", root: str = "",
+    def create(self, name: str, host: Hosts, ref: str = "HEAD", root: str = "",
                init: bool = True, report: Report | None = None, cancel: Cancel | None = None,
-               source: str = "", secrets: Collection[str] | None = None) -> Workspace:
+               source: str = "", secrets: SecretNames = None) -> Workspace:
         """Make workspace ``name`` from commit ``ref`` on ``host`` (of several: the one that can be
         reached and has the fewest workspaces), below its directory ``root`` (default ~/cmux), with
         the files that git ignores (packages, caches) in the workspace ``source`` of that host. Then
         run its init hook, with ``secrets`` as for exec(), if ``init``. A hook that fails and a host
-        that is passed over are reported, and undo nothing.
-
-        Raises WorkspaceExists, UploadFailed, HostError, GitFailed, RemoteFailed, Cancelled.
-        """
+        that is passed over are reported, and undo nothing. Raises UploadFailed."""
         self._made.add(check_workspace(name))
         pool = self._hosts_for(name, host, source)
         self.registry.secrets("", secrets)
@@ -7242,8 +7198,7 @@ class Project:
                     self._run_init(upload, secrets)
                 return self.workspace(name)
 
-    def _reach(self, name: str, pool: Sequence[str], report: Report,
-               cancel: Cancel | None) -> str:
+    def _reach(self, name: str, pool: Sequence[str], report: Report, cancel: Cancel | None) -> str:
         """Connect to a host of a pool for a workspace, passing over those that are down."""
         many = len(pool) > 1
         host = self.host(self._fewest(name, pool) if many else pool[0])
@@ -7262,18 +7217,15 @@ class Project:
 
     def _fewest(self, name: str, pool: Sequence[str]) -> str:
         """The host with the fewest workspaces of this user. The choice counts for others who choose
-        now, until the workspace itself is in the registry."""
+        now in this project, until the workspace itself is in the registry."""
         with self.registry.editing() as record:
-            hosts: list[str] = []
+            placing = {other: row for other, row in record.get("placing", {}).items()
+                       if row[1] > time.time() - 60}
+            hosts = [host for host, _ in placing.values()]
             for value in all_projects(lambda error: None):
-                placing = {other: row for other, row in value.get("placing", {}).items()
-                           if row[1] > time.time() - 60}
                 hosts += [entry["host"] for entry in value["workspaces"].values()]
-                hosts += [host for host, _ in placing.values()]
-                if value["id"] == record["id"]:
-                    record["placing"] = placing
             best = min(pool, key=hosts.count)
-            record.setdefault("placing", {})[name] = [best, time.time()]
+            placing[name], record["placing"] = [best, time.time()], placing
             return best
 
     def _make(self, upload: Upload, init: bool, source: str) -> None:
@@ -7306,9 +7258,8 @@ class Project:
             record["workspaces"][name] = entry
             upload.note_sent(record, root)
 
-    def _run_init(self, upload: Upload, secrets: Collection[str] | None) -> None:
+    def _run_init(self, upload: Upload, secrets: SecretNames) -> None:
         name, report = upload.name, upload.report
-        report.say(f"running .cmux/init in {name}")
         report.step(name, "init hook")
         end: object = "lost"
         output = functools.partial(report.output, what=name)
@@ -7326,13 +7277,12 @@ class Project:
         finally:
             self._update(name, init=end)
 
-    def ensure(self, name: str, host: str | Sequence[str] = (), report: Report | None = None,
-               cancel: Cancel | None = None,
-               secrets: Collection[str] | None = None) -> Workspace:
+    def ensure(self, name: str, host: Hosts = (), report: Report | None = None,
+               cancel: Cancel | None = None, secrets: SecretNames = None) -> Workspace:
         """The workspace, made first from HEAD if it does not exist, on ``host`` (default: this
         object's, then $CMUX_SSH_HOST, then `git config cmux.host`); waits while another process
-        makes it. Raises as create() does, UsageError if it is on another host, and WorkspaceMissing
-        if another one is probably meant."""
+        makes it. Raises UsageError if it is on another host, UploadFailed, and WorkspaceMissing if
+        another one is probably meant."""
         entry = self._entries().get(check_workspace(name))
         if entry and entry.get("init") == "pending":
             self.registry.creation_lock(name).hold(cancel).free()
@@ -7350,13 +7300,13 @@ class Project:
                     raise
         return self.existing(name, host)
 
-    def existing(self, name: str, host: str | Sequence[str]) -> Workspace:
+    def existing(self, name: str, host: Hosts) -> Workspace:
         """A workspace. Raises UsageError if it is not on ``host``, or one of several."""
         found = self.workspace(name)
         self._check_place(name, found.host.name, host)
         return found
 
-    def _check_place(self, name: str, place: str, host: str | Sequence[str]) -> None:
+    def _check_place(self, name: str, place: str, host: Hosts) -> None:
         """Raise UsageError unless ``place`` is ``host``, one of several, or none is given."""
         pool = pool_of(host)
         if pool and place not in pool:
@@ -7367,12 +7317,12 @@ class Project:
                cancel: Cancel | None = None) -> list[str]:
         """Remove a workspace. Without ``force``, jobs that run and work that has not been pulled
         raise WorkspaceDirty. ``forget``: only locally, its host is gone for good. Returns [name],
-        or [] when there is none. Raises HostError, RemoteFailed, Cancelled."""
+        or [] when there is none."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry = self.registry.read()["workspaces"].get(name)
             if entry is None:
                 return []
-            option = "--forget" if forget else "--force" if force else ""
+            option = "--forget" * forget or "--force" * force
             with noted(self, "rm", name, entry["host"], option, entry["op"]):
                 if forget:
                     self._forget(name)
@@ -7385,8 +7335,8 @@ class Project:
         return [name]
 
     def _refuse_lost(self, name: str, entry: Fields, cancel: Cancel | None) -> None:
-        if any(row["workspace"] == name and row["operation"] in ("exec", "shell")
-               for row in self._running_now()):
+        if any(row["operation"] in ("exec", "shell")
+               for row in self._about(name, self.history.now())):
             raise WorkspaceDirty(f"A command runs in the workspace {name}.",
                                  "Wait for it, or give it up.", f"rm --force {name}")
         words = *self._looked_at(name, entry, os.urandom(8).hex()), entry["op"]
@@ -7395,17 +7345,11 @@ class Project:
             check_reply(reply, entry["host"], f"look for changes in {name}")
             self._refuse(name, entry, reply.lines(), "rm")
 
-    def _running_now(self) -> list[Fields]:
-        """What this machine runs now, oldest first, by the workspaces' present names."""
-        names = {entry["op"]: name for name, entry in self._entries().items()}
-        return [dict(row, workspace=names.get(row["op"]) if row.get("op") else row.get("workspace"))
-                for row in self.history.now()]
-
-    def _past(self, name: str | None = None) -> list[Fields]:
-        """The history, oldest first: of all workspaces; or of the one that has this name now, also
-        under earlier names; or, if none has it, of those that had it."""
-        op = self._entries().get(name, {}).get("op") if name else None
-        return [row for row in self.history.rows() if not name or (
+    def _about(self, name: str, rows: Iterable[Fields]) -> list[Fields]:
+        """The rows of the history about the workspace that has this name now, also under earlier
+        names; or, if none has it, about those that had it. Without a name: all."""
+        op = self._entries().get(name, {}).get("op")
+        return [row for row in rows if not name or (
             row.get("op") == op if op and row.get("op") else row.get("workspace") == name)]
 
     @contextlib.contextmanager
@@ -7425,16 +7369,14 @@ class Project:
             held.enter_context(noted(self, operation, source, entry["host"], name, entry["op"]))
             yield dict(entry, path=entry["path"][:-len(source)] + name)
 
-    def fork(self, source: Workspace, name: str,
-             cancel: Cancel | None = None) -> Workspace:
+    def fork(self, source: Workspace, name: str, cancel: Cancel | None = None) -> Workspace:
         """A new workspace with the content and the own secrets of ``source``, copied on the host.
-        Raises WorkspaceExists, WorkspaceMissing, HostError, RemoteFailed, Cancelled."""
+        """
         with self._moving("fork", source.name, name, cancel) as entry:
             secrets = read_secrets(self.registry.own_secrets(entry["op"]))
             op = os.urandom(8).hex()
             entry.update(state="forking", op=op, branches={}, over={}, created=int(time.time()))
-            words = op, source.name
-            reply = self._operate(FORK, name, entry, words, entry, cancel=cancel)
+            reply = self._operate(FORK, name, entry, [op, source.name], entry, cancel=cancel)
             if reply.status in (20, 22):
                 self._forget(name)
             check_reply(reply, entry["host"], f"fork {source.name}", name, source.name)
@@ -7443,17 +7385,14 @@ class Project:
             self._update(name, state="ready")
             return self.workspace(name)
 
-    def rename(self, source: Workspace, name: str,
-               cancel: Cancel | None = None) -> Workspace:
+    def rename(self, source: Workspace, name: str, cancel: Cancel | None = None) -> Workspace:
         """Give a workspace another name, locally and on the host. Returns the new object; the old
-        one can no longer be used. Until all is done, the old name counts. Raises as fork() does."""
+        one can no longer be used. Until all is done, the old name counts."""
         with self._moving("rename", source.name, name, cancel) as entry:
             op = os.urandom(8).hex()
             words = [op, source.name, name, entry["op"]]
             reply = self._operate(RENAME, source.name, entry, words,
                                  {"intent": {"op": op, "to": name}}, cancel=cancel)
-            if reply.status in (20, 22):
-                self._settle(source.name)
             check_reply(reply, entry["host"], f"rename {source.name}", name, source.name)
             with self.registry.editing() as record:
                 del record["workspaces"][source.name]
@@ -7464,7 +7403,7 @@ class Project:
              report: Report | None = None, cancel: Cancel | None = None) -> bool:
         """Bring a workspace to another local commit; False when it has that already. Raises
         WorkspaceDirty if it has work that has not been pulled; with ``force`` a copy stays in the
-        host's trash until gc. Raises as create() does, too."""
+        host's trash until gc. Raises UploadFailed, too."""
         with self.registry.creation_lock(check_workspace(name)).hold(cancel):
             entry, report = self._settle(name), report or Report()
             with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
@@ -7503,34 +7442,30 @@ class Project:
                 upload.report.warn(f"What was in {name} is kept until gc, on {host}: "
                                    + show(line[5:], PATH_MAX))
 
-    def gc(self, only: str | Sequence[str] = (),
+    def gc(self, only: Hosts = (),
            cancel: Cancel | None = None) -> tuple[dict[str, int], list[CmuxError]]:
         """Free trash, leftovers and old bases on the hosts that have or had a workspace of the
-        project, or ``only`` on some: (bytes by host, the errors of others). Raises UsageError for
-        another host."""
+        project, or ``only`` on some: (bytes by host, the errors of others)."""
         used = {(entry["host"], entry["root"]) for entry in self._entries().values()}
         known = used.union(map(tuple, self.registry.read().get("places", [])))
         pool = pool_of(only)
-        places = [place for place in sorted(known) if not pool or place[0] in pool]
+        places = sorted(place for place in known if not pool or place[0] in pool)
         if pool and not places:
-            names = " or ".join(map(show, pool))
-            raise UsageError(f"This project has nothing on {names}.",
+            raise UsageError(f"This project has nothing on {' or '.join(map(show, pool))}.",
                              "List them.", "list")
-        freed: dict[str, int] = {}
-        failed: list[CmuxError] = []
-        done: set[tuple[str, str]] = set()
+        freed, failed = {}, []  # type: dict[str, int], list[CmuxError]
         for host, root in places:
             try:
                 with noted(self, "gc", "", host):
                     reply = self.host(host)._call(GC, root, cancel=cancel)
                     check_reply(reply, host, "clear up")
-                    freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
-                    done.add((host, root))
+                freed[host] = freed.get(host, 0) + max(0, number(reply.lines()[0])) * 1024
             except CmuxError as error:
                 failed.append(error)
+                used.add((host, root))  # it is cleared up another time
         with self.registry.editing() as record:
             record["places"] = [place for place in record.get("places", [])
-                                if tuple(place) not in done - used]
+                                if tuple(place) not in places or tuple(place) in used]
         return freed, failed
 
     def _looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
@@ -7541,18 +7476,16 @@ class Project:
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 entry.get("pulled", {}).get("op", "")]
 
-    def _refuse(self, name: str, entry: Fields, lines: Iterable[str],
-                verb: str) -> None:
+    def _refuse(self, name: str, entry: Fields, lines: Iterable[str], verb: str) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
         way, command = "Pull it first", f"pull -w {name}"
-        if lost and all(line.startswith("a job that runs") for line in lost):
+        if not lost:
+            way, command = "Look at it", f"exec -w {name} -- git status --short"
+        elif all(line.startswith("a job that runs") for line in lost):
             way, command = "Wait for it, or end it with stop", f"jobs -w {name}"
-        elif not lost:
-            way = "Look at it"
-            command = f"exec -w {name} -- git status --short"
         lost += entry.get("pulled", {}).get("left", ())
         if lost:
-            some = ", ".join(lost[:5]) + (", ..." if len(lost) > 5 else "")
+            some = ", ".join(lost[:5]) + ", ..." * (len(lost) > 5)
             error = WorkspaceDirty(f"The workspace {name} has work that would be lost: {some}.",
                                    way + ", or give it up.", command, f"{verb} --force -w {name}")
             error.lost = lost
@@ -7563,10 +7496,9 @@ class Project:
         return self
 
     def __exit__(self, *_: object) -> None:
-        import _thread
         self.ending.set()
         try:
-            wait_until(lambda: not self.logging - {_thread.get_ident()}, 2 * STOP_PATIENCE)
+            wait_until(lambda: not self.logging - {threading.get_ident()}, 2 * STOP_PATIENCE)
         finally:
             self._leave_interrupts()
             for host in list(self._hosts.values()):
@@ -7633,7 +7565,7 @@ def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = Fa
     return {"removed": workspace}
 
 
-def manage_new(project: Project, host: str | Sequence[str] = (), **given: Any) -> Fields:
+def manage_new(project: Project, host: Hosts = (), **given: Any) -> Fields:
     report = Warnings()
     made = project.create(host=host, report=report, **given)
     return dict(made.describe(), notes=report.texts)
@@ -7675,152 +7607,147 @@ COMMON = (
     Flag("quiet", "print less", "-q --quiet"),
     Flag("verbose", "print what is done", "-v --verbose"))
 
-VERBS: dict[str, Verb] = {verb.name: verb for verb in (
-    Verb("exec", "run a command in a workspace, made first if need be",
-         Arg("text|texts", "command", "one string is a shell line, several are an exact argv",
-             required=True, word="...", shown="-- CMD..."),
-         Seconds("timeout", "seconds; then the process tree is ended (exit code 124)",
-                 least=0.001),
-         Text("cwd", "relative to the workspace", shown="DIR"),
-         json=[Arg("map", "env", "more environment variables"),
-               Text("stdin", "text for the command's stdin"),
-               Flag("background", BACKGROUND)],
-         line=[Texts("env", "one more environment variable", shown="K=V"),
-               Flag("push", "first bring the workspace to the local HEAD"),
-               Texts("secrets", "hand over this secret, and no other but those so named",
-                     "--secret", shown="NAME"),
-               Flag("no_secrets", "hand over no secret"),
-               Flag("login", "read the login profile first (nvm, pyenv, cargo)"),
-               Flag("no_stdin", "do not pass stdin on (never from a terminal, or to several)",
-                    "-n --no-stdin"),
-               Flag("all", "in every workspace of this project"),
-               PARALLEL,
-               Flag("detach", BACKGROUND),
-               Flag("tty", "on this terminal, as ssh -t", "-t --tty")],
-         example="-H my-server -- make test", tool=tool_exec, destroys=True,
-         model="Run a command in the workspace on the remote host, by bash where there is one."),
-    Verb("shell", "an interactive shell in a workspace", line=[NAME],
-         example="fix-login", lacks="j"),
-    Verb("forward", "reach a port of the workspace's host at 127.0.0.1",
-         Texts("ports", "PORT of the host, at LOCAL", word="+", shown="[LOCAL:]PORT"),
-         example="3000 8080:80"),
-    Verb("diff", "what a workspace changed against its base; creates nothing",
-         Flag("stat", "only how much, by file"), json=[ONE_WORKSPACE], line=[NAME],
-         example="fix-login --stat", manage=manage_diff, reads=True),
-    Verb("pull", "bring a workspace's work back as commits on branch cmux/NAME",
-         Text("branch", "another branch than cmux/NAME"), json=[ONE_WORKSPACE],
-         line=[NAME, Flag("allow", "also changes of this repository's own hooks")],
-         example="fix-login", manage=manage_pull),
-    Verb("push", "bring a workspace to another local commit; sends what differs", REF,
-         Flag("force", "also over work that has not been pulled (a copy is kept until gc)"),
-         json=[ONE_WORKSPACE], line=[NAME, *DIRTY],
-         example="fix-login", manage=manage_push, destroys=True),
-    Verb("read", "a file's bytes, or lines of it", PATH,
-         Count("offset", "first line, 1 is the first", least=1, shown="LINE"),
-         Count("limit", "how many lines"),
-         example="src/main.c --offset 10 --limit 20", reads=True,
-         tool=lambda workspace, **given: workspace.read(**given).as_dict()),
-    Verb("write", "stdin becomes the file, whole or not at all", PATH,
-         json=[Text("content", "the text"),
-               Text("content_base64", "or the bytes, as base64")],
-         example="notes.txt < notes.txt", tool=tool_write, destroys=True,
-         model="Make content the whole of a file (atomic; makes parent directories)."),
-    Verb("edit", "exact replacements, all or none", PATH,
-         Text("sha256", "of the file as last seen: refuse if it changed", shown="HEX"),
-         json=[Arg("objects", "edits", "one or more", required=True)],
-         line=[Text("old", "without --old and --new: JSON with edits on stdin", shown="TEXT",
-                    blank=True),
-               Text("new", "what replaces it", shown="TEXT", blank=True),
-               EDIT.args[2]],
-         example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
-         model="Replace exact text in a file, all edits or none; read the file first."),
-    Verb("cp", "copy files to or from a workspace, also what git ignores",
-         Word("source", "a local path, or NAME:PATH or :PATH in a workspace", shown="SRC"),
-         Word("to", "the same, or a directory to put it in", shown="DST"),
-         Flag("force", "replace what has that name"),
-         example="fix-login:build/report ."),
-    Verb("glob", "paths of files that match",
-         Word("pattern", "below the workspace: *, ?, [...], {a,b} within a component, ** across"),
-         Count("limit", "at most so many (default: 1000)", least=1),
-         example="'src/**/*.py'", tool=Workspace.glob, reads=True),
-    Verb("grep", "lines that match an extended regular expression",
-         Word("pattern", "the expression"),
-         Text("glob", "only files that match; without a slash: by name", shown="G"),
-         Flag("ignore_case", "ignore case"),
-         Count("limit", "at most so many (default: 200)", least=1),
-         example="'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True),
-    Verb("jobs", "the background jobs of a workspace",
-         line=[Flag("all", "of every workspace of this project")],
-         reads=True, tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)}),
-    Verb("logs", "a job's output", ONE_JOB,
-         Count("offset", "first byte, 0 is the first", shown="BYTE"),
-         Seconds("wait", "seconds to wait for more, at most 30"),
-         line=[Flag("follow", "go on until the job ends, across lost connections",
-                    "-f --follow")],
-         example="-f j0123abcd", reads=True, tool=Workspace.logs,
-         model="A job's output from a byte offset, and its state. Go on from next_offset."),
-    Verb("wait", "wait for a job, or the first of several, to end; its exit code",
-         Arg("text|texts", "job", f"{ONE_JOB.text}; or several", word="*", shown="ID",
-             required=True),
-         Seconds("timeout", "seconds to wait; it may still run then"),
-         example="j0123abcd", tool=Workspace.wait, reads=True),
-    Verb("stop", "end a job and everything it started", ONE_JOB,
-         example="j0123abcd", tool=Workspace.stop, destroys=True),
-    Verb("new", "create workspaces, in parallel, from a local commit", REF,
-         Text("source", "with what git ignores (packages, caches) in this workspace of that "
-              "host", "--from", shown="WS"),
-         json=[NEW_NAME],
-         line=[Texts("names", "default: the branch's name", word="*", shown="NAME"), *DIRTY,
-               Text("root", "where on the host (default: ~/cmux)", shown="DIR"),
-               Flag("no_init", "do not run .cmux/init")],
-         example="fix-login fix-logout -H my-server",
-         manage=manage_new),
-    Verb("list", "this project's workspaces",
-         line=[Flag("all_projects", "of every project of this machine")],
-         example="--json", lacks="w", manage=manage_list, reads=True),
-    Verb("fork", "a new workspace, made on the host with the content of another",
-         NEW_NAME, json=[ONE_WORKSPACE], example="-w fix-login second-try",
-         manage=lambda project, cancel, workspace, name: project.fork(
-             project.workspace(workspace), name, cancel).describe()),
-    Verb("rename", "give a workspace another name", NEW_NAME, json=[ONE_WORKSPACE],
-         example="-w fix-login login", manage=lambda project, cancel, workspace, name:
-         project.rename(project.workspace(workspace), name, cancel).describe()),
-    Verb("rm", "delete workspaces; refuses work that has not been pulled",
-         Flag("force", "also with work that exists nowhere else, and jobs that run"),
-         json=[ONE_WORKSPACE],
-         line=[Texts("names", "or one with -w", word="*", shown="NAME"),
-               Flag("forget", "only locally: its host is gone for good")],
-         example="fix-login", manage=manage_rm, destroys=True),
-    Verb("history", "every operation with its time, duration, exit code and bytes",
-         Count("limit", "the last N, 0 for all", "-n --limit", default=50),
-         example="-w fix-login", lacks="H"),
-    Verb("top", "a live view of the workspaces and what runs in them", lacks="w"),
-    Verb("gc", "free trash, leftovers and old bases on this project's hosts", lacks="w"),
-    Verb("mcp", "an MCP server on stdio: the tools, bound to one workspace",
-         Flag("manage", "the workspace commands as tools too, and other workspaces"),
-         Seconds("soft_timeout", "after so long a call returns a job",
-                 default=MCP_SOFT, least=0.001),
-         example="-H my-server -w fix-login", lacks="j"),
-    Verb("batch", "JSON lines of tool calls on stdin, results on stdout", PARALLEL,
-         example="-j 32 < calls.jsonl"),
-    Verb("secrets set", "store a secret from stdin or a hidden prompt",
-         Word("name", "of the environment variable"),
-         Text("command", "run CMD for the value, each time", shown="CMD"),
-         EVERYWHERE, example="NPM_TOKEN --command 'op read op://ci/npm'", lacks="H"),
-    Verb("secrets import", "take NAME=value lines from a dotenv file",
-         Word("file", "read once; - is stdin"), EVERYWHERE, example=".env", lacks="H"),
-    Verb("secrets list", "the names of the secrets, and their scopes", lacks="H"),
-    Verb("secrets rm", "forget secrets",
-         Texts("names", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
-         example="NPM_TOKEN", lacks="H"),
-    Verb("doctor", "what is wrong with a host or this machine, and how to mend it",
-         Text("target", "default: the workspace's host", word="?", shown="HOST"),
-         example="my-server"),
-    Verb("completion", "the completion script for a shell, on stdout",
-         Word("shell", "bash, zsh or fish", choices=("bash", "zsh", "fish")),
-         example="bash >> ~/.bashrc", lacks="CHwj"),
-    Verb("demo", "the whole flow against a throwaway sshd on this machine", lacks="CHwj"),
-)}
+VERBS: dict[str, Verb] = {}
+
+
+def verb(name: str, text: str, *args: Arg, **settings: Any) -> None:
+    """A row of the table."""
+    VERBS[name] = Verb(name, text, *args, **settings)
+
+
+verb("exec", "run a command in a workspace, made first if need be",
+     Arg("text|texts", "command", "one string is a shell line, several are an exact argv",
+         required=True, word="...", shown="-- CMD..."),
+     Seconds("timeout", "seconds; then the process tree is ended (exit code 124)", least=0.001),
+     Text("cwd", "relative to the workspace", shown="DIR"),
+     json=[Arg("map", "env", "more environment variables"),
+           Text("stdin", "text for the command's stdin"),
+           Flag("background", BACKGROUND)],
+     line=[Texts("env", "one more environment variable", shown="K=V"),
+           Flag("push", "first bring the workspace to the local HEAD"),
+           Texts("secrets", "hand over this secret, and no other but those so named",
+                 "--secret", shown="NAME"),
+           Flag("no_secrets", "hand over no secret"),
+           Flag("login", "read the login profile first (nvm, pyenv, cargo)"),
+           Flag("no_stdin", "do not pass stdin on (never from a terminal, or to several)",
+                "-n --no-stdin"),
+           Flag("all", "in every workspace of this project"), PARALLEL,
+           Flag("detach", BACKGROUND),
+           Flag("tty", "on this terminal, as ssh -t", "-t --tty")],
+     example="-H my-server -- make test", tool=tool_exec, destroys=True,
+     model="Run a command in the workspace on the remote host, by bash where there is one.")
+verb("shell", "an interactive shell in a workspace", line=[NAME],
+     example="fix-login", lacks="j")
+verb("forward", "reach a port of the workspace's host at 127.0.0.1",
+     Texts("ports", "PORT of the host, at LOCAL", word="+", shown="[LOCAL:]PORT"),
+     example="3000 8080:80")
+verb("diff", "what a workspace changed against its base; creates nothing",
+     Flag("stat", "only how much, by file"), json=[ONE_WORKSPACE], line=[NAME],
+     example="fix-login --stat", manage=manage_diff, reads=True)
+verb("pull", "bring a workspace's work back as commits on branch cmux/NAME",
+     Text("branch", "another branch than cmux/NAME"), json=[ONE_WORKSPACE],
+     line=[NAME, Flag("allow", "also changes of this repository's own hooks")],
+     example="fix-login", manage=manage_pull)
+verb("push", "bring a workspace to another local commit; sends what differs", REF,
+     Flag("force", "also over work that has not been pulled (a copy is kept until gc)"),
+     json=[ONE_WORKSPACE], line=[NAME, *DIRTY],
+     example="fix-login", manage=manage_push, destroys=True)
+verb("read", "a file's bytes, or lines of it", PATH,
+     Count("offset", "first line, 1 is the first", least=1, shown="LINE"),
+     Count("limit", "how many lines"), example="src/main.c --offset 10 --limit 20", reads=True,
+     tool=lambda workspace, **given: workspace.read(**given).as_dict())
+verb("write", "stdin becomes the file, whole or not at all", PATH,
+     json=[Text("content", "the text"),
+           Text("content_base64", "or the bytes, as base64")],
+     example="notes.txt < notes.txt", tool=tool_write, destroys=True,
+     model="Make content the whole of a file (atomic; makes parent directories).")
+verb("edit", "exact replacements, all or none", PATH,
+     Text("sha256", "of the file as last seen: refuse if it changed", shown="HEX"),
+     json=[Arg("objects", "edits", "one or more", required=True)],
+     line=[Text("old", "without --old and --new: JSON with edits on stdin", shown="TEXT",
+                blank=True),
+           Text("new", "what replaces it", shown="TEXT", blank=True), EDIT.args[2]],
+     example="a.py --old 'x = 1' --new 'x = 2'", tool=Workspace.edit,
+     model="Replace exact text in a file, all edits or none; read the file first.")
+verb("cp", "copy files to or from a workspace, also what git ignores",
+     Word("source", "a local path, or NAME:PATH or :PATH in a workspace", shown="SRC"),
+     Word("to", "the same, or a directory to put it in", shown="DST"),
+     Flag("force", "replace what has that name"), example="fix-login:build/report .")
+verb("glob", "paths of files that match",
+     Word("pattern", "below the workspace: *, ?, [...], {a,b} within a component, ** across"),
+     Count("limit", "at most so many (default: 1000)", least=1),
+     example="'src/**/*.py'", tool=Workspace.glob, reads=True)
+verb("grep", "lines that match an extended regular expression",
+     Word("pattern", "the expression"),
+     Text("glob", "only files that match; without a slash: by name", shown="G"),
+     Flag("ignore_case", "ignore case"),
+     Count("limit", "at most so many (default: 200)", least=1),
+     example="'def .*test' --glob '*.py'", tool=Workspace.grep, reads=True)
+verb("jobs", "the background jobs of a workspace",
+     line=[Flag("all", "of every workspace of this project")],
+     reads=True, tool=lambda workspace, cancel=None: {"jobs": workspace.jobs(cancel)})
+verb("logs", "a job's output", ONE_JOB,
+     Count("offset", "first byte, 0 is the first", shown="BYTE"),
+     Seconds("wait", "seconds to wait for more, at most 30"),
+     line=[Flag("follow", "go on until the job ends, across lost connections", "-f --follow")],
+     example="-f j0123abcd", reads=True, tool=Workspace.logs,
+     model="A job's output from a byte offset, and its state. Go on from next_offset.")
+verb("wait", "wait for a job, or the first of several, to end; its exit code",
+     Arg("text|texts", "job", f"{ONE_JOB.text}; or several", word="*", shown="ID", required=True),
+     Seconds("timeout", "seconds to wait; it may still run then"),
+     example="j0123abcd", tool=Workspace.wait, reads=True)
+verb("stop", "end a job and everything it started", ONE_JOB,
+     example="j0123abcd", tool=Workspace.stop, destroys=True)
+verb("new", "create workspaces, in parallel, from a local commit", REF,
+     Text("source", "with what git ignores (packages, caches) in this workspace of that "
+          "host", "--from", shown="WS"), json=[NEW_NAME],
+     line=[Texts("names", "default: the branch's name", word="*", shown="NAME"), *DIRTY,
+           Text("root", "where on the host (default: ~/cmux)", shown="DIR"),
+           Flag("no_init", "do not run .cmux/init")], example="fix-login fix-logout -H my-server",
+     manage=manage_new)
+verb("list", "this project's workspaces",
+     line=[Flag("all_projects", "of every project of this machine")],
+     example="--json", lacks="w", manage=manage_list, reads=True)
+verb("fork", "a new workspace, made on the host with the content of another",
+     NEW_NAME, json=[ONE_WORKSPACE], example="-w fix-login second-try",
+     manage=lambda project, cancel, workspace, name: project.fork(
+         project.workspace(workspace), name, cancel).describe())
+verb("rename", "give a workspace another name", NEW_NAME, json=[ONE_WORKSPACE],
+     example="-w fix-login login", manage=lambda project, cancel, workspace, name:
+     project.rename(project.workspace(workspace), name, cancel).describe())
+verb("rm", "delete workspaces; refuses work that has not been pulled",
+     Flag("force", "also with work that exists nowhere else, and jobs that run"),
+     json=[ONE_WORKSPACE],
+     line=[Texts("names", "or one with -w", word="*", shown="NAME"),
+           Flag("forget", "only locally: its host is gone for good")],
+     example="fix-login", manage=manage_rm, destroys=True)
+verb("history", "every operation with its time, duration, exit code and bytes",
+     Count("limit", "the last N, 0 for all", "-n --limit", default=50),
+     example="-w fix-login", lacks="H")
+verb("top", "a live view of the workspaces and what runs in them", lacks="w")
+verb("gc", "free trash, leftovers and old bases on this project's hosts", lacks="w")
+verb("mcp", "an MCP server on stdio: the tools, bound to one workspace",
+     Flag("manage", "the workspace commands as tools too, and other workspaces"),
+     Seconds("soft_timeout", "after so long a call returns a job", default=MCP_SOFT, least=0.001),
+     example="-H my-server -w fix-login", lacks="j")
+verb("batch", "JSON lines of tool calls on stdin, results on stdout", PARALLEL,
+     example="-j 32 < calls.jsonl")
+verb("secrets set", "store a secret from stdin or a hidden prompt",
+     Word("name", "of the environment variable"),
+     Text("command", "run CMD for the value, each time", shown="CMD"),
+     EVERYWHERE, example="NPM_TOKEN --command 'op read op://ci/npm'", lacks="H")
+verb("secrets import", "take NAME=value lines from a dotenv file",
+     Word("file", "read once; - is stdin"), EVERYWHERE, example=".env", lacks="H")
+verb("secrets list", "the names of the secrets, and their scopes", lacks="H")
+verb("secrets rm", "forget secrets",
+     Texts("names", "see `secrets list`", word="+", shown="NAME"), EVERYWHERE,
+     example="NPM_TOKEN", lacks="H")
+verb("doctor", "what is wrong with a host or this machine, and how to mend it",
+     Text("target", "default: the workspace's host", word="?", shown="HOST"), example="my-server")
+verb("completion", "the completion script for a shell, on stdout",
+     Word("shell", "bash, zsh or fish", choices=("bash", "zsh", "fish")),
+     example="bash >> ~/.bashrc", lacks="CHwj")
+verb("demo", "the whole flow against a throwaway sshd on this machine", lacks="CHwj")
 GROUPS = {  # of the commands, as the help lists them, by the first of each
     "exec": "work", "read": "files", "jobs": "jobs", "new": "workspaces", "mcp": "agents",
     "secrets set": "setup"}
@@ -8680,7 +8607,7 @@ def examine_secrets(host: Host) -> Finding:
     def look(data: bytes) -> None:
         out(data)
         seen.append(in_process_table(value))
-    records = record("CMUX_PROBE", value) + command_records(command, False, False)
+    records = record("CMUX_PROBE", value) + command_records(command, False)
     host.run(records, "/", look, len, deadline=Deadline(30))
     answer = out.value()
     if any(seen) or answer.startswith(b"seen"):
@@ -9226,7 +9153,8 @@ def table(heads: str, rows: Iterable[Fields]) -> str:
 
 
 def command_history(options: Options) -> Shown:
-    rows = open_project(options)._past(one_workspace(options))[-options.limit:]
+    project = open_project(options)
+    rows = project._about(one_workspace(options), project.history.rows())[-options.limit:]
     if options.json:
         for row in rows:
             print_json(row)
@@ -9282,10 +9210,10 @@ class View:
 def top_rows(view: View, project: Project) -> tuple[list[Fields], str]:
     """A row for each operation and job that runs, and for each workspace without any; their
     table."""
-    rows, now, running = [], project._running_now(), []  # type: list[Fields], Any, list[Any]
+    rows, now, running = [], project.history.now(), []  # type: list[Fields], Any, list[Any]
     for workspace, seen in view.look():
         running = [(f"{row['operation']} {row.get('detail', '')}", row["time"])
-                   for row in now if row.get("workspace") == workspace.name]
+                   for row in project._about(workspace.name, now)]
         running += [(f"{job['job']} {job['command']}", job["started"])
                     for job in seen.get("running", ())]
         rows += [{"workspace": workspace.name, "host": workspace.host.name,
