@@ -997,7 +997,9 @@ open_root() { # root as given, may be empty or begin with ~ -> cd there, $root
   [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
   case $root in *"$_cmux_newline"*) echo "a newline is in the path of its root" >&2; return 3;; esac
-  mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made .cmux/locks && chmod 700 .cmux || return 3
+  for folder in bases stage trash made locks; do
+    [ -d ".cmux/$folder" ] || mkdir -p ".cmux/$folder" || return 3
+  done
 }
 free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
 find_workspace() { # name -> $work its directory, $record what is known of it
@@ -1020,9 +1022,9 @@ afterwards() { :; } # without the lock
 operation() {
   open_root "$1" || return
   project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4 made=.cmux/made/$2
-  stages=$root/.cmux/stage stage=$stages/$op
+  stages=$root/.cmux/stage stage=$stages/$op files=$stage/$op came=
   # An earlier attempt may still run.
-  mkdir -p "$made" && shift 5 && locked "$stages/$project.$name.by" in_turn "$@" && afterwards
+  { [ -d "$made" ] || mkdir -p "$made"; } && shift 5 && locked "$stages/$project.$name.by" in_turn "$@" && afterwards
 }
 in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
@@ -1034,10 +1036,8 @@ in_turn() {
 discard() { ( trap '' HUP; cd / && exec rm -rf "$1" ) </dev/null >/dev/null 2>&1 4>&- & }
 taken() { [ -e "$1" ] || [ -L "$1" ]; }
 owner() { cat "$made/$1.op"; }
-publish() { # directory: it becomes $place. mv moves it *into* one that exists by now: undo that
-  rm -rf "$stage/$op" # of an attempt that was killed
-  echo "$op" >"$made/$name.op" && mv "$1" "$stage/$op" &&
-    mv "$stage/$op" "$place" || return 3
+publish() { # $files becomes $place. mv moves it *into* one that exists by now: undo that
+  echo "$op" >"$made/$name.op" && mv "$files" "$place" || return 3
   if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage" "$made/$name.op"; return 20; fi
   rm -rf "$stage"
 }
@@ -1102,12 +1102,12 @@ add_all() { # git...: all files, as one pack
   MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 "$@" -c core.compression=0 \
     -c core.bigFileThreshold=1 -c core.fsync=none add -f --ignore-removal .
 }
-make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
+make_repository() { # in $files, for $base, or a copy of the one that is there already
   _has git || return 0
-  cd "$stage/tree" && rm -rf .git && clean_environment || return
-  find . -type f -exec touch -r "$root/$base/whole.tar" {} + # as in the index of the first
   kept=$root/$base/git
-  if [ -d "$kept" ]; then cp -R "$kept" .git && git update-index -q --refresh; return; fi
+  cd "$files" && find . -type f -exec touch -r "$root/$base/whole.tar" {} + || return
+  if [ -f "$kept/index" ] && cp -R "$kept" .git; then return; fi
+  clean_environment
   git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
   mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
   printf '[core]\nautocrlf = false\ntrustctime = false\ncheckStat = minimal\n' >>.git/config &&
@@ -1127,17 +1127,21 @@ remove_gone() { # what .cmux-gone names, and the directories that are empty then
   find . -depth -type d -exec rmdir {} + 2>/dev/null
   return 0
 }
-grow_base() { # of the difference to another base -> $stage/base, $stage/tree
-  rm -rf "$stage/tree" "$stage/new" && mkdir -p "$stage/base" "$stage/new" && cd "$stage/new" &&
+grow_base() { # of the difference to another base -> $stage/base, $files
+  rm -rf "$files" && mkdir "$files" && cd "$files" &&
   unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
   unpack ../changes.tar .cmux-gone && remove_gone && unpack ../changes.tar &&
-  rm -f .cmux-gone && tar -cf ../base/whole.tar . && mv "$stage/new" "$stage/tree"
+  rm -f .cmux-gone && tar -cf ../base/whole.tar .
 }
-keep_base() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$stage/base" "$base"; }; }
-find_base() { # 21: it, or what it stands on, must be sent
+keep_base() { # two seconds old: git reads all files that are not older than its index
+  [ ! -f "$base/whole.tar" ] || return 0
+  TZ=UTC0 touch -t "$(TZ=UTC0:00:02 date +%Y%m%d%H%M.%S)" "$stage/base/whole.tar"
+  rm -rf "$base"; mv "$stage/base" "$base"
+}
+find_base() { # 21: it, or what it stands on, must be sent. $came: it is new, and lies in $files
   if [ ! -f "$base/whole.tar" ]; then
     [ ! -f "$stage/changes.tar" ] || ( grow_base ) ||
-      { rm -rf "$stage/changes.tar" "$stage/base"; return 21; }
+      { rm -rf "$stage/changes.tar" "$stage/base" "$files"; return 21; }
     if [ ! -f "$stage/base/whole.tar" ]; then
       ls -t .cmux/bases | head -n 8 | while IFS= read -r other; do
         [ ! -f ".cmux/bases/$other/whole.tar" ] || echo "base $other"
@@ -1146,15 +1150,16 @@ find_base() { # 21: it, or what it stands on, must be sent
     fi
     # Another client may have the same.
     ( locked "$stages/base.${base##*/}.by" keep_base ) || return 3
+    came=1
   fi
   touch -c "$base"
 }
-unpack_base() { # -> $stage/tree, with a repository
+unpack_base() { # -> $files, with a repository
   find_base || return
-  if [ ! -d "$stage/tree" ]; then
-    rm -rf "$stage/new"; mkdir -p "$stage/new" || return 3
-    ( cd "$stage/new" && unpack "$root/$base/whole.tar" ) && mv "$stage/new" "$stage/tree" ||
-      { rm -rf "$stage"; return 4; }
+  if [ ! "$came" ]; then
+    [ ! -d "$files" ] || rm -rf "$files" # an earlier attempt may have left half of it
+    mkdir -p "$files" && ( cd "$files" && unpack "$root/$base/whole.tar" ) ||
+      { rm -rf "$stage"; return 3; }
   fi
   ( umask 022; make_repository ) || echo nogit
 }
@@ -1165,19 +1170,18 @@ unpack_base() { # -> $stage/tree, with a repository
 #   a delta may stand on, newest first; 22: no such source.
 CREATE = ON + GIT + LIST + BASE + r"""
 take_ignored() { # source: what git ignores in both, but through no link
-  tree=$stage/tree
   [ -d "$1" ] || return 22
   clean_environment; rm -rf "$stage/part"
   ( cd "$1" && local_git ls-files -oi --exclude-standard --directory ) >"$stage/ignored" || return 9
   while IFS= read -r path; do
-    place=$tree/${path%/}; folder=${place%/*}
+    place=$files/${path%/}; folder=${place%/*}
     ! taken "$place" && mkdir -p "$folder" && [ "$(cd -P "$folder" && pwd)" = "$folder" ] &&
       printf '%s\n' "$path"
-  done <"$stage/ignored" | ( cd "$tree" && local_git check-ignore --stdin ) |
+  done <"$stage/ignored" | ( cd "$files" && local_git check-ignore --stdin ) |
     while IFS= read -r path; do
       path=${path%/}
       taken "$1/$path" || continue
-      cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$tree/$path" || exit 3
+      cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$files/$path" || exit 3
     done
 }
 local_git() { safe_git --git-dir=.git -c core.quotePath=false "$@"; }
@@ -1186,26 +1190,27 @@ work() {
   printf 'root %s\n' "$root"
   if taken "$place"; then [ "$(owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
   unpack_base && { [ ! "$2" ] || ( take_ignored "$2" ); } || return
-  ( cd "$stage/tree/.git" && ! git var GIT_AUTHOR_IDENT && # or no commit could be made
-    git config user.name agent && git config user.email agent@localhost ) >/dev/null 2>&1
+  [ ! -d "$files/.git" ] || ( cd "$files/.git" && git var GIT_AUTHOR_IDENT ) >/dev/null 2>&1 ||
+    printf '[user]\nname = agent\nemail = agent@localhost\n' >>"$files/.git/config"
   # test -x is false under noexec
-  case $(ls -lLd "$stage/tree/.cmux/init" 2>/dev/null) in -??[xs]*) echo init;; esac
-  mkdir -p "$project" "$record" && echo "$1" >"$record/base" && write_mark "$stage/tree" || return 3
-  publish "$stage/tree" && echo made
+  [ ! -f "$files/.cmux/init" ] ||
+    case $(ls -lLd "$files/.cmux/init") in -??[xs]*) echo init;; esac
+  mkdir -p "$project" "$record" && echo "$1" >"$record/base" && write_mark "$files" || return 3
+  publish && echo made
 }
 """
 
 # GZIP: prints gzip where that works.
 GZIP = "operation() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD ON parent gzip: stdin becomes stage/OP/base/whole.tar and at once stage/OP/tree; with a
+# UPLOAD ON parent gzip: stdin becomes stage/OP/base/whole.tar and at once stage/OP/OP; with a
 #   parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
 #   its cksum. (tar may stop at the end of the archive: tee would die.)
 UPLOAD = ON + r"""
 work() {
   parent=$1 decompress='gzip -dc'
   [ "$2" ] || decompress=cat
-  mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$stage/tree"; }
+  mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$files"; }
 }
 afterwards() {
   if [ "$parent" ]; then
@@ -1214,8 +1219,8 @@ afterwards() {
   else
     archive=$stage/base/whole.tar
     : >"$archive" && $decompress | tee "$archive" |
-      ( umask 022; cd "$stage/tree" && tar -xmof -; status=$?; cat >/dev/null; exit $status )
-  fi || { rm -rf "$stage"; return 4; }
+      ( umask 022; cd "$files" && tar -xmof -; status=$?; cat >/dev/null; exit $status )
+  fi || { rm -rf "$stage"; return 3; }
   cksum <"$archive"
 }
 """
@@ -1287,7 +1292,8 @@ copy_index() { # of the agent, which knows what has not changed
   if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
     shadow ls-files -s >"$stage/index" 2>/dev/null; then # else it is damaged, or split
     # A pulled commit holds no link to a repository.
-    sed -n 's/^160000 [^	]*	//p' "$stage/index" | shadow update-index --force-remove --stdin
+    ! grep -q ^160000 "$stage/index" || sed -n 's/^160000 [^	]*	//p' "$stage/index" |
+      shadow update-index --force-remove --stdin
     return
   fi
   rm -f "$shadow/index"; shadow read-tree "$head" || return 3
@@ -1340,7 +1346,7 @@ reflog_commits() { # that only reflogs (some may be gone) or HEADs of worktrees 
 }
 left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only fetched exists
   # elsewhere, too.
-  brought=$({ echo "$base_commit"; pulls | cut -d' ' -f2 | grep -v -e -; } |
+  brought=$({ echo "$base_commit"; pulls | sed -n 's/^[^ ]* \([0-9a-f]*\) .*/\1/p'; } |
     repo rev-list --no-walk --ignore-missing --stdin)
   refs=$(repo for-each-ref --format='%(refname)') || [ ! "$whole" ] || return 3
   for ref in $refs; do
@@ -1549,8 +1555,8 @@ work() {
   [ $status = 21 ] || rm -rf "$stage"; return $status
 }
 push_steps() {
-  [ "$(cat "$record/push")" != "$op" ] || { echo pushed; return 0; }
-  rm -rf "$stage/git" "$stage/delta" "$stage"/new.index*
+  read -r pushed <"$record/push"; [ "$pushed" != "$op" ] || { echo pushed; return 0; }
+  [ ! -d "$stage/git" ] || rm -rf "$stage/git" "$stage/delta" "$stage"/new.index*
   look && cd "$root" && find_new && keep_copy || return
   : >"$stage/begun" # if this attempt is killed, the next finds its half changed files
   ( switch_base ) || replace $? || return
@@ -1563,14 +1569,14 @@ look() { # -> what snapshot finds; $snapped its status
   [ $status = 0 ] || return $status
   [ ! -s "$stage/lost" ] || { cat "$stage/lost"; return 25; }
 }
-has_own() {
-  repo=$work/.git
-  [ -d "$repo" ] && [ "$snapped" = 0 ] && repo cat-file -e "$base_commit^{commit}"
+has_own() { # its base, in its repository
+  [ "$snapped" = 0 ] && [ -d "$work/.git" ] &&
+    { [ "$whole" ] || repo cat-file -e "$base_commit^{commit}"; }
 }
-is_sent() { [ "$(cat "$stage/parent")" = "$base_id" ]; } # the difference to its own base
+is_sent() { parent=; read -r parent <"$stage/parent"; [ "$parent" = "$base_id" ]; }
 find_new() {
   if has_own; then
-    ! is_sent || return 0
+    ! is_sent || return 0 # the difference to its own base is enough
     [ -f "$base/whole.tar" ] || [ -f "$stage/changes.tar" ] || echo "base $base_id"
   fi
   find_base
@@ -1601,31 +1607,31 @@ make_commit() { # of the new base, in $shadow: of the old one and the difference
 switch_base() {
   [ -d "$work/.git" ] && [ "$snapped" = 0 ] || return 1
   others=$shadow/objects/info/alternates
-  has_own && cp "$others" "$stage/alternates" || return 5
-  new=$(make_commit) || return 4
+  has_own && IFS= read -r alternate <"$others" || return 5
+  new=$(make_commit) || return 3
   branch=$(repo symbolic-ref -q HEAD) || detached=$(repo rev-parse -q --verify HEAD)
   umask 022
-  cd "$work" && repo update-ref "refs/cmux/old/$base_commit" "$base_commit" || return 5
+  cd "$work" || return 5
   if shadow read-tree --reset -u "$new" && rm "$others" && take_commit; then
     cp -p "$shadow/index" "$repo/index.cmux" && mv "$repo/index.cmux" "$repo/index"
     return
   fi
-  cp "$stage/alternates" "$others"; shadow read-tree --reset -u "$tree"
+  echo "$alternate" >"$others"; shadow read-tree --reset -u "$tree"
   if [ "$branch" ]; then repo symbolic-ref HEAD "$branch"
   else repo update-ref --no-deref HEAD "$detached"; fi
   return 5
 }
 take_commit() {
   cp -Rf "$shadow/objects/." "$repo/objects/" && # -f: objects are read-only
-  repo symbolic-ref HEAD refs/heads/main &&
-  printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" |
-    repo update-ref --no-deref --stdin
+  { [ "$branch" = refs/heads/main ] || repo symbolic-ref HEAD refs/heads/main; } &&
+  printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" \
+    "refs/cmux/old/$base_commit" "$base_commit" | repo update-ref --no-deref --stdin
 }
 replace() { # status of switch_base. Without a copy, ignored files would be lost with the directory
   [ "$1" = 1 ] || [ "$keep" ] || return "$1"
   cd "$root" && unpack_base || return
   gone=$root/.cmux/trash/$op
-  mkdir -p "$gone" && mv "$work" "$gone/" && mv "$stage/tree" "$work" || return 3
+  mkdir -p "$gone" && mv "$work" "$gone/" && mv "$files" "$work" || return 3
   discard "$gone"
 }
 """
@@ -1637,9 +1643,9 @@ work() {
   find_workspace "$1" || return
   copy=$made/$op
   rm -rf "$stage" "$copy"
-  mkdir -p "$stage" && cp -RpP "$work" "$stage/tree" && cp -RpP "$record" "$copy" ||
+  mkdir -p "$stage" && cp -RpP "$work" "$files" && cp -RpP "$record" "$copy" ||
     { free "$stage"; rm -rf "$copy"; return 3; }
-  publish "$stage/tree"
+  publish
 }
 """
 # RENAME: another name for the directory that the operation `its` made, or its old one, also where
