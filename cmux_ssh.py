@@ -1117,39 +1117,27 @@ make_repository() { # in $files, for $base, or a copy of the one that is there a
   cp -R .git "$kept.$op" && mv "$kept.$op" "$kept"
   rm -rf "$kept.$op" "$kept/git.$op"
 }
-remove_gone() { # what .cmux-gone names, and the directories that are empty then
-  set --
-  while IFS= read -r path; do
-    set -- "$@" "./$path"
-    [ $# -lt 200 ] || { rm -rf "$@"; set --; }
-  done <.cmux-gone
-  rm -rf "$@"
-  find . -depth -type d -exec rmdir {} + 2>/dev/null
-  return 0
-}
-grow_base() { # of the difference to another base -> $stage/base, $files
+grow_base() { # of the difference to another base -> $stage/whole.tar, $files
   rm -rf "$files" && mkdir "$files" && cd "$files" &&
   unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
-  unpack ../changes.tar .cmux-gone && remove_gone && unpack ../changes.tar &&
-  rm -f .cmux-gone && tar -cf ../base/whole.tar .
-}
-keep_base() { # two seconds old: git reads all files that are not older than its index
-  [ ! -f "$base/whole.tar" ] || return 0
-  TZ=UTC0 touch -t "$(TZ=UTC0:00:02 date +%Y%m%d%H%M.%S)" "$stage/base/whole.tar"
-  rm -rf "$base"; mv "$stage/base" "$base"
+  unpack ../changes.tar .cmux-gone &&
+  LC_ALL=C sed 's/[^[:alnum:]]/\\&/g; s,^,./,' .cmux-gone | LC_ALL=C xargs rm -rf || return
+  find . -depth -type d -exec rmdir {} + 2>/dev/null
+  unpack ../changes.tar && rm -f .cmux-gone && tar -cf ../whole.tar .
 }
 find_base() { # 21: it, or what it stands on, must be sent. $came: it is new, and lies in $files
   if [ ! -f "$base/whole.tar" ]; then
-    [ ! -f "$stage/changes.tar" ] || ( grow_base ) ||
-      { rm -rf "$stage/changes.tar" "$stage/base" "$files"; return 21; }
-    if [ ! -f "$stage/base/whole.tar" ]; then
+    [ ! -f "$stage/changes.tar" ] || ( grow_base ) || { rm -rf "$stage"; return 21; }
+    if [ ! -f "$stage/whole.tar" ]; then
       ls -t .cmux/bases | head -n 8 | while IFS= read -r other; do
         [ ! -f ".cmux/bases/$other/whole.tar" ] || echo "base $other"
       done
       return 21
     fi
-    # Another client may have the same.
-    ( locked "$stages/base.${base##*/}.by" keep_base ) || return 3
+    # Two seconds old: git reads files again that are as new as its index.
+    TZ=UTC0 touch -t "$(TZ=UTC0:00:02 date +%Y%m%d%H%M.%S)" "$stage/whole.tar"
+    [ -d "$base" ] || rm -f "$base"
+    mkdir -p "$base" && mv "$stage/whole.tar" "$base/" || return 3
     came=1
   fi
   touch -c "$base"
@@ -1203,24 +1191,16 @@ work() {
 # GZIP: prints gzip where that works.
 GZIP = "operation() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD ON parent gzip: stdin becomes stage/OP/base/whole.tar and at once stage/OP/OP; with a
-#   parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
+# UPLOAD ON parent unpacker: stdin becomes stage/OP/whole.tar, and at once the tree stage/OP/OP; with
+#   a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
 #   its cksum. (tar may stop at the end of the archive: tee would die.)
 UPLOAD = ON + r"""
-work() {
-  parent=$1 decompress='gzip -dc'
-  [ "$2" ] || decompress=cat
-  mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$files"; }
-}
+work() { parent=$1 unpacker=$2 archive=$stage/whole.tar; mkdir -p "$files"; }
 afterwards() {
-  if [ "$parent" ]; then
-    archive=$stage/changes.tar
-    echo "$parent" >"$stage/parent" && $decompress >"$archive"
-  else
-    archive=$stage/base/whole.tar
-    : >"$archive" && $decompress | tee "$archive" |
-      ( umask 022; cd "$files" && tar -xmof -; status=$?; cat >/dev/null; exit $status )
-  fi || { rm -rf "$stage"; return 3; }
+  [ ! "$parent" ] || { archive=$stage/changes.tar; echo "$parent" >"$stage/parent"; }
+  $unpacker | tee "$archive" | (
+    [ "$parent" ] || { umask 022; cd "$files" && tar -xmof -; }
+    status=$?; cat >/dev/null; exit $status ) || { rm -rf "$stage"; return 3; }
   cksum <"$archive"
 }
 """
@@ -1591,10 +1571,7 @@ keep_copy() {
 delta() {
   GIT_INDEX_FILE=$stage/new.index git --git-dir="$shadow" --work-tree="$stage/delta" "$@"
 }
-make_commit() { # of the new base, in $shadow: of the old one and the difference, without unpacking
-  if ! is_sent && git --git-dir="$root/$base/git" rev-parse -q --verify refs/cmux/base; then
-    cp -R "$root/$base/git/objects/." "$shadow/objects/"; return
-  fi
+make_commit() { # of the new base, in $shadow: of the old one and the difference, or of all
   mkdir "$stage/delta" && cd "$stage/delta" || return
   if is_sent; then
     unpack "$stage/changes.tar" && delta read-tree "$base_commit" &&
@@ -5438,11 +5415,11 @@ class Upload:
         self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
 
     def _send(self, archive: Archive, parent: str) -> Reply:
-        direct, how = not archive.small(), ""
+        direct, how = not archive.small(), "cat"
         if direct:
             answer = self.host._call(GZIP, before=HELD, cancel=self.cancel)
             if answer.trip >= GZIP_FROM and answer.stdout == b"gzip\n":
-                how = "gzip"
+                how = "gzip -dc"
                 archive.compress()
         try:
             reply = self.project._operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
