@@ -1023,8 +1023,9 @@ operation() {
   open_root "$1" || return
   project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4 made=.cmux/made/$2
   stages=$root/.cmux/stage stage=$stages/$op files=$stage/$op came=
+  [ -d "$made" ] || mkdir -p "$made" || return 3
   # An earlier attempt may still run.
-  { [ -d "$made" ] || mkdir -p "$made"; } && shift 5 && locked "$stages/$project.$name.by" in_turn "$@" && afterwards
+  shift 5; locked "$stages/$project.$name.by" in_turn "$@" && afterwards
 }
 in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
@@ -1120,10 +1121,10 @@ make_repository() { # in $files, for $base, or a copy of the one that is there a
 grow_base() { # of the difference to another base -> $stage/whole.tar, $files
   rm -rf "$files" && mkdir "$files" && cd "$files" &&
   unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
-  unpack ../changes.tar .cmux-gone &&
-  LC_ALL=C sed 's/[^[:alnum:]]/\\&/g; s,^,./,' .cmux-gone | LC_ALL=C xargs rm -rf || return
+  unpack ../changes.tar ".cmux-$op" && mv ".cmux-$op" ../gone &&
+  LC_ALL=C sed 's/[^[:alnum:]]/\\&/g; s,^,./,' ../gone | LC_ALL=C xargs rm -rf || return
   find . -depth -type d -exec rmdir {} + 2>/dev/null
-  unpack ../changes.tar && rm -f .cmux-gone && tar -cf ../whole.tar .
+  unpack ../changes.tar && rm ".cmux-$op" && tar -cf ../whole.tar .
 }
 find_base() { # 21: it, or what it stands on, must be sent. $came: it is new, and lies in $files
   if [ ! -f "$base/whole.tar" ]; then
@@ -1191,8 +1192,8 @@ work() {
 # GZIP: prints gzip where that works.
 GZIP = "operation() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD ON parent unpacker: stdin becomes stage/OP/whole.tar, and at once the tree stage/OP/OP; with
-#   a parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
+# UPLOAD ON parent unpacker: stdin becomes stage/OP/whole.tar, and at once a tree, stage/OP/OP; with
+#   a parent, changes.tar: what differs from that base, and .cmux-OP, the paths to remove. Replies
 #   its cksum. (tar may stop at the end of the archive: tee would die.)
 UPLOAD = ON + r"""
 work() { parent=$1 unpacker=$2 archive=$stage/whole.tar; mkdir -p "$files"; }
@@ -1530,13 +1531,13 @@ PUSH = ON + LOST + BASE + r"""
 reflog_commits() { :; } # what only a reflog has stays there
 work() {
   compared "$@"; newbase=${10} keep=${11} base=.cmux/bases/${10}
-  find_workspace "$name" && mkdir -p "$stage" || return
+  find_workspace "$name" && mkdir -p "$files" || return
   ( push_steps ); status=$?
   [ $status = 21 ] || rm -rf "$stage"; return $status
 }
 push_steps() {
   read -r pushed <"$record/push"; [ "$pushed" != "$op" ] || { echo pushed; return 0; }
-  [ ! -d "$stage/git" ] || rm -rf "$stage/git" "$stage/delta" "$stage"/new.index*
+  [ ! -d "$stage/git" ] || rm -rf "$stage/git" "$stage"/new.index*
   look && cd "$root" && find_new && keep_copy || return
   : >"$stage/begun" # if this attempt is killed, the next finds its half changed files
   ( switch_base ) || replace $? || return
@@ -1568,16 +1569,17 @@ keep_copy() {
     { rm -rf "$copy.new"; return 3; }
   echo "kept $copy"
 }
-delta() {
-  GIT_INDEX_FILE=$stage/new.index git --git-dir="$shadow" --work-tree="$stage/delta" "$@"
+index_new() {
+  GIT_INDEX_FILE=$stage/new.index git --git-dir="$shadow" --work-tree=. -c core.compression=0 "$@"
 }
 make_commit() { # of the new base, in $shadow: of the old one and the difference, or of all
-  mkdir "$stage/delta" && cd "$stage/delta" || return
+  cd "$files" || return
   if is_sent; then
-    unpack "$stage/changes.tar" && delta read-tree "$base_commit" &&
-      tr '\n' '\0' <.cmux-gone | delta update-index -z --force-remove --stdin && rm .cmux-gone
-  else unpack "$root/$base/whole.tar"
-  fi && add_all delta && tree=$(delta write-tree) && delta commit-tree "$tree" -m base
+    unpack "$stage/changes.tar" && index_new read-tree "$base_commit" &&
+      tr '\n' '\0' <".cmux-$op" | index_new update-index --add --remove --replace -z --stdin
+  else
+    { [ "$came" ] || unpack "$root/$base/whole.tar"; } && add_all index_new
+  fi && tree=$(index_new write-tree) && index_new commit-tree "$tree" -m base
 }
 # Files, refs and index become the new base's; or all stays, with 1: there is no repository, or 5:
 # it cannot be moved (another one, or a lock).
@@ -4825,14 +4827,6 @@ class Shadow:
         self.call("update-index", "-z", "--index-info", env=env, stdin=b"\0".join([*lines, b""]))
         return self.call("write-tree", "--missing-ok", env=env)
 
-    def delta(self, rows: Sequence[Row]) -> str:
-        """The tree of these files, without those of mode 0, and of .cmux-gone: the list of all
-        their paths, which the host removes first."""
-        names = b"".join(path + b"\n" for _, _, path in rows)
-        gone = self.call("hash-object", "-w", "--stdin", stdin=names)
-        files = [row for row in rows if int(row[0])]
-        return self.altered("", [("100644", gone, b".cmux-gone"), *files])
-
     def lfs_paths(self, tree: str, paths: Collection[bytes]) -> list[bytes]:
         """Those of the paths that LFS manages by the .gitattributes of a tree or commit."""
         if not paths:
@@ -5033,14 +5027,19 @@ class Parts:
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked as they are read."""
-        import tarfile
         for path in paths:
-            mode, _, _, size = self.pointers[path]
-            info = tarfile.TarInfo(os.fsdecode(path))
-            info.size, info.mtime, info.mode = size, int(time.time()), int(mode[-3:], 8)
-            yield info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-            yield from read_content(self.files[path], show(path), self.pointers[path])
-            yield b"\0" * (-size % 512)
+            pointer = self.pointers[path]
+            content = read_content(self.files[path], show(path), pointer)
+            yield from tar_entry(path, pointer[0], pointer[3], content)
+
+
+def tar_entry(path: bytes, mode: str, size: int, content: Iterable[bytes]) -> Iterator[bytes]:
+    import tarfile
+    info = tarfile.TarInfo(os.fsdecode(path))
+    info.size, info.mtime, info.mode = size, int(time.time()), int(mode[-3:], 8)
+    yield info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    yield from content
+    yield b"\0" * (-size % 512)
 
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
@@ -5333,10 +5332,8 @@ class Upload:
         sent.update((entry["tree"], entry["base"]) for entry in project._entries().values()
                     if entry["host"] == host)
         bases = sent.keys() & set(offered)
-        if not bases or any(shadow.records("ls-tree", self.tree, "--", ".cmux-gone")):
-            return "", []
         best, least, differs, sizes = "", float("inf"), [], {}
-        if not little:  # slow
+        if bases and not little:  # slow
             sizes = shadow.sizes(self.tree)
             sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
             least = sum(sizes.values()) / 2
@@ -5376,14 +5373,18 @@ class Upload:
 
     def _archive(self, parent: str, rows: Sequence[Row]) -> Archive:
         """The archive of all, or of the ``rows`` that differ from a base."""
-        apart, tree = list(self.parts.files), self.tree
+        apart, tree, gone = list(self.parts.files), self.tree, b""
+        first: Iterable[bytes] = ()
         if parent:
-            apart = [path for mode, _, path in rows if int(mode) and path in self.parts.files]
-            tree = self.shadow.delta(rows)
+            gone = b"".join(path + b"\n" for _, _, path in rows)
+            first = tar_entry(b".cmux-" + self.op.encode(), "644", len(gone), [gone])
+            rows = [row for row in rows if int(row[0])]
+            apart = [path for _, _, path in rows if path in self.parts.files]
+            tree = self.shadow.altered("", rows)
         if apart:
             tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
-        archive = self.shadow.archive(tree, self.parts.stream(apart))
-        front = sum(self.parts.pointers[path][3] for path in apart)
+        archive = self.shadow.archive(tree, itertools.chain(first, self.parts.stream(apart)))
+        front = len(gone) + sum(self.parts.pointers[path][3] for path in apart)
         # An estimate: a header for each file, contents in blocks of 512 bytes.
         total = functools.cache(lambda: front + sum(
             512 + -size % 512 + size for size in self.shadow.sizes(tree).values()))
