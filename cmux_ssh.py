@@ -1031,7 +1031,7 @@ in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
   read -r last left <"$turns"
   [ "${last:-0}" -le "$turn" ] || return 3
-  case $left in "$op" | '') ;; *) free ".cmux/stage/$left";; esac
+  case $left in "$op" | '') ;; *) [ ! -d "$stages/$left" ] || free "$stages/$left";; esac
   echo "$turn $op" >"$turns" && work "$@"
 }
 discard() { ( trap '' HUP; cd / && exec rm -rf "$1" ) </dev/null >/dev/null 2>&1 4>&- & }
@@ -1388,8 +1388,9 @@ written_gits() { # since the workspace was made: without git, a pull brings noth
 
 LISTED = r"""
 only() { sort "$1" "$2" "$2" >"$stage/both" && uniq -u "$stage/both"; } # lines of the first alone
-compare_lists() { # -> $stage/new: numbered lines; $stage/gone: paths
-  cd "$stage" && only now was >changed && sed '/^u/d;=' changed | sed 'N;s/\n/ /' >new &&
+compare_lists() { # -> $stage/new: numbered lines, with git's modes; $stage/gone: paths
+  cd "$stage" && only now was >changed &&
+    sed '/^u/d;s/^x/100755/;s/^f/100644/;s/^l/120000/;=' changed | sed 'N;s/\n/ /' >new &&
     only_paths <was >before && only_paths <now >after && only before after >gone
 }
 send_list() { # kind
@@ -1400,8 +1401,7 @@ send_changes() {
   { echo 1
     sed 'i\
 :0 000000 0 0 D' "$stage/gone"
-    sed 's/^\([0-9]*\) x/\1 100755/;s/^\([0-9]*\) f/\1 100644/;s/^\([0-9]*\) l/\1 120000/
-s/^\([0-9]*\) \([0-9]*\) [^ ]* [^ ]* \.\//:0 \2 0 \1 M\
+    sed 's/^\([0-9]*\) \([0-9]*\) [^ ]* [^ ]* \.\//:0 \2 0 \1 M\
 /' "$stage/new"; echo; } | tr '\n' '\0'
 }
 send_files() {
@@ -1413,7 +1413,7 @@ send_files() {
     echo "${row%% *} blob $size"
     case $row in
     *' 0') ;; # some systems have no `head -c 0`
-    *' l '*) readlink "$path" | head -c "$size";;
+    *' 120000 '*) readlink "$path" | head -c "$size";;
     *) head -c "$size" "$path";;
     esac
     echo
@@ -1653,11 +1653,10 @@ operation() {
   before=$(kilobytes)
   for path in trash/* trash/.[!.]*; do free "$path"; done
   for path in stage/* locks/*; do ! cold 0 "$path" || free "$path"; done
-  cat made/*/*/base made/*/*.base >used.$$
+  used=$(cat made/*/*/base made/*/*.base)
   for path in bases/*; do
-    grep -qxF "${path#bases/}" used.$$ || ! cold 14 "$path" || rm -rf "$path"
+    case $used in *"${path#bases/}"*) ;; *) ! cold 14 "$path" || rm -rf "$path";; esac
   done
-  rm -f used.$$
   for path in jobs/*/*/*/exit; do ! cold 7 "$path" || rm -rf "${path%/exit}"; done
   echo $((before-$(kilobytes)))
 }
