@@ -1000,6 +1000,7 @@ open_root() { # root as given, may be empty or begin with ~ -> cd there, $root
   for folder in bases stage trash made locks; do
     [ -d ".cmux/$folder" ] || mkdir -p ".cmux/$folder" || return 3
   done
+  chmod 700 .cmux || return 3 # fails where it is another user's
 }
 free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
 find_workspace() { # name -> $work its directory, $record what is known of it
@@ -1597,7 +1598,7 @@ switch_base() {
     cp -p "$shadow/index" "$repo/index.cmux" && mv "$repo/index.cmux" "$repo/index"
     return
   fi
-  echo "$alternate" >"$others"; shadow read-tree --reset -u "$tree"
+  printf '%s\n' "$alternate" >"$others"; shadow read-tree --reset -u "$tree"
   if [ "$branch" ]; then repo symbolic-ref HEAD "$branch"
   else repo update-ref --no-deref HEAD "$detached"; fi
   return 5
