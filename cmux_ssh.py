@@ -1107,11 +1107,12 @@ add_all() { # git...: all files, as one pack
 make_repository() { # in $files, for $base, or a copy of the one that is there already
   _has git || return 0
   kept=$root/$base/git
-  cd "$files" && clean_environment || return
+  cd "$files" || return
   # The index of the first has these times; that of a link cannot be set everywhere.
   links=$(find . -type f -exec touch -r "$root/$base/whole.tar" {} + -o -type l -print)
-  if [ -f "$kept/index" ] && cp -R "$kept" .git &&
-    { [ ! "$links" ] || git update-index -q --refresh; }; then return; fi
+  if [ -f "$kept/index" ] && cp -R "$kept" .git && [ ! "$links" ]; then return; fi
+  clean_environment
+  if [ -f .git/index ] && git update-index -q --refresh; then return; fi
   git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
   mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
   printf '[core]\nautocrlf = false\ntrustctime = false\ncheckStat = minimal\n' >>.git/config &&
