@@ -5376,18 +5376,17 @@ class Upload:
 
     def _archive(self, parent: str, rows: Sequence[Row]) -> Archive:
         """The archive of all, or of the ``rows`` that differ from a base."""
-        apart, tree, gone = list(self.parts.files), self.tree, b""
-        first: Iterable[bytes] = ()
+        apart, tree, gone = list(self.parts.files), self.tree, [b""]
         if parent:
-            gone = b"".join(path + b"\n" for _, _, path in rows)
-            first = tar_entry(b".cmux-" + self.op.encode(), "644", len(gone), [gone])
+            paths = b"".join(path + b"\n" for _, _, path in rows)
+            gone += tar_entry(b".cmux-" + self.op.encode(), "644", len(paths), [paths])
             rows = [row for row in rows if int(row[0])]
             apart = [path for _, _, path in rows if path in self.parts.files]
             tree = self.shadow.altered("", rows)
         if apart:
             tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
-        archive = self.shadow.archive(tree, itertools.chain(first, self.parts.stream(apart)))
-        front = len(gone) + sum(self.parts.pointers[path][3] for path in apart)
+        archive = self.shadow.archive(tree, itertools.chain(gone, self.parts.stream(apart)))
+        front = sum(map(len, gone)) + sum(self.parts.pointers[path][3] for path in apart)
         # An estimate: a header for each file, contents in blocks of 512 bytes.
         total = functools.cache(lambda: front + sum(
             512 + -size % 512 + size for size in self.shadow.sizes(tree).values()))
