@@ -995,7 +995,10 @@ open_root() { # root as given, may be empty or begin with ~ -> cd there, $root
   [ -d "$root" ] || { mkdir -p -- "$root" && fresh=1; } || return 3
   cd -P -- "$root" && root=$(pwd -P) || return 3
   case $root in *"$_cmux_newline"*) echo "a newline is in the path of its root" >&2; return 3;; esac
-  mkdir -p .cmux/bases .cmux/stage .cmux/trash .cmux/made .cmux/locks && chmod 700 .cmux || return 3
+  for folder in bases stage trash made locks; do
+    [ -d ".cmux/$folder" ] || mkdir -p ".cmux/$folder" || return 3
+  done
+  chmod 700 .cmux || return 3 # fails where it is another user's
 }
 free() { chmod -R u+rwX "$1"; rm -rf "$1"; }
 find_workspace() { # name -> $work its directory, $record what is known of it
@@ -1018,24 +1021,23 @@ afterwards() { :; } # without the lock
 operation() {
   open_root "$1" || return
   project=$2 turn=$3 name=$4 op=$5 place=$root/$2/$4 made=.cmux/made/$2
-  stages=$root/.cmux/stage stage=$stages/$op
+  stages=$root/.cmux/stage stage=$stages/$op files=$stage/$op came=
+  [ -d "$made" ] || mkdir -p "$made" || return 3
   # An earlier attempt may still run.
-  mkdir -p "$made" && shift 5 && locked "$stages/$project.$name.by" in_turn "$@" && afterwards
+  shift 5; locked "$stages/$project.$name.by" in_turn "$@" && afterwards
 }
 in_turn() {
   turns=.cmux/locks/turn-$project.$name last=0 left=
   read -r last left <"$turns"
   [ "${last:-0}" -le "$turn" ] || return 3
-  case $left in "$op" | '') ;; *) free ".cmux/stage/$left";; esac
+  case $left in "$op" | '') ;; *) [ ! -d "$stages/$left" ] || free "$stages/$left";; esac
   echo "$turn $op" >"$turns" && work "$@"
 }
 discard() { ( trap '' HUP; cd / && exec rm -rf "$1" ) </dev/null >/dev/null 2>&1 4>&- & }
 taken() { [ -e "$1" ] || [ -L "$1" ]; }
 owner() { cat "$made/$1.op"; }
-publish() { # directory: it becomes $place. mv moves it *into* one that exists by now: undo that
-  rm -rf "$stage/$op" # of an attempt that was killed
-  echo "$op" >"$made/$name.op" && mv "$1" "$stage/$op" &&
-    mv "$stage/$op" "$place" || return 3
+publish() { # $files becomes $place. mv moves it *into* one that exists by now: undo that
+  echo "$op" >"$made/$name.op" && mv "$files" "$place" || return 3
   if [ -d "$place/$op" ]; then rm -rf "$place/$op" "$stage" "$made/$name.op"; return 20; fi
   rm -rf "$stage"
 }
@@ -1100,12 +1102,15 @@ add_all() { # git...: all files, as one pack
   MALLOC_TRIM_THRESHOLD_=99999999 MALLOC_TOP_PAD_=9999999 "$@" -c core.compression=0 \
     -c core.bigFileThreshold=1 -c core.fsync=none add -f --ignore-removal .
 }
-make_repository() { # in $stage/tree, for $base, or a copy of the one that is there already
+make_repository() { # in $files, for $base, or a copy of the one that is there already
   _has git || return 0
-  cd "$stage/tree" && rm -rf .git && clean_environment || return
-  find . -type f -exec touch -r "$root/$base/whole.tar" {} + # as in the index of the first
   kept=$root/$base/git
-  if [ -d "$kept" ]; then cp -R "$kept" .git && git update-index -q --refresh; return; fi
+  cd "$files" || return
+  # The index of the first has these times; that of a link cannot be set everywhere.
+  links=$(find . -type f -exec touch -r "$root/$base/whole.tar" {} + -o -type l -print)
+  if [ -f "$kept/index" ] && cp -R "$kept" .git && [ ! "$links" ]; then return; fi
+  clean_environment
+  if [ -f .git/index ] && git update-index -q --refresh; then return; fi
   git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&
   mkdir -p .git/info .git/hooks && echo "$raw" >.git/info/attributes &&
   printf '[core]\nautocrlf = false\ntrustctime = false\ncheckStat = minimal\n' >>.git/config &&
@@ -1115,44 +1120,37 @@ make_repository() { # in $stage/tree, for $base, or a copy of the one that is th
   cp -R .git "$kept.$op" && mv "$kept.$op" "$kept"
   rm -rf "$kept.$op" "$kept/git.$op"
 }
-remove_gone() { # what .cmux-gone names, and the directories that are empty then
-  set --
-  while IFS= read -r path; do
-    set -- "$@" "./$path"
-    [ $# -lt 200 ] || { rm -rf "$@"; set --; }
-  done <.cmux-gone
-  rm -rf "$@"
-  find . -depth -type d -exec rmdir {} + 2>/dev/null
-  return 0
-}
-grow_base() { # of the difference to another base -> $stage/base, $stage/tree
-  rm -rf "$stage/tree" "$stage/new" && mkdir -p "$stage/base" "$stage/new" && cd "$stage/new" &&
+grow_base() { # of the difference to another base -> $stage/whole.tar, $files
+  rm -rf "$files" && mkdir "$files" && cd "$files" &&
   unpack "$root/.cmux/bases/$(cat ../parent)/whole.tar" &&
-  unpack ../changes.tar .cmux-gone && remove_gone && unpack ../changes.tar &&
-  rm -f .cmux-gone && tar -cf ../base/whole.tar . && mv "$stage/new" "$stage/tree"
+  unpack ../changes.tar ".cmux-$op" && mv ".cmux-$op" ../gone &&
+  LC_ALL=C sed 's/[^[:alnum:]]/\\&/g; s,^,./,' ../gone | LC_ALL=C xargs rm -rf || return
+  find . -depth -type d -exec rmdir {} + 2>/dev/null
+  unpack ../changes.tar && rm ".cmux-$op" && tar -cf ../whole.tar .
 }
-keep_base() { [ -f "$base/whole.tar" ] || { rm -rf "$base"; mv "$stage/base" "$base"; }; }
-find_base() { # 21: it, or what it stands on, must be sent
+find_base() { # 21: it, or what it stands on, must be sent. $came: it is new, and lies in $files
   if [ ! -f "$base/whole.tar" ]; then
-    [ ! -f "$stage/changes.tar" ] || ( grow_base ) ||
-      { rm -rf "$stage/changes.tar" "$stage/base"; return 21; }
-    if [ ! -f "$stage/base/whole.tar" ]; then
+    [ ! -f "$stage/changes.tar" ] || ( grow_base ) || { rm -rf "$stage"; return 21; }
+    if [ ! -f "$stage/whole.tar" ]; then
       ls -t .cmux/bases | head -n 8 | while IFS= read -r other; do
         [ ! -f ".cmux/bases/$other/whole.tar" ] || echo "base $other"
       done
       return 21
     fi
-    # Another client may have the same.
-    ( locked "$stages/base.${base##*/}.by" keep_base ) || return 3
+    # Two seconds old: git reads files again that are as new as its index.
+    TZ=UTC0 touch -t "$(TZ=UTC0:00:02 date +%Y%m%d%H%M.%S)" "$stage/whole.tar"
+    [ -d "$base" ] || rm -f "$base"
+    mkdir -p "$base" && mv "$stage/whole.tar" "$base/" || return 3
+    came=1
   fi
   touch -c "$base"
 }
-unpack_base() { # -> $stage/tree, with a repository
+unpack_base() { # -> $files, with a repository
   find_base || return
-  if [ ! -d "$stage/tree" ]; then
-    rm -rf "$stage/new"; mkdir -p "$stage/new" || return 3
-    ( cd "$stage/new" && unpack "$root/$base/whole.tar" ) && mv "$stage/new" "$stage/tree" ||
-      { rm -rf "$stage"; return 4; }
+  if [ ! "$came" ]; then
+    [ ! -d "$files" ] || rm -rf "$files" # an earlier attempt may have left half of it
+    mkdir -p "$files" && ( cd "$files" && unpack "$root/$base/whole.tar" ) ||
+      { rm -rf "$stage"; return 3; }
   fi
   ( umask 022; make_repository ) || echo nogit
 }
@@ -1163,19 +1161,18 @@ unpack_base() { # -> $stage/tree, with a repository
 #   a delta may stand on, newest first; 22: no such source.
 CREATE = ON + GIT + LIST + BASE + r"""
 take_ignored() { # source: what git ignores in both, but through no link
-  tree=$stage/tree
   [ -d "$1" ] || return 22
   clean_environment; rm -rf "$stage/part"
   ( cd "$1" && local_git ls-files -oi --exclude-standard --directory ) >"$stage/ignored" || return 9
   while IFS= read -r path; do
-    place=$tree/${path%/}; folder=${place%/*}
+    place=$files/${path%/}; folder=${place%/*}
     ! taken "$place" && mkdir -p "$folder" && [ "$(cd -P "$folder" && pwd)" = "$folder" ] &&
       printf '%s\n' "$path"
-  done <"$stage/ignored" | ( cd "$tree" && local_git check-ignore --stdin ) |
+  done <"$stage/ignored" | ( cd "$files" && local_git check-ignore --stdin ) |
     while IFS= read -r path; do
       path=${path%/}
       taken "$1/$path" || continue
-      cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$tree/$path" || exit 3
+      cp -RpP "$1/$path" "$stage/part" && mv "$stage/part" "$files/$path" || exit 3
     done
 }
 local_git() { safe_git --git-dir=.git -c core.quotePath=false "$@"; }
@@ -1184,36 +1181,29 @@ work() {
   printf 'root %s\n' "$root"
   if taken "$place"; then [ "$(owner "$name")" = "$op" ] || return 20; echo made; return 0; fi
   unpack_base && { [ ! "$2" ] || ( take_ignored "$2" ); } || return
-  ( cd "$stage/tree/.git" && ! git var GIT_AUTHOR_IDENT && # or no commit could be made
-    git config user.name agent && git config user.email agent@localhost ) >/dev/null 2>&1
+  [ ! -d "$files/.git" ] || ( cd "$files/.git" && git var GIT_AUTHOR_IDENT ) >/dev/null 2>&1 ||
+    printf '[user]\nname = agent\nemail = agent@localhost\n' >>"$files/.git/config"
   # test -x is false under noexec
-  case $(ls -lLd "$stage/tree/.cmux/init" 2>/dev/null) in -??[xs]*) echo init;; esac
-  mkdir -p "$project" "$record" && echo "$1" >"$record/base" && write_mark "$stage/tree" || return 3
-  publish "$stage/tree" && echo made
+  [ ! -f "$files/.cmux/init" ] ||
+    case $(ls -lLd "$files/.cmux/init") in -??[xs]*) echo init;; esac
+  mkdir -p "$project" "$record" && echo "$1" >"$record/base" && write_mark "$files" || return 3
+  publish && echo made
 }
 """
 
 # GZIP: prints gzip where that works.
 GZIP = "operation() { echo gzip | gzip | gzip -dc; }"
 
-# UPLOAD ON parent gzip: stdin becomes stage/OP/base/whole.tar and at once stage/OP/tree; with a
-#   parent, changes.tar: what differs from that base, and .cmux-gone, the paths to remove. Replies
+# UPLOAD ON parent unpacker: stdin becomes stage/OP/whole.tar, and at once a tree, stage/OP/OP; with
+#   a parent, changes.tar: what differs from that base, and .cmux-OP, the paths to remove. Replies
 #   its cksum. (tar may stop at the end of the archive: tee would die.)
 UPLOAD = ON + r"""
-work() {
-  parent=$1 decompress='gzip -dc'
-  [ "$2" ] || decompress=cat
-  mkdir -p "$stage/base" && { [ "$parent" ] || mkdir -p "$stage/tree"; }
-}
+work() { parent=$1 unpacker=$2 archive=$stage/whole.tar; mkdir -p "$files"; }
 afterwards() {
-  if [ "$parent" ]; then
-    archive=$stage/changes.tar
-    echo "$parent" >"$stage/parent" && $decompress >"$archive"
-  else
-    archive=$stage/base/whole.tar
-    : >"$archive" && $decompress | tee "$archive" |
-      ( umask 022; cd "$stage/tree" && tar -xmof -; status=$?; cat >/dev/null; exit $status )
-  fi || { rm -rf "$stage"; return 4; }
+  [ ! "$parent" ] || { archive=$stage/changes.tar; echo "$parent" >"$stage/parent"; }
+  $unpacker | tee "$archive" | (
+    [ "$parent" ] || { umask 022; cd "$files" && tar -xmof -; }
+    status=$?; cat >/dev/null; exit $status ) || { rm -rf "$stage"; return 3; }
   cksum <"$archive"
 }
 """
@@ -1285,7 +1275,8 @@ copy_index() { # of the agent, which knows what has not changed
   if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
     shadow ls-files -s >"$stage/index" 2>/dev/null; then # else it is damaged, or split
     # A pulled commit holds no link to a repository.
-    sed -n 's/^160000 [^	]*	//p' "$stage/index" | shadow update-index --force-remove --stdin
+    ! grep -q ^160000 "$stage/index" || sed -n 's/^160000 [^	]*	//p' "$stage/index" |
+      shadow update-index --force-remove --stdin
     return
   fi
   rm -f "$shadow/index"; shadow read-tree "$head" || return 3
@@ -1338,7 +1329,7 @@ reflog_commits() { # that only reflogs (some may be gone) or HEADs of worktrees 
 }
 left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only fetched exists
   # elsewhere, too.
-  brought=$({ echo "$base_commit"; pulls | cut -d' ' -f2 | grep -v -e -; } |
+  brought=$({ echo "$base_commit"; pulls | sed -n 's/^[^ ]* \([0-9a-f]*\) .*/\1/p'; } |
     repo rev-list --no-walk --ignore-missing --stdin)
   refs=$(repo for-each-ref --format='%(refname)') || [ ! "$whole" ] || return 3
   for ref in $refs; do
@@ -1399,8 +1390,9 @@ written_gits() { # since the workspace was made: without git, a pull brings noth
 
 LISTED = r"""
 only() { sort "$1" "$2" "$2" >"$stage/both" && uniq -u "$stage/both"; } # lines of the first alone
-compare_lists() { # -> $stage/new: numbered lines; $stage/gone: paths
-  cd "$stage" && only now was >changed && sed '/^u/d;=' changed | sed 'N;s/\n/ /' >new &&
+compare_lists() { # -> $stage/new: numbered lines, with git's modes; $stage/gone: paths
+  cd "$stage" && only now was >changed &&
+    sed '/^u/d;s/^x/100755/;s/^f/100644/;s/^l/120000/;=' changed | sed 'N;s/\n/ /' >new &&
     only_paths <was >before && only_paths <now >after && only before after >gone
 }
 send_list() { # kind
@@ -1411,8 +1403,7 @@ send_changes() {
   { echo 1
     sed 'i\
 :0 000000 0 0 D' "$stage/gone"
-    sed 's/^\([0-9]*\) x/\1 100755/;s/^\([0-9]*\) f/\1 100644/;s/^\([0-9]*\) l/\1 120000/
-s/^\([0-9]*\) \([0-9]*\) [^ ]* [^ ]* \.\//:0 \2 0 \1 M\
+    sed 's/^\([0-9]*\) \([0-9]*\) [^ ]* [^ ]* \.\//:0 \2 0 \1 M\
 /' "$stage/new"; echo; } | tr '\n' '\0'
 }
 send_files() {
@@ -1424,7 +1415,7 @@ send_files() {
     echo "${row%% *} blob $size"
     case $row in
     *' 0') ;; # some systems have no `head -c 0`
-    *' l '*) readlink "$path" | head -c "$size";;
+    *' 120000 '*) readlink "$path" | head -c "$size";;
     *) head -c "$size" "$path";;
     esac
     echo
@@ -1542,13 +1533,13 @@ PUSH = ON + LOST + BASE + r"""
 reflog_commits() { :; } # what only a reflog has stays there
 work() {
   compared "$@"; newbase=${10} keep=${11} base=.cmux/bases/${10}
-  find_workspace "$name" && mkdir -p "$stage" || return
+  find_workspace "$name" && mkdir -p "$files" || return
   ( push_steps ); status=$?
   [ $status = 21 ] || rm -rf "$stage"; return $status
 }
 push_steps() {
-  [ "$(cat "$record/push")" != "$op" ] || { echo pushed; return 0; }
-  rm -rf "$stage/git" "$stage/delta" "$stage"/new.index*
+  read -r pushed <"$record/push"; [ "$pushed" != "$op" ] || { echo pushed; return 0; }
+  [ ! -d "$stage/git" ] || rm -rf "$stage/git" "$stage"/new.index*
   look && cd "$root" && find_new && keep_copy || return
   : >"$stage/begun" # if this attempt is killed, the next finds its half changed files
   ( switch_base ) || replace $? || return
@@ -1561,14 +1552,14 @@ look() { # -> what snapshot finds; $snapped its status
   [ $status = 0 ] || return $status
   [ ! -s "$stage/lost" ] || { cat "$stage/lost"; return 25; }
 }
-has_own() {
-  repo=$work/.git
-  [ -d "$repo" ] && [ "$snapped" = 0 ] && repo cat-file -e "$base_commit^{commit}"
+has_own() { # its base, in its repository
+  [ "$snapped" = 0 ] && [ -d "$work/.git" ] &&
+    { [ "$whole" ] || repo cat-file -e "$base_commit^{commit}"; }
 }
-is_sent() { [ "$(cat "$stage/parent")" = "$base_id" ]; } # the difference to its own base
+is_sent() { parent=; read -r parent <"$stage/parent"; [ "$parent" = "$base_id" ]; }
 find_new() {
   if has_own; then
-    ! is_sent || return 0
+    ! is_sent || return 0 # the difference to its own base is enough
     [ -f "$base/whole.tar" ] || [ -f "$stage/changes.tar" ] || echo "base $base_id"
   fi
   find_base
@@ -1580,50 +1571,48 @@ keep_copy() {
     { rm -rf "$copy.new"; return 3; }
   echo "kept $copy"
 }
-delta() {
-  GIT_INDEX_FILE=$stage/new.index git --git-dir="$shadow" --work-tree="$stage/delta" "$@"
+index_new() {
+  GIT_INDEX_FILE=$stage/new.index git --git-dir="$shadow" --work-tree=. -c core.compression=0 "$@"
 }
-make_commit() { # of the new base, in $shadow: of the old one and the difference, without unpacking
-  if ! is_sent && git --git-dir="$root/$base/git" rev-parse -q --verify refs/cmux/base; then
-    cp -R "$root/$base/git/objects/." "$shadow/objects/"; return
-  fi
-  mkdir "$stage/delta" && cd "$stage/delta" || return
+make_commit() { # of the new base, in $shadow: of the old one and the difference, or of all
+  cd "$files" || return
   if is_sent; then
-    unpack "$stage/changes.tar" && delta read-tree "$base_commit" &&
-      tr '\n' '\0' <.cmux-gone | delta update-index -z --force-remove --stdin && rm .cmux-gone
-  else unpack "$root/$base/whole.tar"
-  fi && add_all delta && tree=$(delta write-tree) && delta commit-tree "$tree" -m base
+    unpack "$stage/changes.tar" && index_new read-tree "$base_commit" &&
+      tr '\n' '\0' <".cmux-$op" | index_new update-index --add --remove --replace -z --stdin
+  else
+    { [ "$came" ] || unpack "$root/$base/whole.tar"; } && add_all index_new
+  fi && tree=$(index_new write-tree) && index_new commit-tree "$tree" -m base
 }
 # Files, refs and index become the new base's; or all stays, with 1: there is no repository, or 5:
 # it cannot be moved (another one, or a lock).
 switch_base() {
   [ -d "$work/.git" ] && [ "$snapped" = 0 ] || return 1
   others=$shadow/objects/info/alternates
-  has_own && cp "$others" "$stage/alternates" || return 5
-  new=$(make_commit) || return 4
+  has_own && IFS= read -r alternate <"$others" || return 5
+  new=$(make_commit) || return 3
   branch=$(repo symbolic-ref -q HEAD) || detached=$(repo rev-parse -q --verify HEAD)
   umask 022
-  cd "$work" && repo update-ref "refs/cmux/old/$base_commit" "$base_commit" || return 5
+  cd "$work" || return 5
   if shadow read-tree --reset -u "$new" && rm "$others" && take_commit; then
     cp -p "$shadow/index" "$repo/index.cmux" && mv "$repo/index.cmux" "$repo/index"
     return
   fi
-  cp "$stage/alternates" "$others"; shadow read-tree --reset -u "$tree"
+  printf '%s\n' "$alternate" >"$others"; shadow read-tree --reset -u "$tree"
   if [ "$branch" ]; then repo symbolic-ref HEAD "$branch"
   else repo update-ref --no-deref HEAD "$detached"; fi
   return 5
 }
 take_commit() {
   cp -Rf "$shadow/objects/." "$repo/objects/" && # -f: objects are read-only
-  repo symbolic-ref HEAD refs/heads/main &&
-  printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" |
-    repo update-ref --no-deref --stdin
+  { [ "$branch" = refs/heads/main ] || repo symbolic-ref HEAD refs/heads/main; } &&
+  printf 'update %s %s\n' refs/heads/main "$new" refs/cmux/base "$new" \
+    "refs/cmux/old/$base_commit" "$base_commit" | repo update-ref --no-deref --stdin
 }
 replace() { # status of switch_base. Without a copy, ignored files would be lost with the directory
   [ "$1" = 1 ] || [ "$keep" ] || return "$1"
   cd "$root" && unpack_base || return
   gone=$root/.cmux/trash/$op
-  mkdir -p "$gone" && mv "$work" "$gone/" && mv "$stage/tree" "$work" || return 3
+  mkdir -p "$gone" && mv "$work" "$gone/" && mv "$files" "$work" || return 3
   discard "$gone"
 }
 """
@@ -1635,9 +1624,9 @@ work() {
   find_workspace "$1" || return
   copy=$made/$op
   rm -rf "$stage" "$copy"
-  mkdir -p "$stage" && cp -RpP "$work" "$stage/tree" && cp -RpP "$record" "$copy" ||
+  mkdir -p "$stage" && cp -RpP "$work" "$files" && cp -RpP "$record" "$copy" ||
     { free "$stage"; rm -rf "$copy"; return 3; }
-  publish "$stage/tree"
+  publish
 }
 """
 # RENAME: another name for the directory that the operation `its` made, or its old one, also where
@@ -1666,11 +1655,10 @@ operation() {
   before=$(kilobytes)
   for path in trash/* trash/.[!.]*; do free "$path"; done
   for path in stage/* locks/*; do ! cold 0 "$path" || free "$path"; done
-  cat made/*/*/base made/*/*.base >used.$$
+  used=$(cat made/*/*/base made/*/*.base)
   for path in bases/*; do
-    grep -qxF "${path#bases/}" used.$$ || ! cold 14 "$path" || rm -rf "$path"
+    case $used in *"${path#bases/}"*) ;; *) ! cold 14 "$path" || rm -rf "$path";; esac
   done
-  rm -f used.$$
   for path in jobs/*/*/*/exit; do ! cold 7 "$path" || rm -rf "${path%/exit}"; done
   echo $((before-$(kilobytes)))
 }
@@ -4807,14 +4795,6 @@ class Shadow(Git):
         self.call("update-index", "-z", "--index-info", env=env, stdin=b"\0".join([*lines, b""]))
         return self.call("write-tree", "--missing-ok", env=env)
 
-    def delta(self, rows: Sequence[Row]) -> str:
-        """The tree of these files, without those of mode 0, and of .cmux-gone: the list of all
-        their paths, which the host removes first."""
-        names = b"".join(path + b"\n" for _, _, path in rows)
-        gone = self.call("hash-object", "-w", "--stdin", stdin=names)
-        files = [row for row in rows if int(row[0])]
-        return self.altered("", [("100644", gone, b".cmux-gone"), *files])
-
     def lfs_paths(self, tree: str, paths: Collection[bytes]) -> list[bytes]:
         """Those of the paths that LFS manages by the .gitattributes of a tree or commit."""
         if not paths:
@@ -4979,14 +4959,19 @@ class Parts:
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked as they are read."""
-        import tarfile
         for path in paths:
-            mode, _, _, size = self.pointers[path]
-            info = tarfile.TarInfo(os.fsdecode(path))
-            info.size, info.mtime, info.mode = size, int(time.time()), int(mode[-3:], 8)
-            yield info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
-            yield from read_content(self.files[path], show(path), self.pointers[path])
-            yield b"\0" * (-size % 512)
+            pointer = self.pointers[path]
+            content = read_content(self.files[path], show(path), pointer)
+            yield from tar_entry(path, pointer[0], pointer[3], content)
+
+
+def tar_entry(path: bytes, mode: str, size: int, content: Iterable[bytes]) -> Iterator[bytes]:
+    import tarfile
+    info = tarfile.TarInfo(os.fsdecode(path))
+    info.size, info.mtime, info.mode = size, int(time.time()), int(mode[-3:], 8)
+    yield info.tobuf(tarfile.GNU_FORMAT, "utf-8", "surrogateescape")
+    yield from content
+    yield b"\0" * (-size % 512)
 
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
@@ -5222,10 +5207,8 @@ class Upload:
         sent.update((entry["tree"], entry["base"]) for entry in project._entries().values()
                     if entry["host"] == host)
         bases = sent.keys() & set(offered)
-        if not bases or any(shadow.records("ls-tree", self.tree, "--", ".cmux-gone")):
-            return "", []
         best, least, differs, sizes = "", float("inf"), [], {}
-        if not little:  # slow
+        if bases and not little:  # slow
             sizes = shadow.sizes(self.tree)
             sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
             least = sum(sizes.values()) / 2
@@ -5265,14 +5248,17 @@ class Upload:
 
     def _archive(self, parent: str, rows: Sequence[Row]) -> Archive:
         """The archive of all, or of the ``rows`` that differ from a base."""
-        apart, tree = list(self.parts.files), self.tree
+        apart, tree, gone = list(self.parts.files), self.tree, [b""]
         if parent:
-            apart = [path for mode, _, path in rows if int(mode) and path in self.parts.files]
-            tree = self.shadow.delta(rows)
+            paths = b"".join(path + b"\n" for _, _, path in rows)
+            gone += tar_entry(b".cmux-" + self.op.encode(), "644", len(paths), [paths])
+            rows = [row for row in rows if int(row[0])]
+            apart = [path for _, _, path in rows if path in self.parts.files]
+            tree = self.shadow.altered("", rows)
         if apart:
             tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
-        archive = Archive(self.shadow, tree, self.parts.stream(apart))
-        front = sum(self.parts.pointers[path][3] for path in apart)
+        archive = Archive(self.shadow, tree, itertools.chain(gone, self.parts.stream(apart)))
+        front = sum(map(len, gone)) + sum(self.parts.pointers[path][3] for path in apart)
         # An estimate: a header for each file, contents in blocks of 512 bytes.
         total = functools.cache(lambda: front + sum(
             512 + -size % 512 + size for size in self.shadow.sizes(tree).values()))
@@ -5304,11 +5290,11 @@ class Upload:
         self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
 
     def _send(self, archive: Archive, parent: str) -> Reply:
-        direct, how = not archive.small(), ""
+        direct, how = not archive.small(), "cat"
         if direct:
             answer = self.host._call(GZIP, before=HELD, cancel=self.cancel)
             if answer.trip >= GZIP_FROM and answer.stdout == b"gzip\n":
-                how = "gzip"
+                how = "gzip -dc"
                 archive.compress()
         try:
             return self.project._operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
