@@ -2531,9 +2531,11 @@ class Registry:
         with contextlib.suppress(OSError):
             status = os.stat(path)
             mark = status.st_ino, status.st_mtime_ns, status.st_size
-        if self._cache.get(path, (0, None))[0] != mark:
-            self._cache[path] = mark, read(path)
-        return self._cache[path][1]
+        known, value = self._cache.get(path, (0, None))
+        if known != mark:
+            value = read(path)
+            self._cache[path] = mark, value
+        return value
 
     @contextlib.contextmanager
     def editing(self) -> Iterator[Fields]:
@@ -2567,13 +2569,17 @@ class Registry:
         files = [(self.global_path, "global"), (self.secrets_path, "project")]
         files += [(self.own_secrets(entry["op"]), "workspace " + name)
                   for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
-        present = paths_in(os.path.dirname(self.global_path))  # most workspaces have none
+        folder = os.path.dirname(self.global_path)
+        if 0 <= age_of(folder) < 2:  # a later change may have the same time
+            self._cache.pop(folder, None)
+        present = self._cached(folder, paths_in)  # most workspaces have none
         return [(name, entry, scope) for path, scope in files if path in present
                 for name, entry in self._cached(path, read_secrets).items()]
 
     def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
         """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
-        found = {name: entry for name, entry, _ in self.stored(op)}
+        found = {name: entry for path in (self.global_path, self.secrets_path, self.own_secrets(op))
+                 for name, entry in self._cached(path, read_secrets).items()}
         try:
             return found if only is None else {name: found[name] for name in only}
         except KeyError as missing:
@@ -2608,21 +2614,34 @@ def read_secrets(path: str) -> Secrets:
 
 class History:
     """What was done in a project (a JSON line for each operation, which one write appends), and
-    what runs now (a locked file for each). It never fails its caller."""
+    what runs now (a locked file for each process, with ROW_ROOM bytes for each operation). It never
+    fails its caller."""
+
+    ROW_ROOM = 4096
 
     def __init__(self, registry: Registry) -> None:
         self.path = registry.path[:-4] + "history"
         self.running = registry.running
+        self._forked()
+        fork_aware().add(self)
         with contextlib.suppress(OSError):
             self.now()  # removes what killed processes left
 
+    def _forked(self) -> None:
+        self._mutex = threading.Lock()
+        self._places: set[int] = set()  # those in use, in the file of this process
+        self._lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
+        weakref.finalize(self, self._lock.free)
+
     def append(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row).encode() + b"\n"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         with contextlib.suppress(OSError):
-            with open(os.open(self.path, flags, 0o600), "ab") as stream:
-                stream.write(line)
-                full = stream.tell() > 2 * MIB
+            fd = os.open(self.path, flags, 0o600)
+            try:
+                os.write(fd, json.dumps(row).encode() + b"\n")
+                full = os.lseek(fd, 0, os.SEEK_CUR) > 2 * MIB
+            finally:
+                os.close(fd)
             if full:  # unless another process was faster
                 os.rename(self.path, self.path + ".1")
 
@@ -2635,27 +2654,39 @@ class History:
                     if fits(row, ROW) and 0 <= row["time"] < 1e11 > row.get("duration", 0) >= 0:
                         yield row
 
-    def begin(self, row: Mapping[str, Any]) -> Lock | None:
-        """A record that lasts until it is freed, or this process dies."""
-        lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
-        try:
-            if lock.wait(Deadline(1)):  # now() may take the file for that of a dead process
-                os.write(lock.fd, json.dumps(row).encode("ascii"))
-                return lock
-        except (OSError, StateFailed):
-            lock.free()
-        return None
+    def begin(self, row: Mapping[str, Any]) -> int:
+        """Record that an operation runs, until end() or the death of this process. Returns its
+        place."""
+        with self._mutex:
+            place = next(place for place in itertools.count() if place not in self._places)
+            with contextlib.suppress(OSError, StateFailed):
+                # now() may take the file for that of a dead process.
+                if self._lock.fd >= 0 or self._lock.wait(Deadline(1)):
+                    line = json.dumps(row).encode("ascii") + b"\n"
+                    os.pwrite(self._lock.fd, line[:self.ROW_ROOM], place * self.ROW_ROOM)
+            self._places.add(place)
+        return place
+
+    def end(self, place: int) -> None:
+        with self._mutex, contextlib.suppress(OSError):
+            self._places.discard(place)
+            if self._lock.fd >= 0:
+                os.pwrite(self._lock.fd, b"\n", place * self.ROW_ROOM)
 
     def now(self) -> list[Fields]:
         """What runs now, oldest first. The files of processes that died are removed."""
         rows: list[Any] = []
         for path in paths_in(self.running):
-            lock = Lock(path)
-            with contextlib.suppress(OSError, StateFailed, ValueError):
-                row = None if lock.take() else json.loads(read_bytes(lock.path, 64 * 1024) or b"0")
+            lock, data = Lock(path), b""
+            with contextlib.suppress(OSError, StateFailed):
+                if not lock.take():
+                    data = read_bytes(path, STATE_MAX) or b""
                 lock.free()
-                if fits(row, ROW):
-                    rows.append(row)
+            for at in range(0, len(data), self.ROW_ROOM):
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(data[at:at + self.ROW_ROOM].partition(b"\n")[0])
+                    if fits(row, ROW):
+                        rows.append(row)
         return sorted(rows, key=lambda row: float(row["time"]))
 
 
@@ -2712,18 +2743,18 @@ def noted(project: "Project", operation: str, workspace: str, host: str = "",
         yield entry
         return
 
-    known: object = None
+    def describe() -> object:
+        known, row["detail"] = project.handed_over, ""
+        with contextlib.suppress(CmuxError):
+            row["detail"] = masked_detail(detail, project._masks())
+        return known
 
-    def describe() -> None:  # also at the end: what a secret's command made is known by then
-        nonlocal known
-        if known != project.handed_over:
-            known, row["detail"] = dict(project.handed_over), ""
-            with contextlib.suppress(CmuxError):
-                row["detail"] = masked_detail(detail, project._masks())
-    began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
+    began, row["time"] = time.monotonic(), round(time.time(), 3)
+    known: object = None
+    place = -1
     if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
-        describe()
-        lock = project.history.begin(row)
+        known = describe()
+        place = project.history.begin(row)
     try:
         project.logging.add(thread)  # in the try: after an interrupt it must be discarded
         yield entry
@@ -2732,9 +2763,10 @@ def noted(project: "Project", operation: str, workspace: str, host: str = "",
         raise
     finally:
         project.logging.discard(thread)
-        if lock:
-            lock.free()  # first: what follows fails where no descriptor is free
-        describe()
+        if place >= 0:
+            project.history.end(place)  # first: what follows fails where no descriptor is free
+        if known is not project.handed_over:  # what a secret's command made is known by now
+            describe()
         seconds = round(time.monotonic() - began, 3)
         project.history.append(dict(row, duration=seconds, exit_code=entry.code, bytes=entry.size))
 
@@ -7148,9 +7180,9 @@ class Project:
         values = secret_values(secrets, cancel)
         with self._mutex:
             self.fetched.update(entry.get("command", "") for entry in secrets.values())
-            self.handed_over.update({value: name for name, value in values.items()})
-            for value in list(self.handed_over)[:-1000]:
-                del self.handed_over[value]
+            known = {**self.handed_over, **{value: name for name, value in values.items()}}
+            if known != self.handed_over:  # another object: noted() sees it
+                self.handed_over = dict(list(known.items())[-1000:])
         return values
 
     def _know_secrets(self, op: str, cancel: Cancel | None = None) -> None:
@@ -7214,7 +7246,7 @@ class Project:
             if value is not None:
                 stored[name] = {"value": as_text(encoded(value))}
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The project's name: its directory's, made safe."""
         return str(self.registry.read()["name"])
