@@ -2276,10 +2276,11 @@ class Lock:
 
     def __init__(self, path: str, doing: str = "") -> None:
         self.path, self.doing, self.fd = path, doing, -1
+        fork_aware().add(self)
 
     def take(self) -> bool:
         """Take it, if it is free."""
-        fd, flags = -1, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        fd, taken, flags = -1, False, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             try:
                 fd = os.open(self.path, flags, 0o600)
@@ -2288,18 +2289,18 @@ class Lock:
                 fd = os.open(self.path, flags, 0o600)
             with contextlib.suppress(BlockingIOError, FileNotFoundError):  # just removed
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self.stays or os.path.samestat(os.fstat(fd), os.stat(self.path)):
-                    self.fd, fd = fd, -1
+                taken = self.stays or os.path.samestat(os.fstat(fd), os.stat(self.path))
         except OSError as error:
             raise StateFailed(f"Cannot lock {show(self.path)}: {error.strerror}.")
         finally:
-            drop(fd)
-        if self.fd >= 0:
-            fork_aware().add(self)
+            if taken:
+                self.fd = fd
+            else:
+                drop(fd)
+        if taken and self.doing:
             with contextlib.suppress(OSError):  # a full disk
-                if self.doing:
-                    os.ftruncate(self.fd, os.pwrite(self.fd, b"%d" % os.getpid(), 0))
-        return self.fd >= 0
+                os.ftruncate(self.fd, os.pwrite(self.fd, b"%d" % os.getpid(), 0))
+        return taken
 
     def _forked(self) -> None:
         fd, self.fd = self.fd, -1
@@ -2462,7 +2463,7 @@ RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict
 _TEXT = re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")
 SECRET = {"value": _TEXT}, {"command": _TEXT}
 ROW = {"operation": str, "time": (int, float), "duration?": (int, float), "bytes?": int}
-DOWN = {"count": int, "why": [str, str, str, [str]]}
+DOWN = {"count": int, "why": [str]}
 
 
 def read_json(path: str, shape: Any = dict) -> Fields | None:
@@ -2528,9 +2529,13 @@ class Registry:
     def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
         """What ``read`` returns for a file; it is called again when that has changed."""
         mark: object = None
-        with contextlib.suppress(OSError):
+        try:
             status = os.stat(path)
             mark = status.st_ino, status.st_mtime_ns, status.st_size
+            if stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime < 2:
+                mark = self, time.monotonic()  # a later change may have the same time
+        except OSError:
+            pass
         known, value = self._cache.get(path, (0, None))
         if known != mark:
             value = read(path)
@@ -2566,20 +2571,24 @@ class Registry:
     def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
         """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace
         or, without ``op``, for all; the widest scope first."""
-        files = [(self.global_path, "global"), (self.secrets_path, "project")]
-        files += [(self.own_secrets(entry["op"]), "workspace " + name)
-                  for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
-        folder = os.path.dirname(self.global_path)
-        if 0 <= age_of(folder) < 2:  # a later change may have the same time
-            self._cache.pop(folder, None)
-        present = self._cached(folder, paths_in)  # most workspaces have none
-        return [(name, entry, scope) for path, scope in files if path in present
-                for name, entry in self._cached(path, read_secrets).items()]
+        files = {self.global_path: "global", self.secrets_path: "project"}
+        files.update({self.own_secrets(entry["op"]): "workspace " + name
+                      for name, entry in self.read()["workspaces"].items()
+                      if op in (None, entry["op"])})
+        return [(name, entry, files[path]) for path, name, entry in self._entries(files)]
+
+    def _entries(self, paths: Iterable[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
+        """(path, name, entry) of the secrets in those of the files that exist: most do not."""
+        present = self._cached(os.path.dirname(self.global_path), paths_in)
+        for path in paths:
+            if path in present:
+                for name, entry in self._cached(path, read_secrets).items():
+                    yield path, name, entry
 
     def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
         """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
-        found = {name: entry for path in (self.global_path, self.secrets_path, self.own_secrets(op))
-                 for name, entry in self._cached(path, read_secrets).items()}
+        files = self.global_path, self.secrets_path, self.own_secrets(op)
+        found = {name: entry for _, name, entry in self._entries(files)}
         try:
             return found if only is None else {name: found[name] for name in only}
         except KeyError as missing:
@@ -2629,7 +2638,8 @@ class History:
 
     def _forked(self) -> None:
         self._mutex = threading.Lock()
-        self._places: set[int] = set()  # those in use, in the file of this process
+        self._places = itertools.count()  # in the file of this process
+        self._free: list[int] = []  # those that were used before
         self._lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
         weakref.finalize(self, self._lock.free)
 
@@ -2658,18 +2668,17 @@ class History:
         """Record that an operation runs, until end() or the death of this process. Returns its
         place."""
         with self._mutex:
-            place = next(place for place in itertools.count() if place not in self._places)
+            place = self._free.pop() if self._free else next(self._places)
             with contextlib.suppress(OSError, StateFailed):
                 # now() may take the file for that of a dead process.
                 if self._lock.fd >= 0 or self._lock.wait(Deadline(1)):
                     line = json.dumps(row).encode("ascii") + b"\n"
                     os.pwrite(self._lock.fd, line[:self.ROW_ROOM], place * self.ROW_ROOM)
-            self._places.add(place)
         return place
 
     def end(self, place: int) -> None:
         with self._mutex, contextlib.suppress(OSError):
-            self._places.discard(place)
+            self._free.append(place)
             if self._lock.fd >= 0:
                 os.pwrite(self._lock.fd, b"\n", place * self.ROW_ROOM)
 
@@ -3097,9 +3106,9 @@ def end_master(path: str) -> None:
 
 
 class Session:
-    """One command on the host, over the control socket of a master: our ends of its stdin, stdout
-    and stderr, non-blocking. The socket, ``control``, reports its end. One for a Target has no
-    streams: ssh itself reads and writes the Target's socket."""
+    """One command on the host, over the control socket of a master: our ends of its stdin (which
+    never blocks), stdout and stderr. The socket, ``control``, reports its end. One for a Target has
+    no streams: ssh itself reads and writes the Target's socket."""
 
     stdin = stdout = stderr = control = -1
 
@@ -3151,8 +3160,7 @@ class Session:
             drop(*fds)
             raise
         self.stdin, self.stdout, self.stderr = fds[1], fds[2], fds[4]
-        for fd in (self.stdin, self.stdout, self.stderr):
-            os.set_blocking(fd, False)
+        os.set_blocking(self.stdin, False)
         return [fds[0], fds[3], fds[5]]
 
     def _packet(self) -> bytes:
@@ -3205,14 +3213,14 @@ class Session:
             return ConnectionLost(
                 f"The command on {self.host} was ended together with its wrapper.",
                 "Something there killed every process of the session.", self.host)
-        sent, when, hint = sent or begun, " before the command began", "Try again."
-        if sent:
+        when, hint = " before the command began", "Try again."
+        if sent or begun:
             when = "" if begun else " before the command was seen to begin"
             hint = "The command may still run there."
         if begun:
             hint += f" (A ChannelTimeout of its sshd must be over {BEAT_MOST} seconds.)"
         return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
-                              sent)
+                              sent or begun)
 
     def close_stdin(self) -> None:
         fd, self.stdin = self.stdin, -1
@@ -3328,12 +3336,11 @@ class Masters:
         known: Fields = {}
         with contextlib.suppress(StateFailed):  # it may be lost
             known = read_json(self.path("down.json"), DOWN) or {}
-        age = age_of(self.path("down.json"))
-        count = max(0, known.get("count", 0))
-        name, message, hint, commands = known.get("why") or (
-            "", f"{self.host} could not be reached a moment ago.", "Try again.", [])
-        kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
-        kind = {kind.__name__: kind for kind in kinds}.get(name, ConnectionFailed)
+        age, count = age_of(self.path("down.json")), max(0, known.get("count", 0))
+        name, message, hint, *commands = known.get("why") or (
+            "", f"{self.host} could not be reached a moment ago.", "Try again.")
+        kind = {kind.__name__: kind for kind in (ConnectionDropped, TurnedAway, HostKeyFailed,
+                                                 AuthenticationFailed)}.get(name, ConnectionFailed)
         # A refused key costs 5 s of penalty, enforced from 15 s on: these waits keep it below.
         wait = (1, 2, 4, 7, 10)[:count][-1] if count and age >= 0 else age
         return count, wait - age, kind(message, hint, self.host, *commands)
@@ -3365,35 +3372,39 @@ class Masters:
         """All slots of a new master, or ``count`` on others, if they are free by now; for 0 that of
         an own one. A dropped handshake is tried again, unless the host was down before. At a
         deadline that is over, it is tried once, without a question to a person."""
-        once = self._down()[0] > 0
-        for attempt in itertools.count():
+        waits = () if self._down()[0] else DROPPED_WAITS
+        for wait in (*waits, 0):
             with self.handshake(Deadline(self.patience, deadline.cancel)):
                 try:
                     return count and self._try_slots(count) or self._new_master(count, deadline)
                 except HostError as error:
                     failed = error
             if not count and failed.asks and not self.single():
-                break  # it may go over a master that a person has logged in
-            pause = 0.0
-            if isinstance(failed, ConnectionDropped):
-                self._mark("dropped")
-                tries = len(DROPPED_WAITS) if isinstance(failed, TurnedAway) else 4
-                if attempt < tries and not once:
-                    pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512)
-            if pause >= 5:
+                raise failed  # it may go over a master that a person has logged in
+            if not isinstance(failed, ConnectionDropped):
+                break
+            self._mark("dropped")
+            pause = wait * (1 + os.urandom(1)[0] / 512)
+            if not 0 < pause <= deadline.capped(pause):
+                break
+            if wait >= 5:
+                if not isinstance(failed, TurnedAway):
+                    break
                 self.tell(f"{self.host} turns this address away for now; "
                           f"trying again in {pause:.0f} seconds")
-            if 0 < pause <= deadline.capped(pause) and nap(pause, deadline):
-                continue
-            if type(failed) is ConnectionDropped and proxy_of(self.config):
-                # A master sends a proxy's stderr to /dev/null.
-                _, words, stderr = look_closely(self, "exec sh -c :")
-                if "Remote protocol version" not in words:
-                    failed = proxy_failure(self.config, stderr) or failed
-            why = [type(failed).__name__, str(failed), failed.hint, failed.commands]
-            self._mark("down.json", count=self._down()[0] + 1, why=why)
-            break
+            nap(pause, deadline)
+        failed = self._explained(failed)
+        why = [type(failed).__name__, str(failed), failed.hint, *failed.commands]
+        self._mark("down.json", count=self._down()[0] + 1, why=why)
         raise failed
+
+    def _explained(self, failed: HostError) -> HostError:
+        """The failure, or what a proxy says of it: a master sends a proxy's stderr to /dev/null."""
+        if type(failed) is ConnectionDropped and proxy_of(self.config):
+            _, words, stderr = look_closely(self, "exec sh -c :")
+            if "Remote protocol version" not in words:
+                return proxy_failure(self.config, stderr) or failed
+        return failed
 
     def _new_master(self, count: int, deadline: Deadline) -> list[Slot]:
         own = not count
@@ -3483,18 +3494,22 @@ class Masters:
     def _try_slots(self, count: int, first: int = 0) -> list[Slot]:
         """So many free slots, or none, from number ``first`` on of each master. Known masters come
         before a look into the directory, which costs more."""
-        return self._hold(list(self._known.values()), count, first) or self._hold(
-            self.masters(), count, first)
+        known = self._known.values()  # of a dict that never changes
+        return self._hold(known, count, first) or self._hold(self.masters(), count, first)
 
-    def _hold(self, masters: Sequence[Master], count: int, first: int = 0) -> list[Slot]:
+    def _hold(self, masters: Iterable[Master], count: int, first: int = 0) -> list[Slot]:
         found: list[Slot] = []
+        now = time.monotonic()
+        free = (slot for master in masters if master.until <= now
+                for slot in master.slots[first:] if slot.fd < 0)
         try:
             with self._mutex:
-                now = time.monotonic()
-                found.extend(itertools.islice(
-                    (slot for master in masters if master.until <= now
-                     for slot in master.slots[first:] if slot.fd < 0 and slot.take()), count))
-            return found if len(found) == count else []
+                for slot in free:
+                    if slot.take():
+                        found.append(slot)
+                        if len(found) == count:
+                            return found
+            return []
         finally:
             for slot in found if len(found) < count else ():
                 slot.free()  # and wake nobody: those that wait for two would do so for ever
@@ -3548,29 +3563,32 @@ class Masters:
         """So many slots on live masters, or all of a new one; or those of own masters."""
         slots: list[Slot] = []
         while not slots:
-            if not (self.single() or bulk and not self._seen("person")):
-                slots = self._take_slots(count, deadline)
-                continue
-            try:
-                self._wait_out(deadline)
-                while len(slots) < count:
-                    slots += self._launch(0, deadline)
-            except BaseException as error:
-                self.free(slots)
-                if self.single() or not getattr(error, "asks", False):
-                    raise
-                self._mark("person")
+            own = self.single() or bulk and not self._seen("person")
+            slots = (self._own_slots if own else self._shared_slots)(count, deadline)
         return slots
+
+    def _own_slots(self, count: int, deadline: Deadline) -> list[Slot]:
+        """Those of so many new own masters. [] where logging in needs a person."""
+        slots: list[Slot] = []
+        try:
+            self._wait_out(deadline)
+            while len(slots) < count:
+                slots += self._launch(0, deadline)
+            return slots
+        except BaseException as error:
+            self.free(slots)
+            if self.single() or not getattr(error, "asks", False):
+                raise
+            self._mark("person")
+            return []
 
     def connect(self, cancel: Cancel | None = None, now: bool = False) -> None:
         """Make sure that a master lives, if this host has any. Raises ConnectionFailed, with
         ``now`` at once, where the host was down a moment ago."""
         single = self.single()
-        if self.masters() and not single:
-            return
-        if now:
+        if now and (single or not self.masters()):
             self._wait_out(Deadline(0))
-        if not single:
+        if not single and not self.masters():
             self.free(self._first_master(1, Deadline(SLOT_PATIENCE, cancel)))
 
     def open_ahead(self) -> Session | None:
@@ -3623,7 +3641,7 @@ class Masters:
                     raise error
                 self.alert(f"WARNING: {error} {error.hint}")
 
-    def _take_slots(self, count: int, deadline: Deadline) -> list[Slot]:
+    def _shared_slots(self, count: int, deadline: Deadline) -> list[Slot]:
         """So many free slots on live masters, or all slots of a new one, which is started where it
         is needed. [] where each session turns out to need a connection of its own."""
         slots = self._try_slots(count)
@@ -3633,18 +3651,16 @@ class Masters:
         with self._mutex:
             self._waiting += count
         try:
-            while not self.single():
+            while not (slots or self.single()):
                 if not self._known:
                     self._wake(sys.maxsize)  # all wait for one that tries, and share its result
                     slots = self._first_master(count, deadline)
                 elif patience.over():
                     slots = self._one_more(count, deadline.cancel)
                 slots = slots or self._try_slots(count)
-                if slots:
-                    return slots
-                if not freed.sleep(deadline, patience.left() or 3600):
+                if not slots and not freed.sleep(deadline, patience.left() or 3600):
                     raise self._too_late("running commands use them all")
-            return []
+            return slots
         finally:
             with self._mutex:
                 self._waiting -= count
@@ -3871,10 +3887,8 @@ class Stream:
         self.fd, self.nonce, self.sink = fd, nonce, sink
 
     def read(self) -> None:
-        try:
-            data = os.read(self.fd, CHUNK)
-        except BlockingIOError:
-            return
+        """Take what a poll has seen to be there."""
+        data = os.read(self.fd, CHUNK)
         if not data:
             self.closed = True
             self._pass(self.held)  # only the beginning of a mark, it seemed
@@ -3905,17 +3919,16 @@ class Stream:
             self.sink(data)
 
     def _mark(self, mark: bytes) -> None:
+        """One of: + PID, it begins; x STATUS, it does not; - STATUS STOP, it has ended."""
         found = re.match(rb"([-+x]) (\d{1,10}) ?(\d*)\Z", mark)
-        if not found:
-            return
-        kind, number = found[1], int(found[2])
-        if not self.begun:
-            if kind == b"+":
-                self.begun, self.pid = True, str(number)
-            self.refused = self.ended = kind == b"x"
-        elif kind == b"-" and number < 256:
-            self.status, self.ended = number, True
-            self.stop = {b"0": "confirmed", b"1": "requested"}.get(found[3], "")
+        kind, number, stop = found.groups() if found else (b"", 0, b"")
+        if kind == b"-" and self.begun and int(number) < 256:
+            self.status, self.ended = int(number), True
+            self.stop = {b"0": "confirmed", b"1": "requested"}.get(stop, "")
+        elif kind == b"+" and not self.begun:
+            self.begun, self.pid = True, str(int(number))
+        elif kind == b"x" and not self.begun:
+            self.refused = self.ended = True
 
 
 class Source:
@@ -3989,7 +4002,7 @@ class Exchange:
                 raise ConnectionLost(
                     f"No byte has moved to or from {self.session.host} for {stall:.0f} seconds.",
                     "Try again.", self.session.host)
-            for fd in events:
+            for fd in events:  # in their order in _wanted(): control, which drains, after both
                 self._event(fd)
             if time.monotonic() > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
@@ -4282,33 +4295,41 @@ class Incoming:
     script gets BULK_FROM as its last word, and ends with status 26 and no output where that is
     more: then, once more over a session for bulk."""
 
+    exchange: Exchange
+
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
         self.host, self.words = host, (script, *arguments)
         self.deadline = Deadline(None, host.ending.join(cancel))
         self._begin(False)
+        try:
+            self._wait()
+            if self.exchange.out.status == 26 and not self.waiting:
+                self.close()
+                self._begin(True)
+        except BaseException:
+            self.close()
+            raise
 
     def _begin(self, bulk: bool) -> None:
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
         def work(sessions: list[Session]) -> None:
-            self.shared = not bulk and not sessions[0].master.own
-            records = script_records(*self.words, str(BULK_FROM) if self.shared else "")
+            shared = not bulk and not sessions[0].master.own
+            records = script_records(*self.words, str(BULK_FROM) if shared else "")
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             self.host._begin(self.exchange, self.deadline)
             sessions.clear()  # close() closes it
         self.host._attempt(work, self.deadline, lambda lost: True, bulk=bulk)
 
+    def _wait(self) -> None:
+        self.exchange.run(self.deadline, lambda: bool(self.waiting) or self.exchange.ended,
+                          CALL_PATIENCE)
+
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
         if not self.waiting:
-            self.exchange.run(self.deadline, lambda: bool(self.waiting) or self.exchange.ended,
-                              CALL_PATIENCE)
-        if not self.waiting and self.shared and self.exchange.out.status == 26:
-            self.close()
-            self._begin(True)
-            return self.take()
-        self.shared = False
+            self._wait()
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
@@ -4393,32 +4414,28 @@ class CommandRun:
 
     def _stop(self, discard: bool = False) -> str:
         """End the tree on the host; "confirmed", "requested" (not seen to end) or "unknown"."""
-        exchange = self.exchange
+        exchange, guard = self.exchange, self.guard
         if not exchange or exchange.outgoing and not exchange.begun:
             return "confirmed"  # the header was never complete: nothing can have begun
-        asked = self.guard or exchange
+        asked = guard or exchange
         if discard:
             exchange.source, exchange.out.sink, exchange.err.sink = None, len, len
-        if not self.guard:
+        if not guard:
             exchange.outgoing = memoryview(b"")
         with contextlib.suppress(HostError):
             asked.session.close_stdin()
-            confirmed = asked.run(Deadline(5)) and exchange.out.stop == "confirmed"
-            if self.guard:
+            asked.run(Deadline(5))
+            if guard:
                 exchange.run(Deadline(1))
-                confirmed = self.verdict.value() == b"confirmed\n"
-            if confirmed:
-                return "confirmed"
+        if (self.verdict.value() == b"confirmed\n" if guard else exchange.out.stop == "confirmed"):
+            return "confirmed"
         if not asked.ended and not asked.lost:
             self.host._abandon(asked.session)
-        return self._stop_again(exchange.out.pid or "-")
-
-    def _stop_again(self, pid: str) -> str:
-        """End it over another session, and return what that reports."""
-        try:
+        try:  # over another session
             [session] = self.host._open(Deadline(STOP_PATIENCE))
             with contextlib.closing(session):
-                self._new_guard(session, pid.encode() + b"\n").run(Deadline(STOP_PATIENCE))
+                line = f"{exchange.out.pid or '-'}\n".encode()
+                self._new_guard(session, line).run(Deadline(STOP_PATIENCE))
             return "confirmed" if self.verdict.value() == b"confirmed\n" else "requested"
         except CmuxError:
             return "unknown"
