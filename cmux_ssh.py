@@ -2571,24 +2571,26 @@ class Registry:
     def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
         """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace
         or, without ``op``, for all; the widest scope first."""
+        present = self._secret_files()
         files = {self.global_path: "global", self.secrets_path: "project"}
-        files.update({self.own_secrets(entry["op"]): "workspace " + name
-                      for name, entry in self.read()["workspaces"].items()
-                      if op in (None, entry["op"])})
-        return [(name, entry, files[path]) for path, name, entry in self._entries(files)]
+        if present:
+            files.update({self.own_secrets(entry["op"]): "workspace " + name
+                          for name, entry in self.read()["workspaces"].items()
+                          if op in (None, entry["op"])})
+        return [(name, entry, scope) for path, scope in files.items() if path in present
+                for name, entry in self._cached(path, read_secrets).items()]
 
-    def _entries(self, paths: Iterable[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
-        """(path, name, entry) of the secrets in those of the files that exist: most do not."""
-        present = self._cached(os.path.dirname(self.global_path), paths_in)
-        for path in paths:
-            if path in present:
-                for name, entry in self._cached(path, read_secrets).items():
-                    yield path, name, entry
+    def _secret_files(self) -> set[str]:
+        """Those that exist: most do not."""
+        files: set[str] = self._cached(os.path.dirname(self.global_path), paths_in)
+        return files
 
     def secrets(self, op: str, only: Collection[str] | None = None) -> Secrets:
         """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
+        present = self._secret_files()
         files = self.global_path, self.secrets_path, self.own_secrets(op)
-        found = {name: entry for _, name, entry in self._entries(files)}
+        found = {name: entry for path in files if path in present
+                 for name, entry in self._cached(path, read_secrets).items()}
         try:
             return found if only is None else {name: found[name] for name in only}
         except KeyError as missing:
@@ -2857,15 +2859,17 @@ NEWER_SSH = "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND."
 # What ssh writes into its own log (-E: the host cannot), what it means, and what to do (the last is
 # a command of failure_in()). The first pattern that is found decides.
 FAILURES: tuple[tuple[Any, ...], ...] = (
+    (r"Too many authentication failures", AuthenticationFailed,
+     "{host} ended the login because too many keys were tried.",
+     "Name its key in your ssh config: IdentitiesOnly yes, and IdentityFile PATH."),
+    (r"\AReceived disconnect from ", ConnectionFailed,  # the rest is the server's word
+     "{host} ended the connection: {said}.", "Look closer.", "look"),
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
      "The key of {host} has changed: somebody may be listening in, or it was installed again.",
      "Ask its owner for the new fingerprint, and only then forget the old one.", "forget"),
     (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
      "The key of {host} is not known on this machine.",
      "Connect once by hand, compare the fingerprint, and accept it.", "ssh"),
-    (r"Too many authentication failures", AuthenticationFailed,
-     "{host} ended the login because too many keys were tried.",
-     "Name its key in your ssh config: IdentitiesOnly yes, and IdentityFile PATH."),
     (r"Permission denied|No more authentication methods|no mutual signature", AuthenticationFailed,
      "{host} accepted none of your keys.",
      "ssh-add -l lists your agent's keys; ssh must log in without a question.", "ssh"),
@@ -2929,19 +2933,17 @@ def read_ssh_config(host: str, command: str = "") -> SSHConfig:
 
     -N: else a config with ForkAfterAuthentication makes ssh die for want of a command."""
     config = SSHConfig(host=host, command=ssh_command(), values={})
-    add_config(config, config.command + ["-G", "-N", "--", host])
-    if command:
-        add_config(config, ssh_argv(config, "-G") + ["--", host, command])
+    argv = [*config.command, "-G", "-N", "--", host]
+    while argv:
+        status, out, err = run(argv, patience=CONNECT_TIMEOUT)
+        if status != 0:
+            raise failure_in(err, config)
+        for line in as_text(out).splitlines():
+            key, _, value = line.partition(" ")
+            config.values.setdefault(key.lower(), []).append(value)
+        argv = [*ssh_argv(config, "-G"), "--", host, command] if command else []
+        command = ""
     return config
-
-
-def add_config(config: SSHConfig, argv: list[str]) -> None:
-    status, out, err = run(argv, patience=CONNECT_TIMEOUT)
-    if status != 0:
-        raise failure_in(err, config)
-    for line in as_text(out).splitlines():
-        key, _, value = line.partition(" ")
-        config.values.setdefault(key.lower(), []).append(value)
 
 
 def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
@@ -3013,10 +3015,7 @@ def failure_in(words: bytes, config: SSHConfig, heard: Sequence[bytes] = ()) -> 
     """What ssh's own ``words`` mean, and what the server was ``heard`` to say."""
     host, silent = config.host, not words.strip()
     if silent and heard and heard[0].startswith(DISCONNECT):
-        if b"Too many authentication failures" not in heard[0]:
-            return ConnectionFailed(f"{host} ended the connection: {show(heard[0], 200)}.",
-                                    "Look closer.", host, look_into(host))
-        words = b"Too many authentication failures"
+        words = heard[0].partition(b"\n")[0]
     elif silent and proxy_of(config):
         words = b"banner exchange"  # it ended before that, which ssh does not log
     text = words[-LOG_MAX:].decode("utf-8", "replace")
@@ -3125,15 +3124,15 @@ class Session:
             raise
 
     def _open(self, command: str | Target) -> None:
-        """Send the request and its descriptors; read until opened or refused. The master first has
-        to greet: it may read the socket of a Target as soon as it has it, and then no other master
-        can be asked."""
+        """Send the request and its descriptors; read until opened or refused. For a Target the
+        master first has to greet: it may read that socket as soon as it has it, and then no other
+        master can be asked."""
         import socket
         port, client = command if isinstance(command, tuple) else (0, -1)
         request: Sequence[Any] = (MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command)
         if port:
             request = MUX_NEW_FORWARD, 0, "", "localhost", port
-        hello, answer = mux_numbers(self._packet()), MUX_FAILURE
+        hello, answer = self._packet() if port else b"", MUX_FAILURE
         theirs = [client, client] if port else self._pipes()
         try:
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
@@ -3141,13 +3140,14 @@ class Session:
                 socket.send_fds(self._socket, [b"\0"], [fd])
         finally:
             drop(*[] if port else theirs)
+        hello = hello or self._packet()  # by now it has come: no wait
         with contextlib.suppress(*[OSError, MasterGone] if port else []):
             answer = mux_numbers(self._packet())[0]
         if answer in (MUX_FAILURE, MUX_DENIED):
             if not port:
                 raise SessionRefused("")
             raise PortRefused(f"Nothing takes connections to port {port} of {self.host} (yet).")
-        if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
+        if mux_numbers(hello)[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
             raise MasterGone("")
 
     def _pipes(self) -> list[int]:
@@ -3410,8 +3410,8 @@ class Masters:
         own = not count
         master = Master(self.path(("o." if own else "m.") + os.urandom(4).hex()), own)
         slots = master.slots if own else self._hold([master], SESSIONS_PER_MASTER)
-        usable = False
-        try:
+        with contextlib.ExitStack() as unless_usable:
+            unless_usable.callback(self.free, slots)
             try:
                 self._start(master, deadline.cancel, batch=True)
             except HostError as error:
@@ -3419,14 +3419,13 @@ class Masters:
                 if not (ask and ask()):
                     raise
                 self._start(master, deadline.cancel, batch=False)
-            usable = own or not self.single()
-        finally:
-            if not usable:
-                self.free(slots)
-        if not own:
-            self._known = {**self._known, master.path: master}
-        remove_file(self.path("down.json"))
-        return slots if usable else []
+            remove_file(self.path("down.json"))
+            if not own:
+                self._known = {**self._known, master.path: master}
+                if self.single():
+                    return []
+            unless_usable.pop_all()
+            return slots
 
     def _start(self, master: Master, cancel: Cancel | None, batch: bool) -> None:
         """Start `ssh -M -N`, which closes its stdout once it is authenticated, and goes on in the
