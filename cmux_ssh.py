@@ -2463,7 +2463,7 @@ RECORD = {"name": _WORKSPACE, "id": re.compile(r"[0-9a-f]{12}\Z"), "jobs?": dict
 _TEXT = re.compile("[^\ud800-\udc7f\udd00-\udfff]*\\Z")
 SECRET = {"value": _TEXT}, {"command": _TEXT}
 ROW = {"operation": str, "time": (int, float), "duration?": (int, float), "bytes?": int}
-DOWN = {"count": int, "why": [str]}
+DOWN = {"count": int, "why": [str, str, str, [str]]}
 
 
 def read_json(path: str, shape: Any = dict) -> Fields | None:
@@ -3015,7 +3015,7 @@ def failure_in(words: bytes, config: SSHConfig, heard: Sequence[bytes] = ()) -> 
     """What ssh's own ``words`` mean, and what the server was ``heard`` to say."""
     host, silent = config.host, not words.strip()
     if silent and heard and heard[0].startswith(DISCONNECT):
-        words = heard[0].partition(b"\n")[0]
+        words = heard[0].partition(b"\n")[0][:1000]
     elif silent and proxy_of(config):
         words = b"banner exchange"  # it ended before that, which ssh does not log
     text = words[-LOG_MAX:].decode("utf-8", "replace")
@@ -3337,8 +3337,8 @@ class Masters:
         with contextlib.suppress(StateFailed):  # it may be lost
             known = read_json(self.path("down.json"), DOWN) or {}
         age, count = age_of(self.path("down.json")), max(0, known.get("count", 0))
-        name, message, hint, *commands = known.get("why") or (
-            "", f"{self.host} could not be reached a moment ago.", "Try again.")
+        name, message, hint, commands = known.get("why") or (
+            "", f"{self.host} could not be reached a moment ago.", "Try again.", [])
         kind = {kind.__name__: kind for kind in (ConnectionDropped, TurnedAway, HostKeyFailed,
                                                  AuthenticationFailed)}.get(name, ConnectionFailed)
         # A refused key costs 5 s of penalty, enforced from 15 s on: these waits keep it below.
@@ -3394,7 +3394,7 @@ class Masters:
                           f"trying again in {pause:.0f} seconds")
             nap(pause, deadline)
         failed = self._explained(failed)
-        why = [type(failed).__name__, str(failed), failed.hint, *failed.commands]
+        why = [type(failed).__name__, str(failed), failed.hint, failed.commands]
         self._mark("down.json", count=self._down()[0] + 1, why=why)
         raise failed
 
@@ -3872,6 +3872,9 @@ def socket_folder(name: str) -> str:
 # touch: descriptors of the sessions above. Promises: exact bytes, exact status; a lost connection
 # is never taken for a status, nor the reverse; a stop is reported as it was.
 
+MARK = re.compile(rb"([-+x]) (\d{1,10}) ?(\d*)\Z")
+
+
 class Stream:
     """Finds the marks in stdout or stderr, and passes what lies between them to ``sink``."""
 
@@ -3919,7 +3922,7 @@ class Stream:
 
     def _mark(self, mark: bytes) -> None:
         """One of: + PID, it begins; x STATUS, it does not; - STATUS STOP, it has ended."""
-        found = re.match(rb"([-+x]) (\d{1,10}) ?(\d*)\Z", mark)
+        found = MARK.match(mark)
         kind, number, stop = found.groups() if found else (b"", 0, b"")
         if kind == b"-" and self.begun and int(number) < 256:
             self.status, self.ended = int(number), True
