@@ -2625,7 +2625,7 @@ def read_secrets(path: str) -> Secrets:
 
 class History:
     """What was done in a project (a JSON line for each operation, which one write appends), and
-    what runs now (a locked file for each process, with ROW_ROOM bytes for each operation). It never
+    what runs now (a locked file for each process, with ROW_ROOM bytes for each thread). It never
     fails its caller."""
 
     ROW_ROOM = 4096
@@ -2640,8 +2640,7 @@ class History:
 
     def _forked(self) -> None:
         self._mutex = threading.Lock()
-        self._places = itertools.count()  # in the file of this process
-        self._free: list[int] = []  # those that were used before
+        self._places: dict[int, int] = {}  # of threads, in the file of this process
         self._lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
         weakref.finalize(self, self._lock.free)
 
@@ -2666,23 +2665,20 @@ class History:
                     if fits(row, ROW) and 0 <= row["time"] < 1e11 > row.get("duration", 0) >= 0:
                         yield row
 
-    def begin(self, row: Mapping[str, Any]) -> int:
-        """Record that an operation runs, until end() or the death of this process. Returns its
-        place."""
-        with self._mutex:
-            place = self._free.pop() if self._free else next(self._places)
-            with contextlib.suppress(OSError, StateFailed):
-                # now() may take the file for that of a dead process.
-                if self._lock.fd >= 0 or self._lock.wait(Deadline(1)):
-                    line = json.dumps(row).encode("ascii") + b"\n"
-                    os.pwrite(self._lock.fd, line[:self.ROW_ROOM], place * self.ROW_ROOM)
-        return place
+    def begin(self, row: Mapping[str, Any]) -> None:
+        """Record what this thread does, until end() or the death of this process."""
+        self._note(json.dumps(row).encode("ascii"))
 
-    def end(self, place: int) -> None:
-        with self._mutex, contextlib.suppress(OSError):
-            self._free.append(place)
-            if self._lock.fd >= 0:
-                os.pwrite(self._lock.fd, b"\n", place * self.ROW_ROOM)
+    def end(self) -> None:
+        self._note(b"")
+
+    def _note(self, line: bytes) -> None:
+        with self._mutex, contextlib.suppress(OSError, StateFailed):
+            place = self._places.setdefault(threading.get_ident(), len(self._places))
+            # now() may take the file for that of a dead process.
+            if self._lock.fd >= 0 or line and self._lock.wait(Deadline(1)):
+                line = line[:self.ROW_ROOM - 1] + b"\n"
+                os.pwrite(self._lock.fd, line, place * self.ROW_ROOM)
 
     def now(self) -> list[Fields]:
         """What runs now, oldest first. The files of processes that died are removed."""
@@ -2762,10 +2758,9 @@ def noted(project: "Project", operation: str, workspace: str, host: str = "",
 
     began, row["time"] = time.monotonic(), round(time.time(), 3)
     known: object = None
-    place = -1
     if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
         known = describe()
-        place = project.history.begin(row)
+        project.history.begin(row)
     try:
         project.logging.add(thread)  # in the try: after an interrupt it must be discarded
         yield entry
@@ -2774,8 +2769,8 @@ def noted(project: "Project", operation: str, workspace: str, host: str = "",
         raise
     finally:
         project.logging.discard(thread)
-        if place >= 0:
-            project.history.end(place)  # first: what follows fails where no descriptor is free
+        if known is not None:
+            project.history.end()  # first: what follows fails where no descriptor is free
         if known is not project.handed_over:  # what a secret's command made is known by now
             describe()
         seconds = round(time.monotonic() - began, 3)
