@@ -2256,10 +2256,11 @@ class Lock:
 
     def __init__(self, path: str, doing: str = "") -> None:
         self.path, self.doing, self.fd = path, doing, -1
+        fork_aware().add(self)
 
     def take(self) -> bool:
         """Take it, if it is free."""
-        fd, flags = -1, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        fd, taken, flags = -1, False, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         try:
             try:
                 fd = os.open(self.path, flags, 0o600)
@@ -2268,19 +2269,19 @@ class Lock:
                 fd = os.open(self.path, flags, 0o600)
             with contextlib.suppress(BlockingIOError, FileNotFoundError):  # just removed
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if self.stays or os.path.samestat(os.fstat(fd), os.stat(self.path)):
-                    self.fd, fd = fd, -1
+                taken = self.stays or os.path.samestat(os.fstat(fd), os.stat(self.path))
         except OSError as error:
             raise StateFailed(f"Cannot lock {show(self.path)}: {error.strerror}.")
         finally:
-            drop(fd)
-        if self.fd >= 0:
-            fork_aware().add(self)
+            if taken:
+                self.fd = fd
+            else:
+                drop(fd)
+        if taken and self.doing:
             with contextlib.suppress(OSError):  # a full disk
-                if self.doing:
-                    holder = f"process {os.getpid()}, which {self.doing}."
-                    os.ftruncate(self.fd, os.pwrite(self.fd, encoded(holder), 0))
-        return self.fd >= 0
+                holder = f"process {os.getpid()}, which {self.doing}."
+                os.ftruncate(self.fd, os.pwrite(self.fd, encoded(holder), 0))
+        return taken
 
     def _forked(self) -> None:
         fd, self.fd = self.fd, -1
@@ -2494,12 +2495,18 @@ class Registry:
     def _cached(self, path: str, read: Callable[[str], Any]) -> Any:
         """What ``read`` returns for a file; it is called again when that has changed."""
         mark: object = None
-        with contextlib.suppress(OSError):
+        try:
             status = os.stat(path)
             mark = status.st_ino, status.st_mtime_ns, status.st_size
-        if self._cache.get(path, (0, None))[0] != mark:
-            self._cache[path] = mark, read(path)
-        return self._cache[path][1]
+            if stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime < 2:
+                mark = self, time.monotonic()  # a later change may have the same time
+        except OSError:
+            pass
+        known, value = self._cache.get(path, (0, None))
+        if known != mark:
+            value = read(path)
+            self._cache[path] = mark, value
+        return value
 
     @contextlib.contextmanager
     def editing(self) -> Iterator[Fields]:
@@ -2530,16 +2537,26 @@ class Registry:
     def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
         """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace
         or, without ``op``, for all; the widest scope first."""
-        files = [(self.global_path, "global"), (self.secrets_path, "project")]
-        files += [(self.own_secrets(entry["op"]), "workspace " + name)
-                  for name, entry in self.read()["workspaces"].items() if op in (None, entry["op"])]
-        present = paths_in(os.path.dirname(self.global_path))  # most workspaces have none
-        return [(name, entry, scope) for path, scope in files if path in present
+        present = self._secret_files()
+        files = {self.global_path: "global", self.secrets_path: "project"}
+        if present:
+            files.update({self.own_secrets(entry["op"]): "workspace " + name
+                          for name, entry in self.read()["workspaces"].items()
+                          if op in (None, entry["op"])})
+        return [(name, entry, scope) for path, scope in files.items() if path in present
                 for name, entry in self._cached(path, read_secrets).items()]
+
+    def _secret_files(self) -> set[str]:
+        """Those that exist: most do not."""
+        files: set[str] = self._cached(os.path.dirname(self.global_path), paths_in)
+        return files
 
     def secrets(self, op: str, only: Collection[str] | None) -> Secrets:
         """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
-        found = {name: entry for name, entry, _ in self.stored(op)}
+        present = self._secret_files()
+        files = self.global_path, self.secrets_path, self.own_secrets(op)
+        found = {name: entry for path in files if path in present
+                 for name, entry in self._cached(path, read_secrets).items()}
         try:
             return found if only is None else {name: found[name] for name in only}
         except KeyError as missing:
@@ -2570,21 +2587,34 @@ def read_secrets(path: str) -> Secrets:
 
 class History:
     """What was done in a project (a JSON line for each operation, which one write appends), and
-    what runs now (a locked file for each). It never fails its caller."""
+    what runs now (a locked file for each process, with ROW_ROOM bytes for each thread). It never
+    fails its caller."""
+
+    ROW_ROOM = 4096
 
     def __init__(self, registry: Registry) -> None:
         self.path = registry.path[:-4] + "history"
         self.running = registry.running
+        self._forked()
+        fork_aware().add(self)
         with contextlib.suppress(OSError):
             self.now()  # removes what killed processes left
 
+    def _forked(self) -> None:
+        self._mutex = threading.Lock()
+        self._places: dict[int, int] = {}  # of threads, in the file of this process
+        self._lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
+        weakref.finalize(self, self._lock.free)
+
     def append(self, row: Mapping[str, Any]) -> None:
-        line = json.dumps(row).encode() + b"\n"
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
         with contextlib.suppress(OSError):
-            with open(os.open(self.path, flags, 0o600), "ab") as stream:
-                stream.write(line)
-                full = stream.tell() > 2 * MIB
+            fd = os.open(self.path, flags, 0o600)
+            try:
+                os.write(fd, json.dumps(row).encode() + b"\n")
+                full = os.lseek(fd, 0, os.SEEK_CUR) > 2 * MIB
+            finally:
+                os.close(fd)
             if full:  # unless another process was faster
                 os.rename(self.path, self.path + ".1")
 
@@ -2597,27 +2627,35 @@ class History:
                     if fits(row, ROW) and 0 <= row["time"] < 1e11 > row.get("duration", 0) >= 0:
                         yield row
 
-    def begin(self, row: Mapping[str, Any]) -> Lock | None:
-        """A record that lasts until it is freed, or this process dies."""
-        lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
-        try:
-            if lock.wait(Deadline(1)):  # now() may take the file for that of a dead process
-                os.write(lock.fd, json.dumps(row).encode("ascii"))
-                return lock
-        except (OSError, StateFailed):
-            lock.free()
-        return None
+    def begin(self, row: Mapping[str, Any]) -> None:
+        """Record what this thread does, until end() or the death of this process."""
+        self._note(json.dumps(row).encode("ascii"))
+
+    def end(self) -> None:
+        self._note(b"")
+
+    def _note(self, line: bytes) -> None:
+        with self._mutex, contextlib.suppress(OSError, StateFailed):
+            place = self._places.setdefault(threading.get_ident(), len(self._places))
+            # now() may take the file for that of a dead process.
+            if self._lock.fd >= 0 or line and self._lock.wait(Deadline(1)):
+                line = line[:self.ROW_ROOM - 1] + b"\n"
+                os.pwrite(self._lock.fd, line, place * self.ROW_ROOM)
 
     def now(self) -> list[Fields]:
         """What runs now, oldest first. The files of processes that died are removed."""
         rows: list[Any] = []
         for path in paths_in(self.running):
-            lock = Lock(path)
-            with contextlib.suppress(OSError, StateFailed, ValueError):
-                row = None if lock.take() else json.loads(read_bytes(lock.path, 64 * 1024) or b"0")
+            lock, data = Lock(path), b""
+            with contextlib.suppress(OSError, StateFailed):
+                if not lock.take():
+                    data = read_bytes(path, STATE_MAX) or b""
                 lock.free()
-                if fits(row, ROW):
-                    rows.append(row)
+            for at in range(0, len(data), self.ROW_ROOM):
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(data[at:at + self.ROW_ROOM].partition(b"\n")[0])
+                    if fits(row, ROW):
+                        rows.append(row)
         return sorted(rows, key=lambda row: float(row["time"]))
 
 
@@ -2675,18 +2713,17 @@ def noted(project: "Project", operation: str, workspace: str, host: str = "",
         yield entry
         return
 
-    known: object = None
+    def describe() -> object:
+        known, row["detail"] = project.handed_over, ""
+        with contextlib.suppress(CmuxError):
+            row["detail"] = masked_detail(detail, project._masks())
+        return known
 
-    def describe() -> None:  # also at the end: what a secret's command made is known by then
-        nonlocal known
-        if known != project.handed_over:
-            known, row["detail"] = dict(project.handed_over), ""
-            with contextlib.suppress(CmuxError):
-                row["detail"] = masked_detail(detail, project._masks())
-    began, row["time"], lock = time.monotonic(), round(time.time(), 3), None
+    began, row["time"] = time.monotonic(), round(time.time(), 3)
+    known: object = None
     if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
-        describe()
-        lock = project.history.begin(row)
+        known = describe()
+        project.history.begin(row)
     try:
         project.logging.add(thread)  # in the try: after an interrupt it must be discarded
         yield entry
@@ -2695,9 +2732,10 @@ def noted(project: "Project", operation: str, workspace: str, host: str = "",
         raise
     finally:
         project.logging.discard(thread)
-        if lock:
-            lock.free()  # first: what follows fails where no descriptor is free
-        describe()
+        if known is not None:
+            project.history.end()  # first: what follows fails where no descriptor is free
+        if known is not project.handed_over:  # what a secret's command made is known by now
+            describe()
         seconds = round(time.monotonic() - began, 3)
         project.history.append(dict(row, duration=seconds, exit_code=entry.code, bytes=entry.size))
 
@@ -2776,15 +2814,17 @@ NEWER_SSH = "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND."
 # What ssh writes into its own log (-E: the host cannot), what it means, and what to do (the last is
 # a command of failure_in()). The first pattern that is found decides.
 FAILURES: tuple[tuple[Any, ...], ...] = (
+    (r"Too many authentication failures", AuthenticationFailed,
+     "{host} ended the login because too many keys were tried.",
+     "Name its key in your ssh config: IdentitiesOnly yes, and IdentityFile PATH."),
+    (r"\AReceived disconnect from ", ConnectionFailed,  # the rest is the server's word
+     "{host} ended the connection: {said}.", "Look closer.", "look"),
     (r"REMOTE HOST IDENTIFICATION HAS CHANGED", HostKeyFailed,
      "The key of {host} has changed: somebody may be listening in, or it was installed again.",
      "Ask its owner for the new fingerprint, and only then forget the old one.", "forget"),
     (r"Host key verification failed|No .* host key is known for", HostKeyFailed,
      "The key of {host} is not known on this machine.",
      "Connect once by hand, compare the fingerprint, and accept it.", "ssh"),
-    (r"Too many authentication failures", AuthenticationFailed,
-     "{host} ended the login because too many keys were tried.",
-     "Name its key in your ssh config: IdentitiesOnly yes, and IdentityFile PATH."),
     (r"Permission denied|No more authentication methods|no mutual signature", AuthenticationFailed,
      "{host} accepted none of your keys.",
      "ssh-add -l lists your agent's keys; ssh must log in without a question.", "ssh"),
@@ -2848,19 +2888,17 @@ def read_ssh_config(host: str, command: str = "") -> SSHConfig:
 
     -N: else a config with ForkAfterAuthentication makes ssh die for want of a command."""
     config = SSHConfig(host=host, command=ssh_command(), values={})
-    add_config(config, config.command + ["-G", "-N", "--", host])
-    if command:
-        add_config(config, ssh_argv(config, "-G") + ["--", host, command])
+    argv = [*config.command, "-G", "-N", "--", host]
+    while argv:
+        status, out, err = run(argv, patience=CONNECT_TIMEOUT)
+        if status != 0:
+            raise failure_in(err, config)
+        for line in as_text(out).splitlines():
+            key, _, value = line.partition(" ")
+            config.values.setdefault(key.lower(), []).append(value)
+        argv = [*ssh_argv(config, "-G"), "--", host, command] if command else []
+        command = ""
     return config
-
-
-def add_config(config: SSHConfig, argv: list[str]) -> None:
-    status, out, err = run(argv, patience=CONNECT_TIMEOUT)
-    if status != 0:
-        raise failure_in(err, config)
-    for line in as_text(out).splitlines():
-        key, _, value = line.partition(" ")
-        config.values.setdefault(key.lower(), []).append(value)
 
 
 def ssh_argv(config: SSHConfig, *options: str) -> list[str]:
@@ -2932,10 +2970,7 @@ def failure_in(words: bytes, config: SSHConfig, heard: Sequence[bytes] = ()) -> 
     """What ssh's own ``words`` mean, and what the server was ``heard`` to say."""
     host, silent = config.host, not words.strip()
     if silent and heard and heard[0].startswith(DISCONNECT):
-        if b"Too many authentication failures" not in heard[0]:
-            return ConnectionFailed(f"{host} ended the connection: {show(heard[0], 200)}.",
-                                    "Look closer.", host, look_into(host))
-        words = b"Too many authentication failures"
+        words = heard[0].partition(b"\n")[0][:1000]
     elif silent and proxy_of(config):
         words = b"banner exchange"  # it ended before that, which ssh does not log
     text = words[-LOG_MAX:].decode("utf-8", "replace")
@@ -3025,9 +3060,9 @@ def end_master(path: str) -> None:
 
 
 class Session:
-    """One command on the host, over the control socket of a master: our ends of its stdin, stdout
-    and stderr, non-blocking. The socket, ``control``, reports its end. One for a Target has no
-    streams: ssh itself reads and writes the Target's socket."""
+    """One command on the host, over the control socket of a master: our ends of its stdin (which
+    never blocks), stdout and stderr. The socket, ``control``, reports its end. One for a Target has
+    no streams: ssh itself reads and writes the Target's socket."""
 
     stdin = stdout = stderr = control = -1
 
@@ -3044,15 +3079,15 @@ class Session:
             raise
 
     def _open(self, command: str | Target) -> None:
-        """Send the request and its descriptors; read until opened or refused. The master first has
-        to greet: it may read the socket of a Target as soon as it has it, and then no other master
-        can be asked."""
+        """Send the request and its descriptors; read until opened or refused. For a Target the
+        master first has to greet: it may read that socket as soon as it has it, and then no other
+        master can be asked."""
         import socket
         port, client = command if isinstance(command, tuple) else (0, -1)
         request: Sequence[Any] = (MUX_NEW_SESSION, 0, "", 0, 0, 0, 0, MUX_NO_ESCAPE, "", command)
         if port:
             request = MUX_NEW_FORWARD, 0, "", "localhost", port
-        hello, answer = mux_numbers(self._packet()), MUX_FAILURE
+        hello, answer = self._packet() if port else b"", MUX_FAILURE
         theirs = [client, client] if port else self._pipes()
         try:
             self._socket.sendall(mux_packet(MUX_HELLO, 4) + mux_packet(*request))
@@ -3060,13 +3095,14 @@ class Session:
                 socket.send_fds(self._socket, [b"\0"], [fd])
         finally:
             drop(*[] if port else theirs)
+        hello = hello or self._packet()  # by now it has come: no wait
         with contextlib.suppress(*[OSError, MasterGone] if port else []):
             answer = mux_numbers(self._packet())[0]
         if answer in (MUX_FAILURE, MUX_DENIED):
             if not port:
                 raise SessionRefused("")
             raise PortRefused(f"Nothing takes connections to port {port} of {self.host} (yet).")
-        if hello[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
+        if mux_numbers(hello)[:2] != [MUX_HELLO, 4] or answer != MUX_OPENED:
             raise MasterGone("")
 
     def _pipes(self) -> list[int]:
@@ -3079,8 +3115,7 @@ class Session:
             drop(*fds)
             raise
         self.stdin, self.stdout, self.stderr = fds[1], fds[2], fds[4]
-        for fd in (self.stdin, self.stdout, self.stderr):
-            os.set_blocking(fd, False)
+        os.set_blocking(self.stdin, False)
         return [fds[0], fds[3], fds[5]]
 
     def _packet(self) -> bytes:
@@ -3133,14 +3168,14 @@ class Session:
             return ConnectionLost(
                 f"The command on {self.host} was ended together with its wrapper.",
                 "Something there killed every process of the session.", self.host)
-        sent, when, hint = sent or begun, " before the command began", "Try again."
-        if sent:
+        when, hint = " before the command began", "Try again."
+        if sent or begun:
             when = "" if begun else " before the command was seen to begin"
             hint = "The command may still run there."
         if begun:
             hint += f" (A ChannelTimeout of its sshd must be over {BEAT_MOST} seconds.)"
         return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
-                              sent)
+                              sent or begun)
 
     def close_stdin(self) -> None:
         fd, self.stdin = self.stdin, -1
@@ -3256,12 +3291,11 @@ class Masters:
         known: Fields = {}
         with contextlib.suppress(StateFailed):  # it may be lost
             known = read_json(self.path("down.json"), DOWN) or {}
-        age = age_of(self.path("down.json"))
-        count = max(0, known.get("count", 0))
+        age, count = age_of(self.path("down.json")), max(0, known.get("count", 0))
         name, message, hint, commands = known.get("why") or (
             "", f"{self.host} could not be reached a moment ago.", "Try again.", [])
-        kinds = (ConnectionDropped, TurnedAway, HostKeyFailed, AuthenticationFailed)
-        kind = {kind.__name__: kind for kind in kinds}.get(name, ConnectionFailed)
+        kind = {kind.__name__: kind for kind in (ConnectionDropped, TurnedAway, HostKeyFailed,
+                                                 AuthenticationFailed)}.get(name, ConnectionFailed)
         # A refused key costs 5 s of penalty, enforced from 15 s on: these waits keep it below.
         wait = (1, 2, 4, 7, 10)[:count][-1] if count and age >= 0 else age
         return count, wait - age, kind(message, hint, self.host, *commands)
@@ -3293,42 +3327,46 @@ class Masters:
         """All slots of a new master, or ``count`` on others, if they are free by now; for 0 that of
         an own one. A dropped handshake is tried again, unless the host was down before. At a
         deadline that is over, it is tried once, without a question to a person."""
-        once = self._down()[0] > 0
-        for attempt in itertools.count():
+        waits = () if self._down()[0] else DROPPED_WAITS
+        for wait in (*waits, 0):
             with self.handshake(Deadline(self.patience, deadline.cancel)):
                 try:
                     return count and self._try_slots(count) or self._new_master(count, deadline)
                 except HostError as error:
                     failed = error
             if not count and failed.asks and not self.single():
-                break  # it may go over a master that a person has logged in
-            pause = 0.0
-            if isinstance(failed, ConnectionDropped):
-                self._mark("dropped")
-                tries = len(DROPPED_WAITS) if isinstance(failed, TurnedAway) else 4
-                if attempt < tries and not once:
-                    pause = DROPPED_WAITS[attempt] * (1 + os.urandom(1)[0] / 512)
-            if pause >= 5:
+                raise failed  # it may go over a master that a person has logged in
+            if not isinstance(failed, ConnectionDropped):
+                break
+            self._mark("dropped")
+            pause = wait * (1 + os.urandom(1)[0] / 512)
+            if not 0 < pause <= deadline.capped(pause):
+                break
+            if wait >= 5:
+                if not isinstance(failed, TurnedAway):
+                    break
                 self.tell(f"{self.host} turns this address away for now; "
                           f"trying again in {pause:.0f} seconds")
-            if 0 < pause <= deadline.capped(pause) and nap(pause, deadline):
-                continue
-            if type(failed) is ConnectionDropped and proxy_of(self.config):
-                # A master sends a proxy's stderr to /dev/null.
-                _, words, stderr = look_closely(self, "exec sh -c :")
-                if "Remote protocol version" not in words:
-                    failed = proxy_failure(self.config, stderr) or failed
-            why = [type(failed).__name__, str(failed), failed.hint, failed.commands]
-            self._mark("down.json", count=self._down()[0] + 1, why=why)
-            break
+            nap(pause, deadline)
+        failed = self._explained(failed)
+        why = [type(failed).__name__, str(failed), failed.hint, failed.commands]
+        self._mark("down.json", count=self._down()[0] + 1, why=why)
         raise failed
+
+    def _explained(self, failed: HostError) -> HostError:
+        """The failure, or what a proxy says of it: a master sends a proxy's stderr to /dev/null."""
+        if type(failed) is ConnectionDropped and proxy_of(self.config):
+            _, words, stderr = look_closely(self, "exec sh -c :")
+            if "Remote protocol version" not in words:
+                return proxy_failure(self.config, stderr) or failed
+        return failed
 
     def _new_master(self, count: int, deadline: Deadline) -> list[Slot]:
         own = not count
         master = Master(self.path(("o." if own else "m.") + os.urandom(4).hex()), own)
         slots = master.slots if own else self._hold([master], SESSIONS_PER_MASTER)
-        usable = False
-        try:
+        with contextlib.ExitStack() as unless_usable:
+            unless_usable.callback(self.free, slots)
             try:
                 self._start(master, deadline.cancel, batch=True)
             except HostError as error:
@@ -3336,14 +3374,13 @@ class Masters:
                 if not (ask and ask()):
                     raise
                 self._start(master, deadline.cancel, batch=False)
-            usable = own or not self.single()
-        finally:
-            if not usable:
-                self.free(slots)
-        if not own:
-            self._known = {**self._known, master.path: master}
-        remove_file(self.path("down.json"))
-        return slots if usable else []
+            remove_file(self.path("down.json"))
+            if not own:
+                self._known = {**self._known, master.path: master}
+                if self.single():
+                    return []
+            unless_usable.pop_all()
+            return slots
 
     def _start(self, master: Master, cancel: Cancel | None, batch: bool) -> None:
         """Start `ssh -M -N`, which closes its stdout once it is authenticated, and goes on in the
@@ -3411,18 +3448,22 @@ class Masters:
     def _try_slots(self, count: int, first: int = 0) -> list[Slot]:
         """So many free slots, or none, from number ``first`` on of each master. Known masters come
         before a look into the directory, which costs more."""
-        return self._hold(list(self._known.values()), count, first) or self._hold(
-            self.masters(), count, first)
+        known = self._known.values()  # of a dict that never changes
+        return self._hold(known, count, first) or self._hold(self.masters(), count, first)
 
-    def _hold(self, masters: Sequence[Master], count: int, first: int = 0) -> list[Slot]:
+    def _hold(self, masters: Iterable[Master], count: int, first: int = 0) -> list[Slot]:
         found: list[Slot] = []
+        now = time.monotonic()
+        free = (slot for master in masters if master.until <= now
+                for slot in master.slots[first:] if slot.fd < 0)
         try:
             with self._mutex:
-                now = time.monotonic()
-                found.extend(itertools.islice(
-                    (slot for master in masters if master.until <= now
-                     for slot in master.slots[first:] if slot.fd < 0 and slot.take()), count))
-            return found if len(found) == count else []
+                for slot in free:
+                    if slot.take():
+                        found.append(slot)
+                        if len(found) == count:
+                            return found
+            return []
         finally:
             for slot in found if len(found) < count else ():
                 slot.free()  # and wake nobody: those that wait for two would do so for ever
@@ -3476,29 +3517,32 @@ class Masters:
         """So many slots on live masters, or all of a new one; or those of own masters."""
         slots: list[Slot] = []
         while not slots:
-            if not (self.single() or bulk and not self._seen("person")):
-                slots = self._take_slots(count, deadline)
-                continue
-            try:
-                self._wait_out(deadline)
-                while len(slots) < count:
-                    slots += self._launch(0, deadline)
-            except BaseException as error:
-                self.free(slots)
-                if self.single() or not getattr(error, "asks", False):
-                    raise
-                self._mark("person")
+            own = self.single() or bulk and not self._seen("person")
+            slots = (self._own_slots if own else self._shared_slots)(count, deadline)
         return slots
+
+    def _own_slots(self, count: int, deadline: Deadline) -> list[Slot]:
+        """Those of so many new own masters. [] where logging in needs a person."""
+        slots: list[Slot] = []
+        try:
+            self._wait_out(deadline)
+            while len(slots) < count:
+                slots += self._launch(0, deadline)
+            return slots
+        except BaseException as error:
+            self.free(slots)
+            if self.single() or not getattr(error, "asks", False):
+                raise
+            self._mark("person")
+            return []
 
     def connect(self, cancel: Cancel | None = None, now: bool = False) -> None:
         """Make sure that a master lives, if this host has any. Raises ConnectionFailed, with
         ``now`` at once, where the host was down a moment ago."""
         single = self.single()
-        if self.masters() and not single:
-            return
-        if now:
+        if now and (single or not self.masters()):
             self._wait_out(Deadline(0))
-        if not single:
+        if not single and not self.masters():
             self.free(self._first_master(1, Deadline(SLOT_PATIENCE, cancel)))
 
     def open_ahead(self) -> Session | None:
@@ -3551,7 +3595,7 @@ class Masters:
                     raise error
                 self.alert(f"WARNING: {error} {error.hint}")
 
-    def _take_slots(self, count: int, deadline: Deadline) -> list[Slot]:
+    def _shared_slots(self, count: int, deadline: Deadline) -> list[Slot]:
         """So many free slots on live masters, or all slots of a new one, which is started where it
         is needed. [] where each session turns out to need a connection of its own."""
         slots = self._try_slots(count)
@@ -3561,18 +3605,16 @@ class Masters:
         with self._mutex:
             self._waiting += count
         try:
-            while not self.single():
+            while not (slots or self.single()):
                 if not self._known:
                     self._wake(sys.maxsize)  # all wait for one that tries, and share its result
                     slots = self._first_master(count, deadline)
                 elif patience.over():
                     slots = self._one_more(count, deadline.cancel)
                 slots = slots or self._try_slots(count)
-                if slots:
-                    return slots
-                if not freed.sleep(deadline, patience.left() or 3600):
+                if not slots and not freed.sleep(deadline, patience.left() or 3600):
                     raise self._too_late("running commands use them all")
-            return []
+            return slots
         finally:
             with self._mutex:
                 self._waiting -= count
@@ -3785,6 +3827,9 @@ def socket_folder(name: str) -> str:
 # touch: descriptors of the sessions above. Promises: exact bytes, exact status; a lost connection
 # is never taken for a status, nor the reverse; a stop is reported as it was.
 
+MARK = re.compile(rb"([-+x]) (\d{1,10}) ?(\d*)\Z")
+
+
 class Stream:
     """Finds the marks in stdout or stderr, and passes what lies between them to ``sink``."""
 
@@ -3799,10 +3844,8 @@ class Stream:
         self.fd, self.nonce, self.sink = fd, nonce, sink
 
     def read(self) -> None:
-        try:
-            data = os.read(self.fd, CHUNK)
-        except BlockingIOError:
-            return
+        """Take what a poll has seen to be there."""
+        data = os.read(self.fd, CHUNK)
         if not data:
             self.closed = True
             self._pass(self.held)  # only the beginning of a mark, it seemed
@@ -3833,17 +3876,16 @@ class Stream:
             self.sink(data)
 
     def _mark(self, mark: bytes) -> None:
-        found = re.match(rb"([-+x]) (\d{1,10}) ?(\d*)\Z", mark)
-        if not found:
-            return
-        kind, number = found[1], int(found[2])
-        if not self.begun:
-            if kind == b"+":
-                self.begun, self.pid = True, str(number)
-            self.refused = self.ended = kind == b"x"
-        elif kind == b"-" and number < 256:
-            self.status, self.ended = number, True
-            self.stop = {b"0": "confirmed", b"1": "requested"}.get(found[3], "")
+        """One of: + PID, it begins; x STATUS, it does not; - STATUS STOP, it has ended."""
+        found = MARK.match(mark)
+        kind, number, stop = found.groups() if found else (b"", 0, b"")
+        if kind == b"-" and self.begun and int(number) < 256:
+            self.status, self.ended = int(number), True
+            self.stop = {b"0": "confirmed", b"1": "requested"}.get(stop, "")
+        elif kind == b"+" and not self.begun:
+            self.begun, self.pid = True, str(int(number))
+        elif kind == b"x" and not self.begun:
+            self.refused = self.ended = True
 
 
 class Source:
@@ -3917,7 +3959,7 @@ class Exchange:
                 raise ConnectionLost(
                     f"No byte has moved to or from {self.session.host} for {stall:.0f} seconds.",
                     "Try again.", self.session.host)
-            for fd in events:
+            for fd in events:  # in their order in _wanted(): control, which drains, after both
                 self._event(fd)
             if time.monotonic() > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
                 self._beat()
@@ -4211,33 +4253,41 @@ class Incoming:
     script gets BULK_FROM as its last word, and ends with status 26 and no output where that is
     more: then, once more over a session for bulk."""
 
+    exchange: Exchange
+
     def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
         self.host, self.words = host, (script, *arguments)
         self.deadline = Deadline(None, host.ending.join(cancel))
         self._begin(False)
+        try:
+            self._wait()
+            if self.exchange.out.status == 26 and not self.waiting:
+                self.close()
+                self._begin(True)
+        except BaseException:
+            self.close()
+            raise
 
     def _begin(self, bulk: bool) -> None:
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
         def work(sessions: list[Session]) -> None:
-            self.shared = not bulk and not sessions[0].master.own
-            records = script_records(*self.words, str(BULK_FROM) if self.shared else "")
+            shared = not bulk and not sessions[0].master.own
+            records = script_records(*self.words, str(BULK_FROM) if shared else "")
             self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
             self.host._begin(self.exchange, self.deadline)
             sessions.clear()  # close() closes it
         self.host._attempt(work, self.deadline, lambda lost: True, bulk=bulk)
 
+    def _wait(self) -> None:
+        self.exchange.run(self.deadline, lambda: bool(self.waiting) or self.exchange.ended,
+                          CALL_PATIENCE)
+
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
         if not self.waiting:
-            self.exchange.run(self.deadline, lambda: bool(self.waiting) or self.exchange.ended,
-                              CALL_PATIENCE)
-        if not self.waiting and self.shared and self.exchange.out.status == 26:
-            self.close()
-            self._begin(True)
-            return self.take()
-        self.shared = False
+            self._wait()
         return self.waiting.pop(0) if self.waiting else b""
 
     def reply(self) -> Reply:
@@ -4322,32 +4372,28 @@ class CommandRun:
 
     def _stop(self, discard: bool = False) -> str:
         """End the tree on the host; "confirmed", "requested" (not seen to end) or "unknown"."""
-        exchange = self.exchange
+        exchange, guard = self.exchange, self.guard
         if not exchange or exchange.outgoing and not exchange.begun:
             return "confirmed"  # the header was never complete: nothing can have begun
-        asked = self.guard or exchange
+        asked = guard or exchange
         if discard:
             exchange.source, exchange.out.sink, exchange.err.sink = None, len, len
-        if not self.guard:
+        if not guard:
             exchange.outgoing = memoryview(b"")
         with contextlib.suppress(HostError):
             asked.session.close_stdin()
-            confirmed = asked.run(Deadline(5)) and exchange.out.stop == "confirmed"
-            if self.guard:
+            asked.run(Deadline(5))
+            if guard:
                 exchange.run(Deadline(1))
-                confirmed = self.verdict.value() == b"confirmed\n"
-            if confirmed:
-                return "confirmed"
+        if (self.verdict.value() == b"confirmed\n" if guard else exchange.out.stop == "confirmed"):
+            return "confirmed"
         if not asked.ended and not asked.lost:
             self.host._abandon(asked.session)
-        return self._stop_again(exchange.out.pid or "-")
-
-    def _stop_again(self, pid: str) -> str:
-        """End it over another session, and return what that reports."""
-        try:
+        try:  # over another session
             [session] = self.host._open(Deadline(STOP_PATIENCE))
             with contextlib.closing(session):
-                self._new_guard(session, pid.encode() + b"\n").run(Deadline(STOP_PATIENCE))
+                line = f"{exchange.out.pid or '-'}\n".encode()
+                self._new_guard(session, line).run(Deadline(STOP_PATIENCE))
             return "confirmed" if self.verdict.value() == b"confirmed\n" else "requested"
         except CmuxError:
             return "unknown"
@@ -6944,9 +6990,9 @@ class Project:
         values = secret_values(secrets, cancel)
         with self._mutex:
             self.fetched.update(entry.get("command", "") for entry in secrets.values())
-            self.handed_over.update({value: name for name, value in values.items()})
-            for value in list(self.handed_over)[:-1000]:
-                del self.handed_over[value]
+            known = {**self.handed_over, **{value: name for name, value in values.items()}}
+            if known != self.handed_over:  # another object: noted() sees it
+                self.handed_over = dict(list(known.items())[-1000:])
         return values
 
     def _know_secrets(self, op: str, cancel: Cancel | None = None) -> None:
@@ -7009,7 +7055,7 @@ class Project:
             if value is not None:
                 stored[name] = {"value": as_text(encoded(value))}
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The project's name: its directory's, made safe."""
         return str(self.registry.read()["name"])
