@@ -3728,8 +3728,8 @@ class Forward:
             except OSError as error:
                 why = os.strerror(error.errno or 0)
         else:
-            raise UsageError(f"Port {number} cannot be used on this machine: {why}.",
-                             "Choose another.")
+            raise CmuxError(f"Port {number} cannot be used on this machine: {why}.",
+                            "Choose another.")
         self.local = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.local}/"
         if why:
@@ -6143,21 +6143,22 @@ class Landing(Harvest):
         if os.path.islink(place) or real != place and not os.path.isabs(local):
             raise UsageError(f"{show(local)} is, or leads through, a symbolic link.",
                              f"Name where it leads: {quote(real)}")
-        self.place = os.path.join(place, name) if os.path.isdir(place) else place
+        inside = local.endswith("/") or os.path.isdir(place)
+        self.place = os.path.join(place, name) if inside else place
         self._look()
         self.path = f"{os.path.dirname(self.place)}/.cmux-{os.urandom(8).hex()}.tmp"
         self.new, self.old = self.path + "/new", self.path + "/old"
         os.mkdir(self.path, 0o700)
 
     def _look(self) -> bool:
-        """Whether its place is taken. Raises UsageError if what is there must stay."""
+        """Whether its place is taken. Raises CmuxError if what is there must stay."""
         found, why = os.path.lexists(self.place), ""
         if found and not self.force:
             why = "exists already; to replace it: --force"
         elif "/.git/" in self.place + "/" or os.path.lexists(self.place + "/.git"):
             why = "is a git repository's"
         if why:
-            raise UsageError(f"{show(self.place, 300)} {why}.")
+            raise CmuxError(f"{show(self.place, 300)} {why}.")
         return found
 
     def store(self, chunks: Iterable[bytes], size: int) -> str:
@@ -8367,10 +8368,10 @@ class McpServer:
             params = message.get("params", {})
             if method is None and ("result" in message or "error" in message):
                 return  # an answer; we never ask
-            if not isinstance(method, str) or "id" in message and type(asked) not in (str, int):
+            number = asked if type(asked) in (str, int) else None
+            if not isinstance(method, str) or "id" in message and number is None:
                 raise ProtocolError(
                     -32600, "A message has no method, or an id other than text or a whole number.")
-            number = asked
             if number is not None:
                 self._request(number, method, params, len(line))
             elif method == "notifications/cancelled" and isinstance(params, dict):
@@ -9881,8 +9882,8 @@ def command_secrets_rm(options: Options) -> Shown:
     with stored_secrets(options) as stored:
         for name in options.names:
             if name not in stored:
-                raise UsageError(f"There is no secret {show(name)} in that scope.",
-                                 "List them.", "secrets list")
+                raise CmuxError(f"There is no secret {show(name)} in that scope.",
+                                "List them.", "secrets list")
             del stored[name]
     return options.names, ""
 
@@ -10086,7 +10087,7 @@ def command_forward(options: Options) -> Shown:
             forward = held.enter_context(workspace.forward(
                 int(ports[2]), int(ports[1] or 0), options.terminal))
             fields = {name: getattr(forward, name) for name in ("url", "local", "port")}
-            render(options, fields, [f"{forward.url} is port {ports[2]} of {workspace.host.name}"])
+            render(options, fields, f"{forward.url} is port {ports[2]} of {workspace.host.name}")
         while True:  # a signal just before a sleep does not end it
             time.sleep(2)
     return 0

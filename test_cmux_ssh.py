@@ -2062,7 +2062,7 @@ def test_secrets_have_scopes_and_the_narrower_wins(repo, site):
     repo.ok("rm d")
     repo.ok("rm --forget e")
     assert not files_holding(site.dir, b"own-of-a") and repo.cli("secrets list -q").text == "G\nT\nT\n"
-    for words, code in (("set X -w d", 1), ("rm G", 2), ("rm T -w a", 2), ("set X --global -w a", 2), ("list -w d", 1)):
+    for words, code in (("set X -w d", 1), ("rm G", 1), ("rm T -w a", 1), ("set X --global -w a", 2), ("list -w d", 1)):
         refused(repo.cli(f"secrets {words}", stdin=b"v"), code)
     repo.ok("secrets rm T")
     repo.ok("secrets rm G --global")
@@ -5628,17 +5628,17 @@ def test_cp_replaces_only_with_force(repo, site):
     (near / "there/src").symlink_to(site.dir / "elsewhere")
     before = untouched(repo)
     for words, said in ((":README file", "--force"), (":README link", "elsewhere"), (":README link/x", "elsewhere"), ("--force :README link", "elsewhere"), (":src there", "--force"),
-            (":README .git/hooks/post-checkout", "git"), (":README none/x", "No such file"), (":nowhere x", "no file"), (":README/x x", "no file"),
+            (":README .git/hooks/post-checkout", "git"), (":README none/x", "No such file"), (":README none/", "No such file"), (":nowhere x", "no file"), (":README/x x", "no file"),
             ("README :", "exists already"), ("README :../mainx", "not in the workspace"), ("README :/etc/x", "not in the workspace"), ("nowhere :", "No such file"),
             ("README x", "NAME:PATH"), (":a :b", "NAME:PATH"), ("README none:x", "no workspace"), ("-w main main:README x", "More than one"), (f"{site.state} :", "this program's own")):
-        refused(repo.cli(f"cp {words}"), 1 if re.search("no (file|work)|exists already$", said) else 2, words=said)
+        refused(repo.cli(f"cp {words}"), 1 if re.search("no (file|work)|exists already$|^--force|^git", said) else 2, words=said)
     assert untouched(repo) == before and os.listdir(site.dir / "elsewhere") == []
     os.chmod(near / "file", 0o600)
     for words in (":README file", ":src file", ":README file", ":src there"):
         assert copied(repo, "--force", *words.split()) == []
     assert (near / "file/README").read_bytes() == b"hello\n" and tree_of(near / "there/src") == tree_of(far / "src")
     (near / "there/src/.git").mkdir()
-    refused(repo.cli("cp --force :src there"), 2, words="git repository")
+    refused(repo.cli("cp --force :src there"), 1, words="git repository")
     assert copied(repo, "--force", "src/main.c", ":README") == copied(repo, "--force", "file", ":src/main.c") == []
     assert repo.cli("cp src :size --json").json["size"] == 10
     assert (far / "README").read_bytes() == b"int main;\n" and tree_of(far / "src/main.c") == tree_of(near / "file")
@@ -5660,12 +5660,12 @@ def move_first(old, new):
 cmux_ssh.Landing._look = look_first
 try:
     workspace.download("README", "late")
-except UsageError as error:
+except CmuxError as error:
     print(error)
 cmux_ssh.Landing._look, os.rename = look, move_first
 try:
     workspace.download("src", "d", True)
-except UsageError:
+except CmuxError:
     print(os.listdir("d/src"))
 """).splitlines() == [f"'{repo.dir}/late' exists already; to replace it: --force.", "['late']"]
     assert (repo.dir / "late").read_bytes() == b"" and [path.read_bytes() for path in (repo.dir / "d").glob(".cmux-*/old/mine")] == [b"1"]
@@ -7375,7 +7375,7 @@ def test_mcp_answers_calls_as_they_finish(mcp):
     (b'"' + b"x" * (17 << 20), -32700)], ids=lambda value: str(value)[:40])
 def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
     mcp.send(line)
-    error = (mcp.answer("g") if b'"id":"g","method"' in line and code != -32600 else mcp.other())["error"]
+    error = (mcp.answer("g") if line.startswith(b'{"jsonrpc":"2.0","id":"g"') else mcp.other())["error"]
     assert error["code"] == code and error["message"]
     assert mcp.ask("ping")["result"] == {}
 
@@ -7967,7 +7967,7 @@ def test_forward_says_what_is_in_the_way(repo, site):
     repo.new("b")
     with socket.create_server(("127.0.0.1", port)):
         for words, said in ((f"{port}:80", "already in use"), ("x", "not a port"), ("1:2:3", "not a port"), ("0", "from 1 to"), ("65536", "from 1 to"), ("-1", "")):
-            refused(repo.cli("forward -w b", words), 2, said)
+            refused(repo.cli("forward -w b", words), 1 if "in use" in said else 2, said)
         with forwarding(repo, "-w", "b", str(port)) as (child, made):
             assert made[0]["local"] != port
     assert f"Port {port} cannot be used on this machine: Address already in use" in child.answer
