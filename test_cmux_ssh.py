@@ -65,8 +65,6 @@ slow = pytest.mark.slow
 shared_fixture = pytest.fixture(scope="module")
 HERE = Path(__file__).resolve().parent
 PROGRAM = HERE / "cmux_ssh.py"
-PYPY = sys.implementation.name == "pypy"  # its memory is larger, its stack is smaller
-DEEP = 200 if PYPY else 900
 PATIENCE = 20.0  # seconds for anything that should take one: slow machines fail late, fast ones never
 SHELLS = ("bash", "dash", "zsh", "fish", "tcsh", "ksh", "mksh", "busybox")
 BINARY = bytes(range(256)) * 3 + b"\0\xff\xfe no final newline"
@@ -1022,7 +1020,7 @@ def hang_guard(request):
 @each("shell", SHELLS)
 def test_rig_login_shells_are_real_and_noisy(site, shell):
     own = "$fish_pid" if shell == "fish" else "$$"
-    done = site.ssh(site.login(shell), f"readlink /proc/{own}/exe; true" if os.path.isdir("/proc/self") else f"ps -o comm= -p {own}; true")
+    done = site.ssh(site.login(shell), f"readlink /proc/{own}/exe; true")
     assert f"noise-of-{shell}".encode() in done.stdout and f"noise-of-{shell}".encode() in done.stderr
     last = done.stdout.split()[-1].decode()
     assert os.path.basename(last) == os.path.basename(os.path.realpath(program(shell)))
@@ -1525,7 +1523,7 @@ def test_without_wrapper_and_proc_no_end_is_confirmed():
     with stranger(*Nap().split()) as here:
         assert b"\nleft\n" in guard("-") and b"\nleft\n" in guard(99999999)
         assert b"\nconfirmed\n" in guard(here.pid)
-        assert not os.path.isdir("/proc/self") or b"\nconfirmed\n" in guard("-", "/proc")
+        assert b"\nconfirmed\n" in guard("-", "/proc")
 
 
 def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
@@ -1591,7 +1589,7 @@ def test_a_reader_that_stops_holds_up_no_stop(repo, nap, where, how):
 
 
 @slow
-@pytest.mark.skipif(os.geteuid() != 0 or not sys.platform.startswith("linux"), reason="mounts a /proc of its own")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a /proc of its own")
 @each("shell", ["dash", "bash", "mksh", "ksh", "busybox sh", "zsh"])
 def test_a_hidden_process_is_not_confirmed_blindly(site, shell, repo):
     """hidepid=2, and a command, or a child of its group, that is not dumpable: no table shows it to its own user."""
@@ -2803,29 +2801,6 @@ def test_a_line_that_is_slow_or_stalls_loses_nothing(repo, line):
     line.stall()
     Timer(1.5, line.go_on).start()
     assert child.end(data).ended == (0, data, b"")
-
-
-def test_sessions_wait_again_after_a_long_command(repo, tuned, site):
-    tuned(WARM_IDLE=3)  # what the keeper sleeps once all that waited is given up
-    with Agent(repo, "-H box") as talker:
-        talker("exec", command="sleep 4")
-        until(lambda: open_sessions(site) == 4, seconds=2.5)
-
-
-def test_close_gives_up_sessions_being_opened(repo, site, line):
-    repo.new(host="far")
-    line.delay = 0.1
-    assert in_library(repo, """
-workspace = here()
-for pause in range(6):
-    workspace.exec("true")              # in the next two tenths of a second another is opened
-    time.sleep(pause / 20)
-    workspace.host.close()
-    time.sleep(0.5)
-    wait_ready(sys.argv[1], 0)
-print(workspace.exec("exit 3").exit_code)
-wait_ready(sys.argv[1])                 # with the next operation it begins again
-""", str(site.dir / "log-box")) == "3\n"
 
 
 def test_a_header_that_was_cut_off_is_sent_again(repo, site, own):
@@ -4876,15 +4851,6 @@ def test_list_counts_commits_changes_and_jobs(repo, site, line):
     assert counts()["far-away"] == [1, None, None] and monotonic() - began < 15
 
 
-def test_forks_do_not_wait_for_each_other(site, repo):
-    site.daemon("slow", env=replaced(site, cp=f"""case "$*" in -RpP*) : >{site.dir}/copy-$$; n=0
-while [ $(ls {site.dir} | grep -c copy-) -lt 4 ]; do sleep 0.1; [ $((n+=1)) -lt 200 ] || exit 1; done;; esac"""))
-    repo.new(host="slow")
-    with ThreadPoolExecutor(4) as pool:
-        assert [ran.code for ran in pool.map(lambda n: repo.cli("fork -w main", "k%d" % n), range(4))] == [0] * 4
-    assert set(repo.workspaces()) == {"main", "k0", "k1", "k2", "k3"}
-
-
 def test_a_fork_that_fails_frees_its_name(site, repo):
     nobody(site, os.environ["PATH"])
     repo.new(host="nobody")
@@ -5414,16 +5380,10 @@ def move_first(old, new):
     if str(new).endswith("/old"):
         os.makedirs(old + "/late")
 cmux_ssh.Landing._look = look_first
-try:
-    workspace.download("README", "late")
-except UsageError as error:
-    print(error)
+print(raised(workspace.download, "README", "late"))
 cmux_ssh.Landing._look, os.rename = look, move_first
-try:
-    workspace.download("src", "d", True)
-except UsageError:
-    print(os.listdir("d/src"))
-""").splitlines() == [f"'{repo.dir}/late' exists already; to replace it: --force.", "['late']"]
+print(type(raised(workspace.download, "src", "d", True)).__name__, os.listdir("d/src"))
+""").splitlines() == [f"'{repo.dir}/late' exists already; to replace it: --force.", "UsageError ['late']"]
     assert (repo.dir / "late").read_bytes() == b"" and [path.read_bytes() for path in (repo.dir / "d").glob(".cmux-*/old/mine")] == [b"1"]
 
 
@@ -6124,17 +6084,6 @@ def test_each_workspace_has_a_live_line(repo, line):
     seen.talk(rb"a  running \d+s\x1b\[K\r?\nb  failed \(3\)", code=3)
     shown = sorted(filter(None, seen.lines()))
     assert shown[:2] == ["a | in a", "b | in b"] and len(shown) == 3 and "1 of 2" in shown[2]
-
-
-@each("sig", [b"\x03", None])
-def test_live_lines_are_taken_back(repo, sig, nap, line):
-    repo.new("a", "b", host="far")
-    seen = repo.terminal("exec --all --", f"echo early; {nap}")
-    seen.expect(rb"a  running \d+s")
-    seen.send(sig) if sig else line.drop()
-    assert seen.wait() == (130 if sig else 255)
-    shown = [text for text in seen.lines() if "running" in text or re.match("[ab]  ", text)]
-    assert not shown and "0 of 2" in " ".join(seen.lines())
 
 
 def test_of_more_workspaces_than_rows_those_at_work_are_shown(repo):
@@ -6966,19 +6915,6 @@ def test_a_forked_child_has_a_cancel_of_its_own():
     assert select.select(cancels[::2], [], [], 5)[0] == [cancels[0]]
 
 
-def test_what_a_killed_writer_left_is_in_nobodys_way(site, repo):
-    site.line("far").refuse = True
-    assert (repo.cli("new -H far down").code, repo.cli("new -H box up").code) == (255, 0)
-    for name in ("m/*/down.json", "projects/*.json"):
-        (record,) = site.state.glob(name)
-        left = record.with_name(f"{record.name}.new")
-        left.write_text("x" * 9999)
-        record.unlink() if name[0] == "m" else None
-        assert (repo.cli("new -H far down").code, repo.cli("new -H box", "w" + name[0]).code) == (255, 0)
-        assert not left.exists() and record.exists(), name
-        json.loads(record.read_text())
-
-
 def test_a_cancel_is_readable_once_set():
     for order in ("set", "poll"), ("poll", "set"):
         cancel = c.Cancel()
@@ -7145,7 +7081,7 @@ def test_mcp_keeps_little_of_a_flood_and_says_so(shared):
     with Mcp(shared, "--soft-timeout 1") as client:
         jobs = [job_of(client.text(number)) for number in [client.begin("yes | head -c 30000000; sleep 60") for _ in range(4)]]
         until(lambda: all("truncated: True" in client("logs", job=job) for job in jobs))
-        assert peak(client.child.pid) < (200 if PYPY else 90)
+        assert peak(client.child.pid) < 90
 
 
 def test_mcp_no_stop_of_the_lost_is_confirmed(site):
@@ -7262,8 +7198,7 @@ def test_mcp_without_a_host_says_so_and_lives(repo, site):
 def test_mcp_ten_thousand_calls_leave_memory_flat(shared):
     with Mcp(shared) as client:
         def memory():
-            found = re.search(rb"VmRSS:\s+(\d+)", slurp(f"/proc/{client.child.pid}/status"))
-            return int(found.group(1)) if found else 0
+            return int(re.search(rb"VmRSS:\s+(\d+)", slurp(f"/proc/{client.child.pid}/status"))[1])
 
         def rounds(count):
             for _ in range(count):
@@ -7275,8 +7210,7 @@ def test_mcp_ten_thousand_calls_leave_memory_flat(shared):
         rounds(20)
         before = memory()
         rounds(180)
-        assert memory() - before < (30 if PYPY else 6) * 1024
-        assert not os.path.isdir("/proc/self/fd") or len(os.listdir(f"/proc/{client.child.pid}/fd")) < 100
+        assert memory() - before < 6 * 1024 and len(os.listdir(f"/proc/{client.child.pid}/fd")) < 100
 
 
 def test_mcp_shows_the_last_state_of_a_line(mcp):
@@ -7284,36 +7218,6 @@ def test_mcp_shows_the_last_state_of_a_line(mcp):
     assert "THE END" in text and "\nb" in text and "dcs" not in text
     shown = mcp("exec", command=r"printf '10%%\r50%%\r100%%\nwindows\r\nnext\ra\rb\r'; printf 'literal ^M stays\n' >&2")
     assert "\n100%\nwindows\nb\n" in shown and "50%" not in shown and "next" not in shown and "literal ^M stays" in shown
-
-
-SDK = r"""
-import os, sys, anyio
-from mcp.client.client import Client
-from mcp.client.stdio import StdioServerParameters, stdio_client
-async def go(mode):
-    server = StdioServerParameters(command=sys.executable, args=sys.argv[2:], env=dict(os.environ))
-    async with Client(stdio_client(server), mode=mode) as client:
-        names = [tool.name for tool in (await client.list_tools()).tools]
-        assert "there" in (await client.call_tool("exec", {"command": "echo there"})).content[0].text
-        assert (await client.call_tool("read", {"path": "nope"})).is_error
-        with anyio.move_on_after(1):
-            await client.call_tool("exec", {"command": "sleep 4242.25"})
-        print(mode, client.protocol_version, *names)
-anyio.run(go, sys.argv[1])
-"""
-
-
-@each("mode", ["auto", "legacy", "2026-07-28"])
-def test_mcp_the_official_sdk_works(shared, mode):
-    sdk = next((py for py in (os.environ.get("CMUX_TEST_MCP_PYTHON", ""), sys.executable) if py and subprocess.run(
-        [py, "-c", "import mcp.client.client"], stderr=DEVNULL).returncode == 0), "")
-    if not sdk:
-        pytest.skip("the package mcp (2.0 or newer) is not installed; it is for developers: pip install mcp, or CMUX_TEST_MCP_PYTHON=its python")
-    done = subprocess.run([sdk, "-c", SDK, mode, str(PROGRAM), "mcp", "-w", "main"], cwd=shared.dir, env=shared.site.environment(),
-                          capture_output=True, timeout=60)
-    assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode().split()[2:] == MCP_TOOLS and done.stdout.split()[1] == (b"2025-11-25" if mode == "legacy" else b"2026-07-28")
-    until(lambda: not running("sleep 4242.25"), "the end of the cancelled command")
 
 
 def next_of(text):
@@ -7386,7 +7290,7 @@ def test_mcp_damaged_state_is_said_each_time(repo, which, content, words, site):
         client.begin("true")
 
 
-@each("value", ["1e400", "-1e400", "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"], ids=["huge", "negative", "lists", "objects", "surrogate", "long", "digits"])
+@each("value", ["1e400", "-1e400", "[" * 900 + "]" * 900, '{"a":' * 900 + "1" + "}" * 900, '"\\ud800"', '"' + "x" * 100000 + '"', "12345678901234567890"], ids=["huge", "negative", "lists", "objects", "surrogate", "long", "digits"])
 def test_mcp_odd_values_everywhere(mcp, value):
     for place in ('tools/list","params":{"_meta":{"io.modelcontextprotocol/protocolVersion":%s}}', 'initialize","params":{"protocolVersion":%s}', *('tools/call","params":' + call for call in (
             '{"name":%s}', '{"name":"exec","arguments":%s}', '{"name":"exec","arguments":{"command":"true","timeout":%s}}', '{"name":"exec","arguments":{"command":"true","env":{"A":%s}}}',
@@ -7407,7 +7311,7 @@ def test_mcp_neither_grows_nor_hangs_unread(repo, how, nap):
     child.stdin.flush()
     nap.runs()
     fill(child, request("N", "tools/call", {"name": "exec", "arguments": {"command": "head -c 100000 /dev/zero | tr '\\0' z"}}), 5000)
-    assert peak(child.pid) < (200 if PYPY else 100)
+    assert peak(child.pid) < 100
     if how == "eof":
         child.stdin.close()
     else:
@@ -7984,13 +7888,14 @@ def test_a_state_directory_of_others_is_not_used(repo, site):
     everybodys, link, foreign = (site.dir / name for name in ("everybodys", "link", "foreign"))
     everybodys.mkdir()
     everybodys.chmod(0o777)
-    link.symlink_to(everybodys)
-    foreign.mkdir()
+    foreign.mkdir(0o700)
+    link.symlink_to(site.home)
+    site.home.chmod(0o700)
     if os.geteuid() == 0:  # only root can make a directory of somebody else's
         os.chown(foreign, 65534, 65534)
     for state in (everybodys, link, foreign)[:3 if os.geteuid() == 0 else 2]:
         refused(repo.exec("true", env={"CMUX_SSH_HOME": str(state)}), 125, str(state))
-        assert not list(state.iterdir())
+        assert [path.name for path in state.iterdir()] == [".gitconfig"] * (state == link)
 
 
 @each("name", ["a%hb%%c%d", "d" * 60 + "/" + "e" * 60])
@@ -8226,17 +8131,6 @@ def test_a_mistyped_name_makes_nothing(repo):
     assert repo.exec("true").code == 0, "the branch's own name is no slip"
     repo.new("fix-lgin")
     assert set(repo.workspaces()) == names | {"alphabet", "alphabets", "try-2", "b", "login", "fix-ui", "fix-db", "fix-logins", "fix-lgin"}
-
-
-def test_the_command_line_works_in_another_thread(repo):
-    assert in_library(repo, """
-import threading
-codes = []
-thread = threading.Thread(target=lambda: codes.append(main(["exec", "-H", "box", "--", "exit 3"])))
-thread.start()
-thread.join()
-print(codes)
-""") == "[3]\n"
 
 
 def test_the_last_job_is_meant_where_none_is_named(repo):
