@@ -2337,6 +2337,22 @@ def test_a_slow_tar_is_waited_for(site, tuned):
     assert not any("unpacking" in line for line in terminal.lines())
 
 
+def test_an_init_hook_that_is_noexec_is_said(repo, site):
+    """What sh says of it: bash, dash and mksh have no `test -x` there, others fail to run it."""
+    if os.geteuid() != 0 or not sys.platform.startswith("linux"):
+        pytest.skip("only root mounts")
+    repo.save(".cmux/init", b"#!/bin/sh\ntouch ran\n", 0o755)
+    root = site.far_home() / "cmux"
+    root.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "noexec", "none", str(root)], check=True)
+    try:
+        made = repo.new()
+        assert "failed with status 126" in made.said and "noexec" in made.said
+        assert not (repo.path() / "ran").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(root)], check=True)
+
+
 def test_a_readonly_home_on_the_host_is_said(repo, site):
     (site.far_home() / "cmux").write_text("in the way")
     refused(repo.cli("new -H box a"), 1, "cmux")
@@ -4454,6 +4470,15 @@ def test_a_line_cut_during_pull_leaves_nothing(line, repo):
         assert not repo.git("for-each-ref refs/heads/cmux")
     line.cut["down"] = None
     repo.ok("pull")
+
+
+def test_only_a_large_result_gets_its_own_connection(repo, site):
+    repo.new()
+    for size in (200_000, 300_000):
+        do(repo, f"head -c {size} /dev/urandom >{size}")
+        before = site.log().count("Accepted publickey")
+        repo.ok("pull")
+        assert site.log().count("Accepted publickey") - before == (size > 262144) and repo.git(f"cat-file -s cmux/main:{size}") == str(size)
 
 
 def test_what_may_not_come_has_a_way_out(repo):
@@ -8125,6 +8150,17 @@ def test_a_mistyped_name_makes_nothing(repo):
     assert repo.exec("true").code == 0, "the branch's own name is no slip"
     repo.new("fix-lgin")
     assert set(repo.workspaces()) == names | {"alphabet", "alphabets", "try-2", "b", "login", "fix-ui", "fix-db", "fix-logins", "fix-lgin"}
+
+
+def test_the_command_line_works_in_another_thread(repo):
+    assert in_library(repo, """
+import threading
+codes = []
+thread = threading.Thread(target=lambda: codes.append(main(["exec", "-H", "box", "--", "exit 3"])))
+thread.start()
+thread.join()
+print(codes)
+""") == "[3]\n"
 
 
 def test_the_last_job_is_meant_where_none_is_named(repo):
