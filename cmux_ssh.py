@@ -47,7 +47,8 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 
 # === 1. Header ===
 # Owns: the name, the version, what is public. Touches: nothing. Imports that cost milliseconds
-# and that not every command needs (tempfile, argparse, shutil) stand where they are needed.
+# and that not every command needs (hashlib, argparse, shutil) stand where they are needed, and
+# patterns that few commands need are compiled there.
 
 from __future__ import annotations
 
@@ -56,7 +57,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -542,11 +542,11 @@ class Capture:
 # What OpenSSH 10 refuses is refused before any ssh starts: older ones pass metacharacters in names
 # to a shell by %h and %r (CVE-2023-51385, CVE-2025-61984), and a leading dash is an option
 # (CVE-2017-1000117). A user may hold an @.
-_USER = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z")
+_USER = r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z"
 _HOSTNAME = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}\\,]+\Z")
-_URI = re.compile(r"ssh://(?:([^@]+)@)?([A-Za-z0-9][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?/?\Z")
+_URI = r"ssh://(?:([^@]+)@)?([A-Za-z0-9][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?/?\Z"
 _WORKSPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,%d}\Z" % (NAME_MAX - 1))
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*\Z"
 
 
 def check_host(text: object) -> str:
@@ -554,12 +554,12 @@ def check_host(text: object) -> str:
     ssh://[user@]host[:port]. Else raise UsageError."""
     name = text if isinstance(text, str) else ""
     user, at, host = name.rpartition("@")
-    uri, port = _URI.match(name), 22
+    uri, port = name[:6] == "ssh://" and re.match(_URI, name), 22
     if uri:
         import urllib.parse  # ssh decodes the user, too
         at = user = urllib.parse.unquote(uri.group(1) or "")
         host, port = uri.group(2), int(uri.group(3) or 22)
-    good = _HOSTNAME.match(host) and (not at or _USER.match(user)) and 0 < port < 65536
+    good = _HOSTNAME.match(host) and (not at or re.match(_USER, user)) and 0 < port < 65536
     if not good or not (name + user).isprintable() or len(name) > 1024:
         raise UsageError(f"{show(str(text))} is not a host name.", "Give what you type after ssh: "
                          "a name, user@name, an alias of your config.")
@@ -612,7 +612,7 @@ _INSTRUCTIONS = set("PATH HOME ENV BASH_ENV PS4 PROMPT_COMMAND CDPATH "
 
 def check_variable(name: str, secret: bool = False) -> str:
     """Return ``name`` if a command's environment may hold it, else raise UsageError."""
-    if not _VARIABLE.match(name) or len(name) > 256:
+    if not re.match(_VARIABLE, name) or len(name) > 256:
         raise UsageError(f"{show(name)} is not a variable name.",
                          "Use letters, digits and underscores, not beginning with a digit.")
     if name in _READONLY or name.startswith("_cmux_") or secret and (
@@ -2260,8 +2260,20 @@ def state_folder(name: str) -> str:
     return private_directory(private_directory(state_home()) + "/" + name)
 
 
-def sha256_of(data: bytes | str) -> str:
-    return hashlib.sha256(os.fsencode(data)).hexdigest()
+def sha256_of(data: bytes) -> str:
+    import hashlib
+    return hashlib.sha256(data).hexdigest()
+
+
+def key_of(text: str) -> str:
+    """A name made of a text: its sha256. Where it can it does without hashlib, which loads OpenSSL
+    (3 ms of each start)."""
+    data = os.fsencode(text)
+    try:
+        module = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256")
+    except ImportError:
+        return sha256_of(data)
+    return str(module.sha256(data).hexdigest())
 
 
 class Lock:
@@ -2511,7 +2523,7 @@ class Registry:
     files that are named by a hash of the repository's path and changed by editing()."""
 
     def __init__(self, repository: str) -> None:
-        self.repository, key = repository, sha256_of(repository)[:20]
+        self.repository, key = repository, key_of(repository)[:20]
         self.path = f"{state_folder('projects')}/{key}.json"
         self.secrets_path, self.global_path = secrets_file(key), secrets_file()
         self.running = self.path[:-4] + "running"
@@ -2553,7 +2565,7 @@ class Registry:
         return Lock(f"{self.running}/name.{name}", "works on the workspace " + name)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
-        place = f"{self.running}/tree.{sha256_of(f'{tree} {host} {root}')}"
+        place = f"{self.running}/tree.{key_of(f'{tree} {host} {root}')}"
         return Lock(place, "sends the same files to " + host)
 
     def own_secrets(self, op: str) -> str:
@@ -2854,10 +2866,10 @@ FAILURES: tuple[tuple[Any, ...], ...] = (
 # LogVerbose makes ssh log, as debug1, what a server says before its keys are known. We look for the
 # words with which OpenSSH 9.8 and later turn an address away, and for servers that end the whole
 # connection when sessions come and go at once (Dropbear's issues 173, 321).
-HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
-TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
+HEARD = rb"(?m)^debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)"
+TURNED_AWAY = rb"banner line \d+: Not allowed at this time\Z"
 DISCONNECT = b"Received disconnect from "
-BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b")
+BREAKS_WHEN_SHARED = rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b"
 
 
 class SSHConfig(Value):
@@ -2962,9 +2974,8 @@ def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
     """(ssh's own words in its log, the server's). Only the first may be believed: a server, too,
     can send "Host key verification failed", also as its reason for a disconnect, at the end."""
     words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
-    lines = words.split(b"\n")
-    heard = [away + reason] * bool(away) + [said[1] for said in map(HEARD.match, lines) if said]
-    own = [line for line in lines if not line.startswith((b"debug1: ", b"OpenSSH_"))]
+    heard = [away + reason] * bool(away) + re.findall(HEARD, words)
+    own = [line for line in words.split(b"\n") if not line.startswith((b"debug1: ", b"OpenSSH_"))]
     return b"\n".join(own), heard
 
 
@@ -2981,7 +2992,7 @@ def failure_in(words: bytes, config: SSHConfig, heard: Sequence[bytes] = ()) -> 
     text = words[-LOG_MAX:].decode("utf-8", "replace")
     said = show(text.strip().split("\n")[-1].strip() or "ssh gave no reason", 200)
     _, kind, sentence, hint, *names = next(row for row in FAILURES if re.search(row[0], text))
-    if kind is ConnectionDropped and any(map(TURNED_AWAY.match, heard)):
+    if kind is ConnectionDropped and any(re.match(TURNED_AWAY, words) for words in heard):
         return TurnedAway(
             f"{host} turns this address away: too many connections, or a penalty for bad logins.",
             "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each "
@@ -3261,7 +3272,7 @@ class Masters:
 
     def __init__(self, config: SSHConfig, interactive: Callable[[], bool] | None = None) -> None:
         self.config, self.host, self.interactive = config, config.host, interactive
-        self.folder = socket_folder(sha256_of(ascii(config))[:16])
+        self.folder = socket_folder(key_of(ascii(config))[:16])
         self._shaking = Waiters()  # for a handshake
         self._mutex = threading.Lock()
         self._known: dict[str, Master] = {}  # those that were seen last, by path
@@ -3416,7 +3427,7 @@ class Masters:
             remove_file(errors)
             if master.own:
                 remove_file(log)
-        if any(map(BREAKS_WHEN_SHARED.search, heard)):
+        if any(re.search(BREAKS_WHEN_SHARED, words) for words in heard):
             self._mark("single")
             if not master.own:
                 end_master(path)
@@ -3816,7 +3827,7 @@ def socket_folder(name: str) -> str:
     if len(os.fsencode(folder)) + len("/0123456789abcdef/m.01234567") > 86:
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
-        folder = os.path.join(base, f"cmux-{os.geteuid()}-{sha256_of(home)[:8]}")
+        folder = os.path.join(base, f"cmux-{os.geteuid()}-{key_of(home)[:8]}")
     return private_directory(os.path.join(folder, name))
 
 
@@ -5036,6 +5047,7 @@ class Parts:
                 self.pointers[path], file = pointer, place.content(sha256, size)
                 if file:
                     self.files[path] = file
+                    import hashlib
                     content = hashlib.new(self.shadow.form, b"content " + sha256.encode())
                     self._rows.append((mode, content.hexdigest(), path))
         for path, commit in links:
@@ -5062,6 +5074,7 @@ class Parts:
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
     """The bytes of a file. Raises GitFailed if they are not what the LFS pointer names."""
+    import hashlib
     digest, left = hashlib.sha256(), pointer[3]
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -5872,6 +5885,7 @@ class Pull(Harvest):
 
     def store(self, chunks: Iterable[bytes], size: int) -> str:
         """Pass a content to git, and look for secrets in it. Returns its id."""
+        import hashlib
         digest = hashlib.new(self.importer.form, b"blob %d\0" % size)
         pointers, plain = self.pointers.get(size), hashlib.sha256()
         overlap, before = max(map(len, self.wanted), default=1) - 1, b""
@@ -8209,7 +8223,7 @@ _ESCAPES = (
 # What Capture, an edit's diff and row_text put where they cut.
 _CUT = rb"(\s?\[\.\.\.(?: [^\]\n]{0,60})?\]\s?)"
 # The beginning of a UTF-8 character whose end is missing.
-_HALF = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})?\Z")
+_HALF = rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})?\Z"
 
 
 class Veil:
@@ -8246,7 +8260,7 @@ class Veil:
 
     def unsure(self, data: bytes) -> int:
         """How many bytes at the end may begin a secret or a character."""
-        half: Any = _HALF.search(data, max(0, len(data) - 3))
+        half: Any = re.compile(_HALF).search(data, max(0, len(data) - 3))
         return max(len(half[0]), *(overlap(data, value, False) for value, _ in self.masks), 0)
 
 
@@ -9083,9 +9097,7 @@ class Terminal(Report):
         """A line for each workspace; if there are too many, for those at work."""
         if self.closed.is_set() or not self.lanes:
             return
-        columns, rows = 80, 24
-        with contextlib.suppress(OSError):
-            columns, rows = os.get_terminal_size(2)
+        columns, rows = terminal_size(2)
         lanes, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
         if len(lanes) > rows - 2:
             lanes = [lane for lane in lanes if lane[2]][:max(1, rows - 2)]
@@ -9118,6 +9130,15 @@ def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[A
         except OSError as error:
             raise OutputFailed(f"The output cannot be written: {error.strerror}.")
     return True
+
+
+def terminal_size(fd: int) -> tuple[int, int]:
+    """Columns and rows. (shutil has this, too, but takes 3 ms of each start.)"""
+    size = 0, 0
+    with contextlib.suppress(OSError):
+        size = os.get_terminal_size(fd)
+    columns = max(0, number(os.environ.get("COLUMNS", ""))) or size[0] or 80
+    return columns, size[1] or 24
 
 
 def draw(fd: int, text: str) -> None:
@@ -9422,9 +9443,8 @@ def command_new(options: Options) -> Shown:
 def table(heads: str, rows: Iterable[Fields]) -> str:
     """A line for each row, of its members named like ``heads``; None is a dash. What does not fit
     the terminal is cut off."""
-    import shutil
     names = heads.split()
-    width = shutil.get_terminal_size().columns if os.isatty(1) else 1 << 16
+    width = terminal_size(1)[0] if os.isatty(1) else 1 << 16
     cells = [names, *(["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
                        for value in (row.get(name.lower(), "") for name in names)]
                       for row in rows)]
@@ -9517,7 +9537,7 @@ def command_top(options: Options) -> Shown:
             view.ask(TOP_EVERY)
             lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "",
                      *top_rows(view, project)[1].split("\n")]
-            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:os.get_terminal_size(1)[1] - 1])
+            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:terminal_size(1)[1] - 1])
             draw(1, f"\x1b[H{shown}\x1b[J")
             time.sleep(TOP_EVERY)
     except KeyboardInterrupt:
@@ -9855,7 +9875,7 @@ def parse_dotenv(text: str) -> dict[str, str]:
         r"|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)|(?P<wrong>.)", re.S)
     for match in pattern.finditer(text):
         line, name = text.count("\n", 0, match.start()) + 1, match["name"]
-        if match["wrong"] or name and not _VARIABLE.match(name):
+        if match["wrong"] or name and not re.match(_VARIABLE, name):
             raise UsageError(f"Line {line} is not NAME=value.",
                              "Quote values with spaces or newlines.")
         if name:
@@ -10146,7 +10166,9 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
     parser = Parser(
         prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
         description=verb.text, epilog=f"example: {PROGRAM} {verb.name} {verb.example}".rstrip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=terminal_size(1)[0] - 2),
+        allow_abbrev=False)
     vars(parser)["color"] = False  # of Python 3.14; print_text() would neutralise the escapes
     for arg in line_args(verb):
         text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
@@ -10302,4 +10324,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # nothing is buffered; to free all objects first takes a tenth of a start
