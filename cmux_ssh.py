@@ -2180,6 +2180,11 @@ def die_by_pipe() -> None:
     os.kill(os.getpid(), signal.SIGPIPE)
 
 
+def leave(code: int) -> None:
+    """End this process. Nothing is buffered; to free all objects first takes a tenth of a start."""
+    os._exit(code)
+
+
 def at_interrupt(act: Callable[[], None]) -> Callable[[], Any]:
     """Have Ctrl-C call ``act`` first, if this is the main thread and has a handler for it. Returns
     a function that undoes that."""
@@ -7780,16 +7785,46 @@ def tool_write(workspace: Workspace, path: str, cancel: Cancel | None = None,
         raise UsageError("content_base64 is not base64.")
 
 
-def manage_list(project: Project, cancel: Cancel) -> Fields:
-    rows = []
-    for workspace in project.workspaces():
-        changed = jobs = None
-        with contextlib.suppress(CmuxError):
-            changed, found = workspace._look(workspace.path, cancel=cancel)
-            jobs = sum(job["state"] == "running" for job in found)
-        rows.append(dict(workspace.describe(), changed=changed, jobs=jobs,
-                         behind=project.repository.behind(workspace.base)))
-    return {"workspaces": rows}
+class View:
+    """What hosts report of the workspaces of projects, on all hosts or on some. Each workspace is
+    asked in a thread of its own, so that no host delays the others."""
+
+    def __init__(self, hosts: Container[str], *projects: Project) -> None:
+        self.hosts, self.projects = hosts, projects
+        self.seen: dict[str, Fields] = {}  # by the id of a workspace
+        self.asked: set[str] = set()  # and have not answered
+
+    def look(self, seconds: float) -> list[tuple[Workspace, Fields]]:
+        """Ask all but those still to answer, unless ``seconds`` is 0; wait so long for them."""
+        found = [workspace for project in self.projects for workspace in project.workspaces()
+                 if not self.hosts or workspace.host.name in self.hosts]
+        for workspace in found:
+            if seconds and workspace.op not in self.asked:
+                self.asked.add(workspace.op)
+                threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
+        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
+        while self.asked and not patience.over():
+            time.sleep(0.02)
+        return [(workspace, self.seen.get(workspace.op, {"error": late})) for workspace in found]
+
+    def rows(self, seconds: float) -> list[Fields]:
+        """What `list --json` prints."""
+        return [dict(workspace.describe(), changed=seen.get("changed"),
+                     jobs=len(seen["running"]) if "running" in seen else None,
+                     behind=workspace.project.repository.behind(workspace.base))
+                for workspace, seen in self.look(seconds)]
+
+    def _ask(self, workspace: Workspace) -> None:
+        op = workspace.op
+        try:
+            workspace.host.masters.connect(now=True)
+            changed, jobs = workspace._look(workspace.path)
+            self.seen[op] = {"changed": changed, "jobs": jobs,
+                             "running": [job for job in jobs if job["state"] == "running"]}
+        except CmuxError as error:
+            self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
+        finally:
+            self.asked.discard(op)
 
 
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
@@ -7799,8 +7834,9 @@ def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = 
     return project.pull(workspace, branch, cancel=cancel).as_dict()
 
 
-def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
-    if not project.remove(workspace, force, cancel=cancel):
+def manage_rm(project: Project, cancel: Cancel | None, workspace: str, force: bool = False,
+              forget: bool = False) -> Fields:
+    if not project.remove(workspace, force, forget, cancel):
         raise project._missing(workspace, make=False)
     return {"removed": workspace}
 
@@ -7949,7 +7985,8 @@ VERBS: dict[str, Verb] = {verb.name: verb for verb in (
          manage=manage_new),
     Verb("list", "this project's workspaces",
          line=[Flag("all_projects", "of every project of this machine")],
-         example="--json", lacks="w", manage=manage_list, reads=True),
+         example="--json", lacks="w", reads=True,
+         manage=lambda project, cancel: {"workspaces": View((), project).rows(TOP_PATIENCE)}),
     Verb("fork", "a new workspace, made on the host with the content of another",
          NEW_NAME, json=[ONE_WORKSPACE], example="-w fix-login second-try",
          manage=lambda project, cancel, workspace, name: project.fork(
@@ -8977,7 +9014,7 @@ if TYPE_CHECKING:
 
 class Terminal(Report):
     """What a person sees on stderr during work: a lane for each workspace, redrawn in place on a
-    terminal. Other output goes above them, by put(), or takes them away first."""
+    terminal. Other output goes above them, by put(), or takes them away first, by pause()."""
 
     current: Terminal | None = None  # of this process
 
@@ -9026,9 +9063,6 @@ class Terminal(Report):
             if drawn and self.many:
                 self._draw()
 
-    def line(self, text: str) -> None:
-        self.put(lambda: err_out(text))
-
     def say(self, text: str) -> None:
         if self.verbosity > 0:
             self.warn(text)
@@ -9039,7 +9073,8 @@ class Terminal(Report):
 
     def warn(self, text: str | CmuxError) -> None:
         if self.verbosity >= 0:
-            self.line(advised(text) if isinstance(text, CmuxError) else text)
+            words = advised(text) if isinstance(text, CmuxError) else text
+            self.put(lambda: err_out(words))
 
     def step(self, what: str, doing: str) -> None:
         self.lanes[what] = doing, time.monotonic()
@@ -9088,20 +9123,21 @@ class Terminal(Report):
 
     def _keep_drawn(self) -> None:
         pause = 1.0  # what takes less needs no lane
-        while not self.closed.wait(pause):
+        while not self.closed.wait(pause) and self.lanes:
             pause = 0.2
             with self.mutex:
                 self._draw()
+        self.drawing = False
 
     def _draw(self) -> None:
         """A line for each workspace; if there are too many, for those at work."""
         if self.closed.is_set() or not self.lanes:
             return
         columns, rows = terminal_size(2)
-        lanes, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
+        lanes, lines = list(self.lanes.items()), []
         if len(lanes) > rows - 2:
-            lanes = [lane for lane in lanes if lane[2]][:max(1, rows - 2)]
-        for name, doing, since in lanes:
+            lanes = [lane for lane in lanes if lane[1][1]][:max(1, rows - 2)]
+        for name, (doing, since) in lanes:
             if since and "/s" not in doing:
                 doing += " " + human_age(time.monotonic() - since)
             name = name.ljust(self.width)[:max(8, columns - len(doing) - 3)]
@@ -9133,12 +9169,15 @@ def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[A
 
 
 def terminal_size(fd: int) -> tuple[int, int]:
-    """Columns and rows. (shutil has this, too, but takes 3 ms of each start.)"""
+    """Columns and rows. (shutil would take 3 ms of each start.)"""
     size = 0, 0
     with contextlib.suppress(OSError):
         size = os.get_terminal_size(fd)
-    columns = max(0, number(os.environ.get("COLUMNS", ""))) or size[0] or 80
-    return columns, size[1] or 24
+    return size[0] or 80, size[1] or 24
+
+
+def page_width() -> int:
+    return max(0, number(os.environ.get("COLUMNS", ""))) or terminal_size(1)[0]
 
 
 def draw(fd: int, text: str) -> None:
@@ -9210,13 +9249,11 @@ def open_project(options: Options) -> Project:
 
 def command_exec(options: Options) -> Shown:
     project, began, words = open_project(options), time.monotonic(), options.command
-    names = list(dict.fromkeys(options.workspace)) or [project.default_workspace()]
-    if options.all:
-        names = sorted(project._entries())
-        if not names:
-            raise WorkspaceMissing("This project has no workspaces.",
-                                   "Make some.", "new NAME -H HOST")
-    many = options.many = options.terminal.many = options.all or len(names) > 1
+    names = sorted(project._entries()) if options.all else (
+        list(dict.fromkeys(options.workspace)) or [project.default_workspace()])
+    if not names:
+        raise WorkspaceMissing("This project has no workspaces.", "Make some.", "new NAME -H HOST")
+    many = options.terminal.many = options.all or len(names) > 1
     if many and (options.tty or options.detach):
         raise UsageError("-t and --detach take one workspace.", "Run it once for each.")
     if (many or options.detach) and not options.no_stdin and data_waits():
@@ -9228,17 +9265,20 @@ def command_exec(options: Options) -> Shown:
                     "env": parse_environment(options.env), "login": options.login,
                     "secrets": [] if options.no_secrets else options.secrets}
     if options.tty:
-        return on_terminal(lambda: exec_workspace(options, names[0]), options, options.call)
+        need_terminal()
+        return on_terminal(exec_workspace(options, names[0]), options, options.call)
     rows = options.terminal.in_lanes(
         names, functools.partial(exec_row, options), options.parallel or 0, options.cancel)
     for at, row in enumerate(rows):
-        if isinstance(row, CmuxError):
-            if isinstance(row, PipeClosed) or not (many or options.json):
-                raise row
-            rows[at] = exec_failure(names[at], None, row, began)  # it has not begun
+        if isinstance(row, PipeClosed):
+            raise row
+        if isinstance(row, CmuxError):  # it has not begun
+            rows[at] = exec_failure(names[at], None, row, began)
     first, text, warning = rows[0], "", ""
     if many:
         warning = summary(rows, time.monotonic() - began)
+    elif first.get("error") and not options.json:
+        err_out("{message} {hint}".format(**first["error"]).strip())
     elif options.detach:
         text = first.get("job", "")
     elif first["stopped"]:
@@ -9249,36 +9289,33 @@ def command_exec(options: Options) -> Shown:
 
 
 def exec_row(options: Options, name: str) -> Fields:
-    """What `exec --json` prints of one workspace. If it is the only one, and without --json, an
-    error is raised."""
-    began, host = time.monotonic(), None
-    out, err = [Capture(TOOL_CAPTURE if options.many else CAPTURE_MAX) if options.json else
-                options.terminal.sink_of(name, fd, options.cancel)
-                for fd in (1, 2)]  # type: Any, Any
+    """What `exec --json` prints of one workspace."""
+    began, terminal, cancel, host = time.monotonic(), options.terminal, options.cancel, None
+    out, err = [Capture(TOOL_CAPTURE if terminal.many else CAPTURE_MAX) if options.json
+                else terminal.sink_of(name, fd, cancel) for fd in (1, 2)]  # type: Any, Any
     try:
         workspace = exec_workspace(options, name)
         host = workspace.host.name
         if options.detach:
-            job = workspace.start(cancel=options.cancel, **options.call)
+            job = workspace.start(cancel=cancel, **options.call)
             if not options.no_stdin and data_waits():  # of a slow writer
-                options.terminal.warn("The job does not read what came on stdin.")
+                terminal.warn("The job does not read what came on stdin.")
             return {"job": job, "workspace": name}
-        if options.many:
-            options.terminal.step(name, "running")
+        if terminal.many:
+            workspace.host.masters.connect(cancel)
+            terminal.step(name, "running")
         else:
-            options.terminal.pause()
-        source = None if options.no_stdin or options.many else open_stdin()
+            terminal.pause()
+        source = None if options.no_stdin or terminal.many else open_stdin()
         out.deadline = err.deadline = Deadline(options.timeout)
-        outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=options.cancel,
+        outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=cancel,
                                 timeout=options.timeout, **options.call)
         result = exec_result(workspace, outcome, out, err, began)
         return json_fields(dict(result.as_dict(), error=None))
     except PipeClosed:
-        options.cancel.set()
+        cancel.set()
         raise
     except CmuxError as error:
-        if not (options.many or options.json):
-            raise
         return exec_failure(name, host, error, began, out.value(), err.value())
     finally:
         if not options.json:
@@ -9293,15 +9330,6 @@ def exec_workspace(options: Options, name: str) -> Workspace:
         name, options.host, report, cancel, options.call["secrets"])
     if options.push and project.push(name, report=report, cancel=cancel):
         workspace = project.workspace(name)
-    if options.many:
-        workspace.host.masters.connect(cancel)
-    elif report.redraws:
-        with contextlib.suppress(GitFailed):
-            commit, _ = project.repository.resolve("HEAD")
-            parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
-            if commit not in (workspace.base, parent):
-                report.warn(f"{name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. "
-                            + as_called("To bring it there", f"push -w {name}"))
     return workspace
 
 
@@ -9309,10 +9337,10 @@ def summary(rows: list[Fields], seconds: float) -> str:
     bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
     for row in rows:
         if row["exit_code"]:
-            how = [str(row["exit_code"])]
-            how += [row["error"]["message"]] if row["error"] else []
-            how += ["stopped, " + STOPPED[row["stopped"]]] if row["stopped"] else []
-            bad.setdefault(": ".join(how), []).append(row["workspace"])
+            how = str(row["exit_code"])
+            how += f": {row['error']['message']}" if row["error"] else ""
+            how += f": stopped, {STOPPED[row['stopped']]}" if row["stopped"] else ""
+            bad.setdefault(how, []).append(row["workspace"])
     failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
     good = len(rows) - sum(map(len, bad.values()))
     return f"{good} of {len(rows)} succeeded in {seconds:.1f} s" + f"; failed: {failed}" * bool(bad)
@@ -9444,7 +9472,7 @@ def table(heads: str, rows: Iterable[Fields]) -> str:
     """A line for each row, of its members named like ``heads``; None is a dash. What does not fit
     the terminal is cut off."""
     names = heads.split()
-    width = terminal_size(1)[0] if os.isatty(1) else 1 << 16
+    width = page_width() if os.isatty(1) else 1 << 16
     cells = [names, *(["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
                        for value in (row.get(name.lower(), "") for name in names)]
                       for row in rows)]
@@ -9467,53 +9495,14 @@ def command_history(options: Options) -> Shown:
     return None, text, "" if text else "Nothing is on record yet."
 
 
-class View:
-    """What hosts report of the workspaces of projects, on all hosts or on some. Each workspace is
-    asked in a thread of its own, so that no host delays the others."""
-
-    def __init__(self, hosts: Container[str], *projects: Project) -> None:
-        self.hosts, self.projects = hosts, projects
-        self.seen: dict[str, Fields] = {}  # by the id of a workspace
-        self.asked: set[str] = set()
-
-    def look(self) -> list[tuple[Workspace, Fields]]:
-        return [(workspace, self.seen.get(workspace.op, {}))
-                for project in self.projects for workspace in project.workspaces()
-                if not self.hosts or workspace.host.name in self.hosts]
-
-    def ask(self, seconds: float) -> None:
-        """Ask all but those still to answer; wait up to ``seconds`` for the answers."""
-        import threading
-        for workspace, _ in self.look():
-            if workspace.op not in self.asked:
-                self.asked.add(workspace.op)
-                threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
-        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
-        while self.asked and not patience.over():
-            time.sleep(0.02)
-        for op in list(self.asked):
-            self.seen.setdefault(op, {"error": late})
-
-    def _ask(self, workspace: Workspace) -> None:
-        op = workspace.op
-        try:
-            workspace.host.masters.connect(now=True)
-            changed, jobs = workspace._look(workspace.path)
-            self.seen[op] = {"changed": changed, "jobs": jobs,
-                             "running": [job for job in jobs if job["state"] == "running"]}
-        except CmuxError as error:
-            self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
-        finally:
-            self.asked.discard(op)
-
-
-def top_rows(view: View, project: Project) -> tuple[list[Fields], str]:
+def top_rows(view: View, project: Project, seconds: float) -> tuple[list[Fields], str]:
     """A row for each operation and job that runs, and for each workspace without any; their
     table."""
-    rows, now, running = [], project._running_now(), []  # type: list[Fields], Any, list[Any]
-    for workspace, seen in view.look():
-        running = [(f"{row['operation']} {row.get('detail', '')}", row["time"])
-                   for row in now if row.get("workspace") == workspace.name]
+    rows: list[Fields] = []
+    looked, now = view.look(seconds), project._running_now()
+    for workspace, seen in looked:
+        running: list[Any] = [(f"{row['operation']} {row.get('detail', '')}", row["time"])
+                              for row in now if row.get("workspace") == workspace.name]
         running += [(f"{job['job']} {job['command']}", job["started"])
                     for job in seen.get("running", ())]
         rows += [{"workspace": workspace.name, "host": workspace.host.name,
@@ -9529,14 +9518,12 @@ def command_top(options: Options) -> Shown:
     project = open_project(options)
     view = View(options.host, project)
     if options.json or not os.isatty(1):
-        view.ask(TOP_PATIENCE)
-        return top_rows(view, project)
+        return top_rows(view, project, TOP_PATIENCE)
     draw(1, "\x1b[?1049h\x1b[?25l")  # the other screen, no cursor
     try:
         while True:
-            view.ask(TOP_EVERY)
-            lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "",
-                     *top_rows(view, project)[1].split("\n")]
+            rows = top_rows(view, project, TOP_EVERY)[1].split("\n")
+            lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "", *rows]
             shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:terminal_size(1)[1] - 1])
             draw(1, f"\x1b[H{shown}\x1b[J")
             time.sleep(TOP_EVERY)
@@ -9563,11 +9550,10 @@ def candidates(before: Sequence[str], last: str) -> Iterable[str]:
     """What may follow the words ``before``."""
     valued = {flag: arg.name for verb in VERBS.values() for arg in line_args(verb)
               for flag in arg.flags if arg.valued}
-    pairs = list(zip(["", *before], before))
-    plain = [word for flag, word in pairs if word[:1] != "-" and flag not in valued]
-    directory = os.path.expanduser("".join(word for flag, word in pairs if flag == "-C") or ".")
-    name = " ".join(plain[:1 + (plain[:1] == ["secrets"])])
-    if "--" in before or name == "exec" and plain[1:]:  # words of the remote command
+    (name, _), directory = command_of(before), "."
+    for flag, word in zip(before, before[1:]):
+        directory = os.path.expanduser(word) if flag == "-C" else directory
+    if "--" in before:  # words of the remote command
         return []
     if before and before[-1] in valued:
         return values_of(valued[before[-1]], directory)
@@ -9575,11 +9561,12 @@ def candidates(before: Sequence[str], last: str) -> Iterable[str]:
     if last.startswith("-"):
         return [flag for arg in known for flag in arg.flags]
     if name not in VERBS:
-        rows = [verb.split() for verb in VERBS]
-        return {row[len(plain)] for row in rows if row[:len(plain)] == plain}
-    first = next((arg.name for arg in known if arg.word), "")
-    own = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}
-    return values_of(own.get(name, first), directory)
+        begun = f"{name} ".lstrip()
+        return {verb[len(begun):].split()[0] for verb in VERBS if verb.startswith(begun)}
+    if name in ("new", "fork", "rename"):  # a new name
+        return []
+    word = next((arg.name for arg in known if arg.word), "")
+    return values_of("secrets" if name == "secrets rm" else word, directory)
 
 
 def values_of(name: str, directory: str) -> Iterable[str]:
@@ -9588,11 +9575,12 @@ def values_of(name: str, directory: str) -> Iterable[str]:
         return COMPLETIONS
     if name in ("host", "target"):
         return config_hosts()
+    project = Project(directory)
     if name in ("workspace", "name", "names"):
-        return Project(directory)._entries()
+        return project._entries()
     if name == "secrets":
-        return {secret for secret, _, _ in Project(directory).registry.stored()}
-    return Project(directory).registry.read().get("jobs", ()) if name == "job" else ()
+        return {secret for secret, _, _ in project.registry.stored()}
+    return project.registry.read().get("jobs", ()) if name == "job" else ()
 
 
 def config_hosts() -> list[str]:
@@ -9641,13 +9629,7 @@ def command_list(options: Options) -> Shown:
             if not options.all_projects:
                 raise
             report_error(error)
-    view = View(options.host, *projects)
-    if options.verbosity >= 0:
-        view.ask(3)
-    rows = [dict(workspace.describe(), changed=seen.get("changed"),
-                 behind=workspace.project.repository.behind(workspace.base),
-                 jobs=len(seen["running"]) if "running" in seen else None)
-            for workspace, seen in view.look()]
+    rows = View(options.host, *projects).rows(3 if options.verbosity >= 0 else 0)
     text = listing(options, "NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
         {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
          "age": age(row["created"]), "base": row["base"][:10]} for row in rows])
@@ -9695,10 +9677,8 @@ def command_rm(options: Options) -> Shown:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
             if host:
                 project._check_place(name, host, options.host)
-            gone = project.remove(name, options.force, options.forget)
-            if not gone:
-                raise project._missing(name, make=False)
-            removed += gone
+            manage_rm(project, None, name, options.force, options.forget)
+            removed.append(name)
             if options.forget:
                 options.terminal.warn(f"The files of {name} stay on {host}.")
         except CmuxError as error:
@@ -9726,10 +9706,11 @@ def existing_workspace(options: Options) -> Workspace:
 def command_pull(options: Options) -> Shown:
     terminal = options.terminal
     result = pull(existing_workspace(options), options.branch or "", options.allow, terminal)
+    terminal.pause()
     for note in result.notes:
         terminal.warn(note)
     for path, names in result.secrets.items():
-        terminal.line(f"warning: {path} holds the secret {', '.join(names)}.")
+        err_out(f"warning: {path} holds the secret {', '.join(names)}.")
     if not result.new:
         return result.as_dict(), [f"Nothing new in {result.workspace}."]
     commits = f"{result.commits} commit" + "s" * (result.commits != 1)
@@ -9817,26 +9798,25 @@ def command_secrets_set(options: Options) -> Shown:
 def secret_value(name: str) -> bytes:
     """The value of a secret, from stdin or a person who types it."""
     typed, pipe = os.isatty(0), "| " + as_typed("secrets set " + name)
-    value = typed_value(name) if typed else read_all(0, SECRET_MAX + 2)
-    if value is None:
+    value, fits = b"", True
+    if typed:
+        import getpass
+        try:
+            value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
+            fits = len(value) < 4095
+        except EOFError:
+            pass
+        except UnicodeDecodeError:
+            fits = False
+    else:
+        value = read_all(0, SECRET_MAX + 2)
+    if not fits:
         raise UsageError("A terminal passes on text, and less than 4095 bytes of a line.",
                          f"Pipe it: ... {pipe}")
     if not value and (typed or stdin_is_null()):
         raise UsageError(f"No value was given for {name} on stdin.",
                          f"For an empty one: printf '' {pipe}")
     return value
-
-
-def typed_value(name: str) -> bytes | None:
-    """What a person types; None for what a terminal does not pass on."""
-    import getpass
-    try:
-        value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
-    except EOFError:
-        return b""
-    except UnicodeDecodeError:
-        return None
-    return value if len(value) < 4095 else None
 
 
 def read_all(fd: int, limit: int) -> bytes:
@@ -9887,9 +9867,8 @@ def parse_dotenv(text: str) -> dict[str, str]:
 
 
 def command_secrets_list(options: Options) -> Shown:
-    project, name = Project(options.directory), one_workspace(options)
-    stored = project.registry.stored(project._entry(name)["op"] if name else None)
-    rows = []
+    project, own = Project(options.directory), one_workspace(options)
+    stored, rows = project.registry.stored(project._entry(own)["op"] if own else None), []
     for name, entry, where in sorted(stored, key=lambda row: row[0]):
         scope, _, workspace = where.partition(" ")
         rows.append({"name": name, "scope": scope, "workspace": workspace or None,
@@ -9900,10 +9879,9 @@ def command_secrets_list(options: Options) -> Shown:
 def command_secrets_rm(options: Options) -> Shown:
     with stored_secrets(options) as stored:
         for name in options.names:
-            if name not in stored:
+            if not stored.pop(name, None):
                 raise UsageError(f"There is no secret {show(name)} in that scope.",
                                  "List them.", "secrets list")
-            del stored[name]
     return options.names, ""
 
 
@@ -9959,18 +9937,16 @@ def command_cp(options: Options) -> Shown:
 
 
 def command_edit(options: Options) -> Shown:
-    arguments = options_given(options, "sha256")
-    edit = options_given(options, "old", "new", "count")
+    arguments, edit = (options_given(options, *names) for names in (
+        ("sha256", "path"), ("old", "new", "count")))
     if edit:
         arguments["edits"] = [EDIT.check(edit)]
     else:
-        import json
         try:
             arguments = {**json.loads(read_all(0, BATCH_LINE_MAX)), **arguments}
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
-    arguments["path"] = options.path
     run = checked_call("edit", arguments)
     result = run(the_workspace(options), None)
     return result, [result["diff"].rstrip("\n")]
@@ -10006,13 +9982,12 @@ def jobs_text(jobs: Sequence[Fields], heads: str = "") -> tuple[str, str]:
 def command_jobs(options: Options) -> Shown:
     if not options.all:
         return command_tool(options)
-    view, rows, code = View(options.host, open_project(options)), [], 0
-    view.ask(TOP_PATIENCE)
-    for workspace, seen in view.look():
+    rows, code = [], 0
+    for workspace, seen in View(options.host, open_project(options)).look(TOP_PATIENCE):
         rows += [dict(job, workspace=workspace.name) for job in seen.get("jobs", ())]
         if "error" in seen:
             code = 255
-            options.terminal.line(f"{workspace.name}: {seen['error']}")
+            err_out(f"{workspace.name}: {seen['error']}")
     return (rows, *jobs_text(rows, "WORKSPACE "), code)
 
 
@@ -10025,14 +10000,9 @@ def command_logs(options: Options) -> Shown:
     if options.json and not options.follow:
         return command_tool(options)
     offset, workspace, out = options.offset or 0, existing_workspace(options), Outlet(1)
-    job = job_of(options, workspace)
+    job, more = job_of(options, workspace), True
     quiet_terminal()
-
-    def json_line(data: bytes) -> None:
-        if data:
-            print_json(json_fields({"output": data}))
-    more = not options.follow
-    while more:
+    while more and not options.follow:
         status = workspace.logs(job, offset, options.wait or 0)
         out(status["output"])
         offset = status["next_offset"]
@@ -10046,6 +10016,11 @@ def command_logs(options: Options) -> Shown:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
     out.end()
     return 0
+
+
+def json_line(output: bytes) -> None:
+    if output:
+        print_json(json_fields({"output": output}))
 
 
 def command_batch(options: Options) -> Shown:
@@ -10078,21 +10053,23 @@ def command_doctor(options: Options) -> Shown:
         state, what, text, fix = row.values()
         if not options.json and (options.verbosity >= 0 or state in ("bad", "dead")):
             print_text(f"{state:<5} {what:<10}  {text.rstrip('.')}{'. ' * bool(fix)}{fix}")
-    return rows, "", "", max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
+    states = {row["state"] for row in rows}
+    return rows, "", "", 255 if "dead" in states else int("bad" in states)
 
 
-def on_terminal(open_workspace: Callable[[], Workspace], options: Options, call: Fields) -> Shown:
-    """What Workspace.shell() does with ``call``, on this terminal."""
+def need_terminal() -> None:
     if not (os.isatty(0) and os.isatty(1)):
         raise UsageError("This needs a terminal.", "Without one use exec.", "exec -- CMD")
-    workspace = open_workspace()
-    options.terminal.warn(
-        "The host now writes to this terminal as it likes, escape sequences included.")
+
+
+def on_terminal(workspace: Workspace, options: Options, call: Fields) -> int:
+    """What Workspace.shell() does with ``call``, on this terminal."""
+    warn = options.terminal.warn
+    warn("The host now writes to this terminal as it likes, escape sequences included.")
     options.terminal.close()
     status = workspace.shell(**call)
     if status in (None, 255):
-        options.terminal.warn(f"The connection to {workspace.host.name} was cut, or the command "
-                              "ended with 255.")
+        warn(f"The connection to {workspace.host.name} was cut, or the command ended with 255.")
     return 255 if status is None else status
 
 
@@ -10103,17 +10080,18 @@ def command_forward(options: Options) -> Shown:
             ports = re.match(r"(?:([0-9]{1,5}):)?([0-9]{1,5})\Z", word)
             if not ports:
                 raise UsageError(f"{show(word)} is not a port.", "Write PORT, or LOCAL:PORT.")
-            forward = held.enter_context(workspace.forward(
+            made = held.enter_context(workspace.forward(
                 int(ports[2]), int(ports[1] or 0), options.terminal))
-            fields = {name: getattr(forward, name) for name in ("url", "local", "port")}
-            render(options, fields, [f"{forward.url} is port {ports[2]} of {workspace.host.name}"])
+            render(options, {"url": made.url, "local": made.local, "port": made.port},
+                   [f"{made.url} is port {made.port} of {workspace.host.name}"])
         while True:  # a signal just before a sleep does not end it
             time.sleep(2)
     return 0
 
 
 def command_shell(options: Options) -> Shown:
-    return on_terminal(lambda: the_workspace(options), options, {})
+    need_terminal()
+    return on_terminal(the_workspace(options), options, {})
 
 
 def command_demo(options: Options) -> Shown:
@@ -10167,7 +10145,7 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
         prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
         description=verb.text, epilog=f"example: {PROGRAM} {verb.name} {verb.example}".rstrip(),
         formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, width=terminal_size(1)[0] - 2),
+            argparse.RawDescriptionHelpFormatter, width=page_width() - 2),
         allow_abbrev=False)
     vars(parser)["color"] = False  # of Python 3.14; print_text() would neutralise the escapes
     for arg in line_args(verb):
@@ -10197,10 +10175,8 @@ def parse(name: str, words: list[str]) -> Options:
     if name not in VERBS:
         import difflib
         near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
-        own = [verb for verb in VERBS if verb.startswith(name.partition(" ")[0] + " ")]
-        raise UsageError(f"There is no command {show(name)}."
-                         + f" There are: {', '.join(own)}." * bool(own),
-                         "Read the help.", " ".join([*near, "-h"]))
+        raise UsageError(f"There is no command {show(name)}.", "Read the help.",
+                         " ".join([*near, "-h"]))
     at = words.index("--") if name == "exec" and "--" in words else len(words)
     options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
     options.verb, options.verbosity = name, options.verbose - options.quiet
@@ -10227,13 +10203,17 @@ def parse(name: str, words: list[str]) -> Options:
     return options
 
 
-def command_first(words: list[str]) -> list[str]:
-    """The words with the command moved before the options that precede it."""
-    at, valued = 0, {flag for arg in COMMON for flag in arg.flags if arg.valued}
-    own = ("-h", "--help", "--version")
-    while words[at:] and words[at].startswith("-") and words[at] not in own:
-        at += 1 + (words[at] in valued)
-    return words[at:at + 1] + words[:at] + words[at + 1:]
+def command_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command, of one or two words, and the other words: global options may precede it."""
+    valued = {flag for arg in COMMON for flag in arg.flags if arg.valued}
+    names: list[str] = []
+    rest, at = list(words), 0
+    while at < len(rest) and names in ([], ["secrets"]):
+        if rest[at][:1] == "-" and rest[at] not in ("-h", "--help", "--version"):
+            at += 1 + (rest[at] in valued)
+        else:
+            names.append(rest.pop(at))
+    return " ".join(names), rest
 
 
 def open_standard_streams() -> None:
@@ -10260,16 +10240,16 @@ def report_error(error: CmuxError) -> int:
     return error.exit_code
 
 
-def fail(words: Sequence[str], error: CmuxError) -> int:
+def fail(name: str, words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
-    code, verb = report_error(error), words[0] if words else ""
+    code = report_error(error)
     if "--json" in itertools.takewhile(lambda word: word != "--", words):
         fields: Fields = {"error": error_fields(error)}
-        if verb == "exec":
+        if name == "exec":
             fields = exec_failure(None, None, error, time.monotonic())
         with contextlib.suppress(CmuxError):  # stdout is closed
-            print_json([fields] if verb == "new" else fields)
-    return exec_code(error) if verb == "exec" else code
+            print_json([fields] if name == "new" else fields)
+    return exec_code(error) if name == "exec" else code
 
 
 def version_text() -> str:
@@ -10281,47 +10261,39 @@ def version_text() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Expected failures are reported on stderr."""
-    words = command_first(list(sys.argv[1:] if arguments is None else arguments))
+    name, words = command_of(sys.argv[1:] if arguments is None else arguments)
     if os.name != "posix":
         err_out("Windows is not supported natively. Use it inside WSL.")
         return 2
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
     try:
-        if words[:1] == ["--version"]:
-            print_text(version_text())
-            return 0
-        if words[:1] in (["-h"], ["--help"], ["help"]):
-            words = [*words[1:], "-h"]
-        name, *rest = words or ["-h"]
-        if name == "secrets":  # its commands have two words
-            rest = command_first(rest)
-            name, rest = " ".join([name, *rest[:1]]), rest[1:]
-        of_many = re.match(r"(secrets |)(-h|--help)\Z", name)
-        if of_many:
-            print_text(usage(of_many[1]))
-            return 0 if words else 2
-        if name == "__complete" and rest[1:]:  # the first names the shell
-            return complete(rest[1:])
-        options = parse(name, rest)
+        if name in ("help", "-h", "--help"):
+            name, words = command_of([*words, "-h"])
+        if name == "__complete" and words[1:]:  # the first names the shell
+            return complete(words[1:])
+        if name in ("", "-h", "secrets -h", "secrets --help", "--version"):
+            print_text(version_text() if name == "--version" else usage(name.partition("-")[0]))
+            return 0 if name else 2
+        options = parse(name, words)
         raise_descriptor_limit()
         stop_signals()
         try:
-            name = "command_" + options.verb.replace(" ", "_")
-            shown = globals().get(name, command_tool)(options)
+            command = globals().get("command_" + name.replace(" ", "_"), command_tool)
+            shown = command(options)
             return shown if isinstance(shown, int) else render(options, *shown)
         finally:
             options.terminal.close()
     except KeyboardInterrupt:
-        return fail(words, Cancelled("Interrupted."))
+        return fail(name, words, Cancelled("Interrupted."))
     except Exception as error:
         known = expected(error)
         if known is None:
             raise
         if type(known) is PipeClosed:
             die_by_pipe()
-        return fail(words, known)
+        return fail(name, words, known)
 
 
 if __name__ == "__main__":
-    os._exit(main())  # nothing is buffered; to free all objects first takes a tenth of a start
+    leave(main())
