@@ -9123,11 +9123,13 @@ class Terminal(Report):
 
     def _keep_drawn(self) -> None:
         pause = 1.0  # what takes less needs no lane
-        while not self.closed.wait(pause) and self.lanes:
-            pause = 0.2
+        while not self.closed.wait(pause):
+            self.drawing = False
+            if not self.lanes:
+                break  # the next step starts another thread
+            self.drawing, pause = True, 0.2
             with self.mutex:
                 self._draw()
-        self.drawing = False
 
     def _draw(self) -> None:
         """A line for each workspace; if there are too many, for those at work."""
