@@ -47,7 +47,8 @@ ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEAL
 
 # === 1. Header ===
 # Owns: the name, the version, what is public. Touches: nothing. Imports that cost milliseconds
-# and that not every command needs (tempfile, argparse, shutil) stand where they are needed.
+# and that not every command needs (hashlib, argparse, shutil) stand where they are needed, and
+# patterns that few commands need are compiled there.
 
 from __future__ import annotations
 
@@ -61,7 +62,6 @@ import contextlib
 import errno
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -544,11 +544,11 @@ class Capture:
 # What OpenSSH 10 refuses is refused before any ssh starts: older ones pass metacharacters in names
 # to a shell by %h and %r (CVE-2023-51385, CVE-2025-61984), and a leading dash is an option
 # (CVE-2017-1000117). A user may hold an @.
-_USER = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z")
+_USER = r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z"
 _HOSTNAME = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}\\,]+\Z")
-_URI = re.compile(r"ssh://(?:([^@]+)@)?([A-Za-z0-9][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?/?\Z")
+_URI = r"ssh://(?:([^@]+)@)?([A-Za-z0-9][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?/?\Z"
 _WORKSPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,%d}\Z" % (NAME_MAX - 1))
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*\Z"
 
 
 def check_host(text: object) -> str:
@@ -556,12 +556,12 @@ def check_host(text: object) -> str:
     ssh://[user@]host[:port]. Else raise UsageError."""
     name = text if isinstance(text, str) else ""
     user, at, host = name.rpartition("@")
-    uri, port = _URI.match(name), 22
+    uri, port = name[:6] == "ssh://" and re.match(_URI, name), 22
     if uri:
         import urllib.parse  # ssh decodes the user, too
         at = user = urllib.parse.unquote(uri[1] or "")
         host, port = uri[2], int(uri[3] or 22)
-    good = _HOSTNAME.match(host) and (not at or _USER.match(user)) and 0 < port < 65536
+    good = _HOSTNAME.match(host) and (not at or re.match(_USER, user)) and 0 < port < 65536
     if not good or not (name + user).isprintable() or len(name) > 1024:
         raise UsageError(f"{show(str(text))} is not a host name.", "Give what you type after ssh: "
                          "a name, user@name, an alias of your config.")
@@ -614,7 +614,7 @@ _INSTRUCTIONS = set("PATH HOME ENV BASH_ENV PS4 PROMPT_COMMAND CDPATH "
 
 def check_variable(name: str, secret: bool = False) -> str:
     """Return ``name`` if a command's environment may hold it, else raise UsageError."""
-    if not _VARIABLE.match(name) or len(name) > 256:
+    if not re.match(_VARIABLE, name) or len(name) > 256:
         raise UsageError(f"{show(name)} is not a variable name.",
                          "Use letters, digits and underscores, not beginning with a digit.")
     if name in _READONLY or name.startswith("_cmux_") or secret and (
@@ -2164,6 +2164,11 @@ def die_by_pipe() -> None:
     os.kill(os.getpid(), signal.SIGPIPE)
 
 
+def leave(code: int) -> None:
+    """End this process. Nothing is buffered; to free all objects first takes a tenth of a start."""
+    os._exit(code)
+
+
 def at_interrupt(act: Callable[[], None]) -> Callable[[], Any]:
     """Have Ctrl-C call ``act`` first, if this is the main thread and has a handler for it. Returns
     a function that undoes that."""
@@ -2245,8 +2250,20 @@ def state_folder(name: str) -> str:
     return private_directory(private_directory(state_home()) + "/" + name)
 
 
-def sha256_of(data: bytes | str) -> str:
-    return hashlib.sha256(os.fsencode(data)).hexdigest()
+def sha256_of(data: bytes) -> str:
+    import hashlib
+    return hashlib.sha256(data).hexdigest()
+
+
+def key_of(text: str) -> str:
+    """A name made of a text: its sha256. Where it can it does without hashlib, which loads OpenSSL
+    (3 ms of each start)."""
+    data = os.fsencode(text)
+    try:
+        module = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256")
+    except ImportError:
+        return sha256_of(data)
+    return str(module.sha256(data).hexdigest())
 
 
 class Lock:
@@ -2484,7 +2501,7 @@ class Registry:
     files that are named by a hash of the repository's path and changed by editing()."""
 
     def __init__(self, repository: str) -> None:
-        self.repository, key = repository, sha256_of(repository)[:20]
+        self.repository, key = repository, key_of(repository)[:20]
         self.path = f"{state_folder('projects')}/{key}.json"
         self.secrets_path, self.global_path = secrets_file(key), secrets_file()
         self.running = self.path[:-4] + "running"
@@ -2532,7 +2549,7 @@ class Registry:
         return Lock(f"{self.running}/name.{name}", "works on the workspace " + name)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
-        place = f"{self.running}/tree.{sha256_of(f'{tree} {host} {root}')}"
+        place = f"{self.running}/tree.{key_of(f'{tree} {host} {root}')}"
         return Lock(place, "sends the same files to " + host)
 
     def own_secrets(self, op: str) -> str:
@@ -2860,10 +2877,10 @@ FAILURES: tuple[tuple[Any, ...], ...] = (
 # LogVerbose makes ssh log, as debug1, what a server says before its keys are known. We look for the
 # words with which OpenSSH 9.8 and later turn an address away, and for servers that end the whole
 # connection when sessions come and go at once (Dropbear's issues 173, 321).
-HEARD = re.compile(rb"debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)")
-TURNED_AWAY = re.compile(rb"banner line \d+: Not allowed at this time\Z")
+HEARD = rb"(?m)^debug1: \S*kex_exchange_identification(?:\(\):\d+ \([^()]*\))?: (.*)"
+TURNED_AWAY = rb"banner line \d+: Not allowed at this time\Z"
 DISCONNECT = b"Received disconnect from "
-BREAKS_WHEN_SHARED = re.compile(rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b")
+BREAKS_WHEN_SHARED = rb"remote software version dropbear_20(22\.8[23]|24\.8[45])\b"
 
 
 class SSHConfig(Value):
@@ -2966,9 +2983,8 @@ def read_log(log: bytes) -> tuple[bytes, list[bytes]]:
     """(ssh's own words in its log, the server's). Only the first may be believed: a server, too,
     can send "Host key verification failed", also as its reason for a disconnect, at the end."""
     words, away, reason = log.replace(b"\r\n", b"\n").partition(DISCONNECT)
-    lines = words.split(b"\n")
-    heard = [away + reason] * bool(away) + [said[1] for said in map(HEARD.match, lines) if said]
-    own = [line for line in lines if not line.startswith((b"debug1: ", b"OpenSSH_"))]
+    heard = [away + reason] * bool(away) + re.findall(HEARD, words)
+    own = [line for line in words.split(b"\n") if not line.startswith((b"debug1: ", b"OpenSSH_"))]
     return b"\n".join(own), heard
 
 
@@ -2982,7 +2998,7 @@ def failure_in(words: bytes, config: SSHConfig, heard: Sequence[bytes] = ()) -> 
     text = words[-LOG_MAX:].decode("utf-8", "replace")
     said = show(text.strip().split("\n")[-1].strip() or "ssh gave no reason", 200)
     _, kind, sentence, hint, *names = next(row for row in FAILURES if re.search(row[0], text))
-    if kind is ConnectionDropped and any(map(TURNED_AWAY.match, heard)):
+    if kind is ConnectionDropped and any(re.match(TURNED_AWAY, words) for words in heard):
         return TurnedAway(
             f"{host} turns this address away: too many connections, or a penalty for bad logins.",
             "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each "
@@ -3268,7 +3284,7 @@ class Masters:
 
     def __init__(self, config: SSHConfig, interactive: Callable[[], bool] | None = None) -> None:
         self.config, self.host, self.interactive = config, config.host, interactive
-        self.folder = socket_folder(sha256_of(ascii(config))[:16])
+        self.folder = socket_folder(key_of(ascii(config))[:16])
         self._shaking = Waiters()  # for a handshake
         self._mutex = threading.Lock()
         self._known: dict[str, Master] = {}  # those that were seen last, by path
@@ -3425,7 +3441,7 @@ class Masters:
             remove_file(errors)
             if master.own:
                 remove_file(log)
-        if any(map(BREAKS_WHEN_SHARED.search, heard)):
+        if any(re.search(BREAKS_WHEN_SHARED, words) for words in heard):
             self._mark("single")
             if not master.own:
                 end_master(path)
@@ -3830,7 +3846,7 @@ def socket_folder(name: str) -> str:
     if len(os.fsencode(folder)) + len("/0123456789abcdef/m.01234567") > 86:
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
-        folder = os.path.join(base, f"cmux-{os.geteuid()}-{sha256_of(home)[:8]}")
+        folder = os.path.join(base, f"cmux-{os.geteuid()}-{key_of(home)[:8]}")
     return private_directory(os.path.join(folder, name))
 
 
@@ -5002,6 +5018,7 @@ class Parts:
             self.pointers[path], file = pointer, place.content(sha256, size)
             if file:
                 self.files[path] = file
+                import hashlib
                 content = hashlib.new(self.shadow.form, b"content " + sha256.encode())
                 self._rows.append((mode, content.hexdigest(), path))
 
@@ -5034,6 +5051,7 @@ def tar_entry(path: bytes, mode: str, size: int, content: Iterable[bytes]) -> It
 
 def read_content(path: str, name: str, pointer: Pointer) -> Iterator[bytes]:
     """The bytes of a file. Raises GitFailed if they are not what the LFS pointer names."""
+    import hashlib
     digest, left = hashlib.sha256(), pointer[3]
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
@@ -5788,6 +5806,7 @@ class Pull(Harvest):
 
     def store(self, chunks: Iterable[bytes], size: int) -> str:
         """Keep a content for git, and look for secrets in it. Returns its id."""
+        import hashlib
         digest, plain = hashlib.new(self.shadow.form, b"blob %d\0" % size), hashlib.sha256()
         overlap, before = max(map(len, self.wanted), default=1) - 1, b""
         leaks: set[str] = set()
@@ -7596,16 +7615,46 @@ def tool_write(workspace: Workspace, path: str, cancel: Cancel | None = None,
         raise UsageError("content_base64 is not base64.")
 
 
-def manage_list(project: Project, cancel: Cancel) -> Fields:
-    rows = []
-    for workspace in project.workspaces():
-        changed = jobs = None
-        with contextlib.suppress(CmuxError):
-            changed, found = workspace._look(workspace.path, cancel=cancel)
-            jobs = sum(job["state"] == "running" for job in found)
-        rows.append(dict(workspace.describe(), changed=changed, jobs=jobs,
-                         behind=project.repository.behind(workspace.base)))
-    return {"workspaces": rows}
+class View:
+    """What hosts report of the workspaces of projects, on all hosts or on some. Each workspace is
+    asked in a thread of its own, so that no host delays the others."""
+
+    def __init__(self, hosts: Container[str], *projects: Project) -> None:
+        self.hosts, self.projects = hosts, projects
+        self.seen: dict[str, Fields] = {}  # by the id of a workspace
+        self.asked: set[str] = set()  # and have not answered
+
+    def look(self, seconds: float) -> list[tuple[Workspace, Fields]]:
+        """Ask all but those still to answer, unless ``seconds`` is 0; wait so long for them."""
+        found = [workspace for project in self.projects for workspace in project.workspaces()
+                 if not self.hosts or workspace.host.name in self.hosts]
+        for workspace in found:
+            if seconds and workspace.op not in self.asked:
+                self.asked.add(workspace.op)
+                threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
+        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
+        while self.asked and not patience.over():
+            time.sleep(0.02)
+        return [(workspace, self.seen.get(workspace.op, {"error": late})) for workspace in found]
+
+    def rows(self, seconds: float) -> list[Fields]:
+        """What `list --json` prints."""
+        return [dict(workspace.describe(), changed=seen.get("changed"),
+                     jobs=len(seen["running"]) if "running" in seen else None,
+                     behind=workspace.project.repository.behind(workspace.base))
+                for workspace, seen in self.look(seconds)]
+
+    def _ask(self, workspace: Workspace) -> None:
+        op = workspace.op
+        try:
+            workspace.host.masters.connect(now=True)
+            changed, jobs = workspace._look(workspace.path)
+            self.seen[op] = {"changed": changed, "jobs": jobs,
+                             "running": [job for job in jobs if job["state"] == "running"]}
+        except CmuxError as error:
+            self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
+        finally:
+            self.asked.discard(op)
 
 
 def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
@@ -7615,8 +7664,9 @@ def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = 
     return project.pull(workspace, branch, cancel=cancel).as_dict()
 
 
-def manage_rm(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
-    if not project.remove(workspace, force, cancel=cancel):
+def manage_rm(project: Project, cancel: Cancel | None, workspace: str, force: bool = False,
+              forget: bool = False) -> Fields:
+    if not project.remove(workspace, force, forget, cancel):
         raise project._missing(workspace, make=False)
     return {"removed": workspace}
 
@@ -7763,7 +7813,8 @@ verb("new", "create workspaces, in parallel, from a local commit",
      manage=manage_new)
 verb("list", "this project's workspaces",
      line=[Flag("all_projects", "of every project of this machine")],
-     example="--json", lacks="w", manage=manage_list, reads=True)
+     example="--json", lacks="w", reads=True,
+     manage=lambda project, cancel: {"workspaces": View((), project).rows(TOP_PATIENCE)})
 verb("fork", "a new workspace, made on the host with the content of another",
      NEW_NAME, json=[ONE_WORKSPACE], example="-w fix-login second-try",
      manage=lambda project, cancel, workspace, name: project.fork(
@@ -8747,7 +8798,7 @@ if TYPE_CHECKING:
 
 class Terminal(Report):
     """What a person sees on stderr during work: a lane for each workspace, redrawn in place on a
-    terminal. Other output goes above them, by put(), or takes them away first."""
+    terminal. Other output goes above them, by put(), or takes them away first, by pause()."""
 
     current: Terminal | None = None  # of this process
 
@@ -8796,9 +8847,6 @@ class Terminal(Report):
             if drawn and self.many:
                 self._draw()
 
-    def line(self, text: str) -> None:
-        self.put(lambda: err_out(text))
-
     def say(self, text: str) -> None:
         if self.verbosity > 0:
             self.warn(text)
@@ -8809,7 +8857,8 @@ class Terminal(Report):
 
     def warn(self, text: str | CmuxError) -> None:
         if self.verbosity >= 0:
-            self.line(advised(text) if isinstance(text, CmuxError) else text)
+            words = advised(text) if isinstance(text, CmuxError) else text
+            self.put(lambda: err_out(words))
 
     def step(self, what: str, doing: str) -> None:
         self.lanes[what] = doing, time.monotonic()
@@ -8859,7 +8908,10 @@ class Terminal(Report):
     def _keep_drawn(self) -> None:
         pause = 1.0  # what takes less needs no lane
         while not self.closed.wait(pause):
-            pause = 0.2
+            self.drawing = False
+            if not self.lanes:
+                break  # the next step starts another thread
+            self.drawing, pause = True, 0.2
             with self.mutex:
                 self._draw()
 
@@ -8867,13 +8919,11 @@ class Terminal(Report):
         """A line for each workspace; if there are too many, for those at work."""
         if self.closed.is_set() or not self.lanes:
             return
-        columns, rows = 80, 24
-        with contextlib.suppress(OSError):
-            columns, rows = os.get_terminal_size(2)
-        lanes, lines = [(name, *lane) for name, lane in list(self.lanes.items())], []
+        columns, rows = terminal_size(2)
+        lanes, lines = list(self.lanes.items()), []
         if len(lanes) > rows - 2:
-            lanes = [lane for lane in lanes if lane[2]][:max(1, rows - 2)]
-        for name, doing, since in lanes:
+            lanes = [lane for lane in lanes if lane[1][1]][:max(1, rows - 2)]
+        for name, (doing, since) in lanes:
             if since and "/s" not in doing:
                 doing += " " + human_age(time.monotonic() - since)
             name = name.ljust(self.width)[:max(8, columns - len(doing) - 3)]
@@ -8902,6 +8952,18 @@ def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[A
         except OSError as error:
             raise OutputFailed(f"The output cannot be written: {error.strerror}.")
     return True
+
+
+def terminal_size(fd: int) -> tuple[int, int]:
+    """Columns and rows. (shutil would take 3 ms of each start.)"""
+    size = 0, 0
+    with contextlib.suppress(OSError):
+        size = os.get_terminal_size(fd)
+    return size[0] or 80, size[1] or 24
+
+
+def page_width() -> int:
+    return max(0, number(os.environ.get("COLUMNS", ""))) or terminal_size(1)[0]
 
 
 def draw(fd: int, text: str) -> None:
@@ -8973,13 +9035,11 @@ def open_project(options: Options) -> Project:
 
 def command_exec(options: Options) -> Shown:
     project, began, words = open_project(options), time.monotonic(), options.command
-    names = list(dict.fromkeys(options.workspace)) or [project.default_workspace()]
-    if options.all:
-        names = sorted(project._entries())
-        if not names:
-            raise WorkspaceMissing("This project has no workspaces.",
-                                   "Make some.", "new NAME -H HOST")
-    many = options.many = options.terminal.many = options.all or len(names) > 1
+    names = sorted(project._entries()) if options.all else (
+        list(dict.fromkeys(options.workspace)) or [project.default_workspace()])
+    if not names:
+        raise WorkspaceMissing("This project has no workspaces.", "Make some.", "new NAME -H HOST")
+    many = options.terminal.many = options.all or len(names) > 1
     if many and (options.tty or options.detach):
         raise UsageError("-t and --detach take one workspace.", "Run it once for each.")
     if (many or options.detach) and not options.no_stdin and data_waits():
@@ -8991,17 +9051,20 @@ def command_exec(options: Options) -> Shown:
                     "env": parse_environment(options.env), "login": options.login,
                     "secrets": [] if options.no_secrets else options.secrets}
     if options.tty:
-        return on_terminal(lambda: exec_workspace(options, names[0]), options, options.call)
+        need_terminal()
+        return on_terminal(exec_workspace(options, names[0]), options, options.call)
     rows = options.terminal.in_lanes(
         names, functools.partial(exec_row, options), options.parallel or 0, options.cancel)
     for at, row in enumerate(rows):
-        if isinstance(row, CmuxError):
-            if isinstance(row, PipeClosed) or not (many or options.json):
-                raise row
-            rows[at] = exec_failure(names[at], None, row, began)  # it has not begun
+        if isinstance(row, PipeClosed):
+            raise row
+        if isinstance(row, CmuxError):  # it has not begun
+            rows[at] = exec_failure(names[at], None, row, began)
     first, text, warning = rows[0], "", ""
     if many:
         warning = summary(rows, time.monotonic() - began)
+    elif first.get("error") and not options.json:
+        err_out("{message} {hint}".format(**first["error"]).strip())
     elif options.detach:
         text = first.get("job", "")
     elif first["stopped"]:
@@ -9012,36 +9075,33 @@ def command_exec(options: Options) -> Shown:
 
 
 def exec_row(options: Options, name: str) -> Fields:
-    """What `exec --json` prints of one workspace. If it is the only one, and without --json, an
-    error is raised."""
-    began, host = time.monotonic(), None
-    out, err = [Capture(TOOL_CAPTURE if options.many else CAPTURE_MAX) if options.json else
-                options.terminal.sink_of(name, fd, options.cancel)
-                for fd in (1, 2)]  # type: Any, Any
+    """What `exec --json` prints of one workspace."""
+    began, terminal, cancel, host = time.monotonic(), options.terminal, options.cancel, None
+    out, err = [Capture(TOOL_CAPTURE if terminal.many else CAPTURE_MAX) if options.json
+                else terminal.sink_of(name, fd, cancel) for fd in (1, 2)]  # type: Any, Any
     try:
         workspace = exec_workspace(options, name)
         host = workspace.host.name
         if options.detach:
-            job = workspace.start(cancel=options.cancel, **options.call)
+            job = workspace.start(cancel=cancel, **options.call)
             if not options.no_stdin and data_waits():  # of a slow writer
-                options.terminal.warn("The job does not read what came on stdin.")
+                terminal.warn("The job does not read what came on stdin.")
             return {"job": job, "workspace": name}
-        if options.many:
-            options.terminal.step(name, "running")
+        if terminal.many:
+            workspace.host.masters.connect(cancel)
+            terminal.step(name, "running")
         else:
-            options.terminal.pause()
-        source = None if options.no_stdin or options.many else open_stdin()
+            terminal.pause()
+        source = None if options.no_stdin or terminal.many else open_stdin()
         out.deadline = err.deadline = Deadline(options.timeout)
-        outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=options.cancel,
+        outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=cancel,
                                 timeout=options.timeout, **options.call)
         result = exec_result(workspace, outcome, out, err, began)
         return json_fields(dict(result.as_dict(), error=None))
     except PipeClosed:
-        options.cancel.set()
+        cancel.set()
         raise
     except CmuxError as error:
-        if not (options.many or options.json):
-            raise
         return exec_failure(name, host, error, began, out.value(), err.value())
     finally:
         if not options.json:
@@ -9056,15 +9116,6 @@ def exec_workspace(options: Options, name: str) -> Workspace:
         name, options.host, report, cancel, options.call["secrets"])
     if options.push and project.push(name, report=report, cancel=cancel):
         workspace = project.workspace(name)
-    if options.many:
-        workspace.host.masters.connect(cancel)
-    elif report.redraws:
-        with contextlib.suppress(GitFailed):
-            commit, _ = project.repository.resolve("HEAD")
-            parent = project.repository.value_of(workspace.base + "^")  # of a --dirty one
-            if commit not in (workspace.base, parent):
-                report.warn(f"{name} is at {workspace.base[:10]}, HEAD at {commit[:10]}. "
-                            + as_called("To bring it there", f"push -w {name}"))
     return workspace
 
 
@@ -9072,10 +9123,10 @@ def summary(rows: list[Fields], seconds: float) -> str:
     bad: dict[str, list[str]] = {}  # how -> which: a host that is down appears once
     for row in rows:
         if row["exit_code"]:
-            how = [str(row["exit_code"])]
-            how += [row["error"]["message"]] if row["error"] else []
-            how += ["stopped, " + STOPPED[row["stopped"]]] if row["stopped"] else []
-            bad.setdefault(": ".join(how), []).append(row["workspace"])
+            how = str(row["exit_code"])
+            how += f": {row['error']['message']}" if row["error"] else ""
+            how += f": stopped, {STOPPED[row['stopped']]}" if row["stopped"] else ""
+            bad.setdefault(how, []).append(row["workspace"])
     failed = ", ".join(f"{', '.join(which)} ({how})" for how, which in bad.items())
     good = len(rows) - sum(map(len, bad.values()))
     return f"{good} of {len(rows)} succeeded in {seconds:.1f} s" + f"; failed: {failed}" * bool(bad)
@@ -9206,9 +9257,8 @@ def command_new(options: Options) -> Shown:
 def table(heads: str, rows: Iterable[Fields]) -> str:
     """A line for each row, of its members named like ``heads``; None is a dash. What does not fit
     the terminal is cut off."""
-    import shutil
     names = heads.split()
-    width = shutil.get_terminal_size().columns if os.isatty(1) else 1 << 16
+    width = page_width() if os.isatty(1) else 1 << 16
     cells = [names, *(["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
                        for value in (row.get(name.lower(), "") for name in names)]
                       for row in rows)]
@@ -9232,53 +9282,14 @@ def command_history(options: Options) -> Shown:
     return None, text, "" if text else "Nothing is on record yet."
 
 
-class View:
-    """What hosts report of the workspaces of projects, on all hosts or on some. Each workspace is
-    asked in a thread of its own, so that no host delays the others."""
-
-    def __init__(self, hosts: Container[str], *projects: Project) -> None:
-        self.hosts, self.projects = hosts, projects
-        self.seen: dict[str, Fields] = {}  # by the id of a workspace
-        self.asked: set[str] = set()
-
-    def look(self) -> list[tuple[Workspace, Fields]]:
-        return [(workspace, self.seen.get(workspace.op, {}))
-                for project in self.projects for workspace in project.workspaces()
-                if not self.hosts or workspace.host.name in self.hosts]
-
-    def ask(self, seconds: float) -> None:
-        """Ask all but those still to answer; wait up to ``seconds`` for the answers."""
-        import threading
-        for workspace, _ in self.look():
-            if workspace.op not in self.asked:
-                self.asked.add(workspace.op)
-                threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
-        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
-        while self.asked and not patience.over():
-            time.sleep(0.02)
-        for op in list(self.asked):
-            self.seen.setdefault(op, {"error": late})
-
-    def _ask(self, workspace: Workspace) -> None:
-        op = workspace.op
-        try:
-            workspace.host.masters.connect(now=True)
-            changed, jobs = workspace._look(workspace.path)
-            self.seen[op] = {"changed": changed, "jobs": jobs,
-                             "running": [job for job in jobs if job["state"] == "running"]}
-        except CmuxError as error:
-            self.seen[op] = dict(self.seen.get(op, {}), error=str(error))
-        finally:
-            self.asked.discard(op)
-
-
-def top_rows(view: View, project: Project) -> tuple[list[Fields], str]:
+def top_rows(view: View, project: Project, seconds: float) -> tuple[list[Fields], str]:
     """A row for each operation and job that runs, and for each workspace without any; their
     table."""
-    rows, now, running = [], project.history.now(), []  # type: list[Fields], Any, list[Any]
-    for workspace, seen in view.look():
-        running = [(f"{row['operation']} {row.get('detail', '')}", row["time"])
-                   for row in project._about(workspace.name, now)]
+    rows: list[Fields] = []
+    looked, now = view.look(seconds), project.history.now()
+    for workspace, seen in looked:
+        running: list[Any] = [(f"{row['operation']} {row.get('detail', '')}", row["time"])
+                              for row in project._about(workspace.name, now)]
         running += [(f"{job['job']} {job['command']}", job["started"])
                     for job in seen.get("running", ())]
         rows += [{"workspace": workspace.name, "host": workspace.host.name,
@@ -9294,15 +9305,13 @@ def command_top(options: Options) -> Shown:
     project = open_project(options)
     view = View(options.host, project)
     if options.json or not os.isatty(1):
-        view.ask(TOP_PATIENCE)
-        return top_rows(view, project)
+        return top_rows(view, project, TOP_PATIENCE)
     draw(1, "\x1b[?1049h\x1b[?25l")  # the other screen, no cursor
     try:
         while True:
-            view.ask(TOP_EVERY)
-            lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "",
-                     *top_rows(view, project)[1].split("\n")]
-            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:os.get_terminal_size(1)[1] - 1])
+            rows = top_rows(view, project, TOP_EVERY)[1].split("\n")
+            lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "", *rows]
+            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:terminal_size(1)[1] - 1])
             draw(1, f"\x1b[H{shown}\x1b[J")
             time.sleep(TOP_EVERY)
     except KeyboardInterrupt:
@@ -9328,11 +9337,10 @@ def candidates(before: Sequence[str], last: str) -> Iterable[str]:
     """What may follow the words ``before``."""
     valued = {flag: arg.name for verb in VERBS.values() for arg in line_args(verb)
               for flag in arg.flags if arg.valued}
-    pairs = list(zip(["", *before], before))
-    plain = [word for flag, word in pairs if word[:1] != "-" and flag not in valued]
-    directory = os.path.expanduser("".join(word for flag, word in pairs if flag == "-C") or ".")
-    name = " ".join(plain[:1 + (plain[:1] == ["secrets"])])
-    if "--" in before or name == "exec" and plain[1:]:  # words of the remote command
+    (name, _), directory = command_of(before), "."
+    for flag, word in zip(before, before[1:]):
+        directory = os.path.expanduser(word) if flag == "-C" else directory
+    if "--" in before:  # words of the remote command
         return []
     if before and before[-1] in valued:
         return values_of(valued[before[-1]], directory)
@@ -9340,11 +9348,12 @@ def candidates(before: Sequence[str], last: str) -> Iterable[str]:
     if last.startswith("-"):
         return [flag for arg in known for flag in arg.flags]
     if name not in VERBS:
-        rows = [verb.split() for verb in VERBS]
-        return {row[len(plain)] for row in rows if row[:len(plain)] == plain}
-    first = next((arg.name for arg in known if arg.word), "")
-    own = {"secrets rm": "secrets", "new": "", "fork": "", "rename": ""}
-    return values_of(own.get(name, first), directory)
+        begun = f"{name} ".lstrip()
+        return {verb[len(begun):].split()[0] for verb in VERBS if verb.startswith(begun)}
+    if name in ("new", "fork", "rename"):  # a new name
+        return []
+    word = next((arg.name for arg in known if arg.word), "")
+    return values_of("secrets" if name == "secrets rm" else word, directory)
 
 
 def values_of(name: str, directory: str) -> Iterable[str]:
@@ -9353,11 +9362,12 @@ def values_of(name: str, directory: str) -> Iterable[str]:
         return COMPLETIONS
     if name in ("host", "target"):
         return config_hosts()
+    project = Project(directory)
     if name in ("workspace", "name", "names"):
-        return Project(directory)._entries()
+        return project._entries()
     if name == "secrets":
-        return {secret for secret, _, _ in Project(directory).registry.stored()}
-    return Project(directory).registry.read().get("jobs", ()) if name == "job" else ()
+        return {secret for secret, _, _ in project.registry.stored()}
+    return project.registry.read().get("jobs", ()) if name == "job" else ()
 
 
 def config_hosts() -> list[str]:
@@ -9406,13 +9416,7 @@ def command_list(options: Options) -> Shown:
             if not options.all_projects:
                 raise
             report_error(error)
-    view = View(options.host, *projects)
-    if options.verbosity >= 0:
-        view.ask(3)
-    rows = [dict(workspace.describe(), changed=seen.get("changed"),
-                 behind=workspace.project.repository.behind(workspace.base),
-                 jobs=len(seen["running"]) if "running" in seen else None)
-            for workspace, seen in view.look()]
+    rows = View(options.host, *projects).rows(3 if options.verbosity >= 0 else 0)
     text = listing(options, "NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
         {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
          "age": age(row["created"]), "base": row["base"][:10]} for row in rows])
@@ -9460,10 +9464,8 @@ def command_rm(options: Options) -> Shown:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
             if host:
                 project._check_place(name, host, options.host)
-            gone = project.remove(name, options.force, options.forget)
-            if not gone:
-                raise project._missing(name, make=False)
-            removed += gone
+            manage_rm(project, None, name, options.force, options.forget)
+            removed.append(name)
             if options.forget:
                 options.terminal.warn(f"The files of {name} stay on {host}.")
         except CmuxError as error:
@@ -9491,10 +9493,11 @@ def existing_workspace(options: Options) -> Workspace:
 def command_pull(options: Options) -> Shown:
     terminal = options.terminal
     result = pull(existing_workspace(options), options.branch or "", options.allow, terminal)
+    terminal.pause()
     for note in result.notes:
         terminal.warn(note)
     for path, names in result.secrets.items():
-        terminal.line(f"warning: {path} holds the secret {', '.join(names)}.")
+        err_out(f"warning: {path} holds the secret {', '.join(names)}.")
     if not result.new:
         return result.as_dict(), [f"Nothing new in {result.workspace}."]
     commits = f"{result.commits} commit" + "s" * (result.commits != 1)
@@ -9582,26 +9585,25 @@ def command_secrets_set(options: Options) -> Shown:
 def secret_value(name: str) -> bytes:
     """The value of a secret, from stdin or a person who types it."""
     typed, pipe = os.isatty(0), "| " + as_typed("secrets set " + name)
-    value = typed_value(name) if typed else read_all(0, SECRET_MAX + 2)
-    if value is None:
+    value, fits = b"", True
+    if typed:
+        import getpass
+        try:
+            value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
+            fits = len(value) < 4095
+        except EOFError:
+            pass
+        except UnicodeDecodeError:
+            fits = False
+    else:
+        value = read_all(0, SECRET_MAX + 2)
+    if not fits:
         raise UsageError("A terminal passes on text, and less than 4095 bytes of a line.",
                          f"Pipe it: ... {pipe}")
     if not value and (typed or stdin_is_null()):
         raise UsageError(f"No value was given for {name} on stdin.",
                          f"For an empty one: printf '' {pipe}")
     return value
-
-
-def typed_value(name: str) -> bytes | None:
-    """What a person types; None for what a terminal does not pass on."""
-    import getpass
-    try:
-        value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
-    except EOFError:
-        return b""
-    except UnicodeDecodeError:
-        return None
-    return value if len(value) < 4095 else None
 
 
 def read_all(fd: int, limit: int) -> bytes:
@@ -9640,7 +9642,7 @@ def parse_dotenv(text: str) -> dict[str, str]:
         r"|[ \t]*(?:#[^\n]*)?\r?(?:\n|\Z)|(?P<wrong>.)", re.S)
     for match in pattern.finditer(text):
         line, name = text.count("\n", 0, match.start()) + 1, match["name"]
-        if match["wrong"] or name and not _VARIABLE.match(name):
+        if match["wrong"] or name and not re.match(_VARIABLE, name):
             raise UsageError(f"Line {line} is not NAME=value.",
                              "Quote values with spaces or newlines.")
         if name:
@@ -9652,9 +9654,8 @@ def parse_dotenv(text: str) -> dict[str, str]:
 
 
 def command_secrets_list(options: Options) -> Shown:
-    project, name = Project(options.directory), one_workspace(options)
-    stored = project.registry.stored(project._entry(name)["op"] if name else None)
-    rows = []
+    project, own = Project(options.directory), one_workspace(options)
+    stored, rows = project.registry.stored(project._entry(own)["op"] if own else None), []
     for name, entry, where in sorted(stored, key=lambda row: row[0]):
         scope, _, workspace = where.partition(" ")
         rows.append({"name": name, "scope": scope, "workspace": workspace or None,
@@ -9665,10 +9666,9 @@ def command_secrets_list(options: Options) -> Shown:
 def command_secrets_rm(options: Options) -> Shown:
     with stored_secrets(options) as stored:
         for name in options.names:
-            if name not in stored:
+            if not stored.pop(name, None):
                 raise CmuxError(f"There is no secret {show(name)} in that scope.",
                                 "List them.", "secrets list")
-            del stored[name]
     return options.names, ""
 
 
@@ -9724,18 +9724,16 @@ def command_cp(options: Options) -> Shown:
 
 
 def command_edit(options: Options) -> Shown:
-    arguments = options_given(options, "sha256")
-    edit = options_given(options, "old", "new", "count")
+    arguments, edit = (options_given(options, *names) for names in (
+        ("sha256", "path"), ("old", "new", "count")))
     if edit:
         arguments["edits"] = [EDIT.check(edit)]
     else:
-        import json
         try:
             arguments = {**json.loads(read_all(0, BATCH_LINE_MAX)), **arguments}
         except (ValueError, TypeError, RecursionError):
             raise UsageError('stdin is not JSON like {"edits": [{"old": ..., "new": ...}]}.',
                              "Or give --old and --new.")
-    arguments["path"] = options.path
     run = checked_call("edit", arguments)
     result = run(the_workspace(options), None)
     return result, [result["diff"].rstrip("\n")]
@@ -9771,13 +9769,12 @@ def jobs_text(jobs: Sequence[Fields], heads: str = "") -> tuple[str, str]:
 def command_jobs(options: Options) -> Shown:
     if not options.all:
         return command_tool(options)
-    view, rows, code = View(options.host, open_project(options)), [], 0
-    view.ask(TOP_PATIENCE)
-    for workspace, seen in view.look():
+    rows, code = [], 0
+    for workspace, seen in View(options.host, open_project(options)).look(TOP_PATIENCE):
         rows += [dict(job, workspace=workspace.name) for job in seen.get("jobs", ())]
         if "error" in seen:
             code = 255
-            options.terminal.line(f"{workspace.name}: {seen['error']}")
+            err_out(f"{workspace.name}: {seen['error']}")
     return (rows, *jobs_text(rows, "WORKSPACE "), code)
 
 
@@ -9790,14 +9787,9 @@ def command_logs(options: Options) -> Shown:
     if options.json and not options.follow:
         return command_tool(options)
     offset, workspace, out = options.offset or 0, existing_workspace(options), Outlet(1)
-    job = job_of(options, workspace)
+    job, more = job_of(options, workspace), True
     quiet_terminal()
-
-    def json_line(data: bytes) -> None:
-        if data:
-            print_json(json_fields({"output": data}))
-    more = not options.follow
-    while more:
+    while more and not options.follow:
         status = workspace.logs(job, offset, options.wait or 0)
         out(status["output"])
         offset = status["next_offset"]
@@ -9811,6 +9803,11 @@ def command_logs(options: Options) -> Shown:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
     out.end()
     return 0
+
+
+def json_line(output: bytes) -> None:
+    if output:
+        print_json(json_fields({"output": output}))
 
 
 def command_batch(options: Options) -> Shown:
@@ -9843,21 +9840,23 @@ def command_doctor(options: Options) -> Shown:
         state, what, text, fix = row.values()
         if not options.json and (options.verbosity >= 0 or state in ("bad", "dead")):
             print_text(f"{state:<5} {what:<10}  {text.rstrip('.')}{'. ' * bool(fix)}{fix}")
-    return rows, "", "", max({"dead": 255, "bad": 1}.get(row["state"], 0) for row in rows)
+    states = {row["state"] for row in rows}
+    return rows, "", "", 255 if "dead" in states else int("bad" in states)
 
 
-def on_terminal(open_workspace: Callable[[], Workspace], options: Options, call: Fields) -> Shown:
-    """What Workspace.shell() does with ``call``, on this terminal."""
+def need_terminal() -> None:
     if not (os.isatty(0) and os.isatty(1)):
         raise UsageError("This needs a terminal.", "Without one use exec.", "exec -- CMD")
-    workspace = open_workspace()
-    options.terminal.warn(
-        "The host now writes to this terminal as it likes, escape sequences included.")
+
+
+def on_terminal(workspace: Workspace, options: Options, call: Fields) -> int:
+    """What Workspace.shell() does with ``call``, on this terminal."""
+    warn = options.terminal.warn
+    warn("The host now writes to this terminal as it likes, escape sequences included.")
     options.terminal.close()
     status = workspace.shell(**call)
     if status in (None, 255):
-        options.terminal.warn(f"The connection to {workspace.host.name} was cut, or the command "
-                              "ended with 255.")
+        warn(f"The connection to {workspace.host.name} was cut, or the command ended with 255.")
     return 255 if status is None else status
 
 
@@ -9868,17 +9867,18 @@ def command_forward(options: Options) -> Shown:
             ports = re.match(r"(?:([0-9]{1,5}):)?([0-9]{1,5})\Z", word)
             if not ports:
                 raise UsageError(f"{show(word)} is not a port.", "Write PORT, or LOCAL:PORT.")
-            forward = held.enter_context(workspace.forward(
+            made = held.enter_context(workspace.forward(
                 int(ports[2]), int(ports[1] or 0), options.terminal))
-            fields = {name: getattr(forward, name) for name in ("url", "local", "port")}
-            render(options, fields, f"{forward.url} is port {ports[2]} of {workspace.host.name}")
+            render(options, {"url": made.url, "local": made.local, "port": made.port},
+                   f"{made.url} is port {made.port} of {workspace.host.name}")
         while True:  # a signal just before a sleep does not end it
             time.sleep(2)
     return 0
 
 
 def command_shell(options: Options) -> Shown:
-    return on_terminal(lambda: the_workspace(options), options, {})
+    need_terminal()
+    return on_terminal(the_workspace(options), options, {})
 
 
 def command_demo(options: Options) -> Shown:
@@ -9931,7 +9931,9 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
     parser = Parser(
         prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
         description=verb.text, epilog=f"example: {PROGRAM} {verb.name} {verb.example}".rstrip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=page_width() - 2),
+        allow_abbrev=False)
     vars(parser)["color"] = False  # of Python 3.14; print_text() would neutralise the escapes
     for arg in line_args(verb):
         text = arg.text + " (90, 5m, 1h)" * (arg.kinds == ["seconds"])
@@ -9960,10 +9962,8 @@ def parse(name: str, words: list[str]) -> Options:
     if name not in VERBS:
         import difflib
         near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
-        own = [verb for verb in VERBS if verb.startswith(name.partition(" ")[0] + " ")]
-        raise UsageError(f"There is no command {show(name)}."
-                         + f" There are: {', '.join(own)}." * bool(own),
-                         "Read the help.", " ".join([*near, "-h"]))
+        raise UsageError(f"There is no command {show(name)}.", "Read the help.",
+                         " ".join([*near, "-h"]))
     at = words.index("--") if name == "exec" and "--" in words else len(words)
     options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
     options.verb, options.verbosity = name, options.verbose - options.quiet
@@ -9990,13 +9990,17 @@ def parse(name: str, words: list[str]) -> Options:
     return options
 
 
-def command_first(words: list[str]) -> list[str]:
-    """The words with the command moved before the options that precede it."""
-    at, valued = 0, {flag for arg in COMMON for flag in arg.flags if arg.valued}
-    own = ("-h", "--help", "--version")
-    while words[at:] and words[at].startswith("-") and words[at] not in own:
-        at += 1 + (words[at] in valued)
-    return words[at:at + 1] + words[:at] + words[at + 1:]
+def command_of(words: Sequence[str]) -> tuple[str, list[str]]:
+    """The command, of one or two words, and the other words: global options may precede it."""
+    valued = {flag for arg in COMMON for flag in arg.flags if arg.valued}
+    names: list[str] = []
+    rest, at = list(words), 0
+    while at < len(rest) and names in ([], ["secrets"]):
+        if rest[at][:1] == "-" and rest[at] not in ("-h", "--help", "--version"):
+            at += 1 + (rest[at] in valued)
+        else:
+            names.append(rest.pop(at))
+    return " ".join(names), rest
 
 
 def open_standard_streams() -> None:
@@ -10023,16 +10027,16 @@ def report_error(error: CmuxError) -> int:
     return error.exit_code
 
 
-def fail(words: Sequence[str], error: CmuxError) -> int:
+def fail(name: str, words: Sequence[str], error: CmuxError) -> int:
     """Report the error, with --json on stdout too; the exit code."""
-    code, verb = report_error(error), words[0] if words else ""
+    code = report_error(error)
     if "--json" in itertools.takewhile(lambda word: word != "--", words):
         fields: Fields = {"error": error_fields(error)}
-        if verb == "exec":
+        if name == "exec":
             fields = exec_failure(None, None, error, time.monotonic())
         with contextlib.suppress(CmuxError):  # stdout is closed
-            print_json([fields] if verb == "new" else fields)
-    return exec_code(error) if verb == "exec" else code
+            print_json([fields] if name == "new" else fields)
+    return exec_code(error) if name == "exec" else code
 
 
 def version_text() -> str:
@@ -10044,47 +10048,39 @@ def version_text() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Expected failures are reported on stderr."""
-    words = command_first(list(sys.argv[1:] if arguments is None else arguments))
+    name, words = command_of(sys.argv[1:] if arguments is None else arguments)
     if os.name != "posix":
         err_out("Windows is not supported natively. Use it inside WSL.")
         return 2
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
     try:
-        if words[:1] == ["--version"]:
-            print_text(version_text())
-            return 0
-        if words[:1] in (["-h"], ["--help"], ["help"]):
-            words = [*words[1:], "-h"]
-        name, *rest = words or ["-h"]
-        if name == "secrets":  # its commands have two words
-            rest = command_first(rest)
-            name, rest = " ".join([name, *rest[:1]]), rest[1:]
-        of_many = re.match(r"(secrets |)(-h|--help)\Z", name)
-        if of_many:
-            print_text(usage(of_many[1]))
-            return 0 if words else 2
-        if name == "__complete" and rest[1:]:  # the first names the shell
-            return complete(rest[1:])
-        options = parse(name, rest)
+        if name in ("help", "-h", "--help"):
+            name, words = command_of([*words, "-h"])
+        if name == "__complete" and words[1:]:  # the first names the shell
+            return complete(words[1:])
+        if name in ("", "-h", "secrets -h", "secrets --help", "--version"):
+            print_text(version_text() if name == "--version" else usage(name.partition("-")[0]))
+            return 0 if name else 2
+        options = parse(name, words)
         raise_descriptor_limit()
         stop_signals()
         try:
-            name = "command_" + options.verb.replace(" ", "_")
-            shown = globals().get(name, command_tool)(options)
+            command = globals().get("command_" + name.replace(" ", "_"), command_tool)
+            shown = command(options)
             return shown if isinstance(shown, int) else render(options, *shown)
         finally:
             options.terminal.close()
     except KeyboardInterrupt:
-        return fail(words, Cancelled("Interrupted."))
+        return fail(name, words, Cancelled("Interrupted."))
     except Exception as error:
         known = expected(error)
         if known is None:
             raise
         if type(known) is PipeClosed:
             die_by_pipe()
-        return fail(words, known)
+        return fail(name, words, known)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
