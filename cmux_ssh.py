@@ -548,7 +548,7 @@ _USER = r"(?!-|ssh://)[^ '\"`$;&<>|(){}]+(?<!\\)\Z"
 _HOSTNAME = re.compile(r"(?!-|ssh://)[^ '\"`$;&<>|(){}\\,]+\Z")
 _URI = r"ssh://(?:([^@]+)@)?([A-Za-z0-9][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?/?\Z"
 _WORKSPACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,%d}\Z" % (NAME_MAX - 1))
-_VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*\Z"
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 
 def check_host(text: object) -> str:
@@ -2106,15 +2106,14 @@ def run(argv: Sequence[str], env: Environment = None, limit: int = REPLY_MAX,
     """Run a short local command: (status, stdout, stderr), each at most ``limit`` bytes. With our
     own ``stderr`` (2) it may use this terminal. Raises UsageError when it cannot start, CmuxError
     when it is too slow or prints too much, Cancelled."""
-    deadline, out, err = Deadline(patience), bytearray(), bytearray()
+    deadline, out, err = Deadline(patience, cancel), bytearray(), bytearray()
     with spawn(argv, env, stdout=-1, stderr=stderr, own_group=stderr != 2) as process:
         streams = (process.stdout, out), (process.stderr, err)
         sinks = {stream.fileno(): sink for stream, sink in streams if stream}
         try:
             while sinks:
                 for fd in poll_once(deadline.left(), cancel, *sinks):
-                    if cancel:
-                        cancel.check()
+                    deadline.check()
                     chunk = os.read(fd, CHUNK)
                     sinks[fd] += chunk
                     if len(sinks[fd]) > limit:
@@ -2123,7 +2122,10 @@ def run(argv: Sequence[str], env: Environment = None, limit: int = REPLY_MAX,
                         del sinks[fd]
                 if sinks and deadline.over():
                     raise subprocess.TimeoutExpired(argv, patience)
-            return process.wait(deadline.left()), bytes(out), bytes(err)
+            while process.poll() is None:
+                if not nap(0.005, deadline):
+                    raise subprocess.TimeoutExpired(argv, patience)
+            return process.returncode, bytes(out), bytes(err)
         except subprocess.TimeoutExpired:
             raise CmuxError("A local command did not end in time.")
         finally:
@@ -3520,6 +3522,7 @@ class Masters:
         """``count`` sessions for ``command``, all or none: a caller that holds one and waits for
         another could wait for ever. One for ``bulk`` has a connection of its own, unless logging in
         needs a person."""
+        why = "it refuses more"
         while True:
             slots = self._slots(count, deadline, bulk)
             own, new = slots[0].master.own, len(slots) > count  # with no session on it
@@ -3536,10 +3539,11 @@ class Masters:
                     raise ConnectionLost(str(error), "Try again.", self.host, False)
                 if new and not nap(1, deadline):
                     raise
+                why = "its connections hang, or were closed"
             finally:
                 self.free(slots[count:])
             if deadline.over():
-                raise self._too_late("it refuses more")
+                raise self._too_late(why)
 
     def _slots(self, count: int, deadline: Deadline, bulk: bool = False) -> list[Slot]:
         """So many slots on live masters, or all of a new one; or those of own masters."""
@@ -3968,17 +3972,15 @@ class Exchange:
             stall: float = 1e9) -> bool:
         """Move bytes until it has ended, or ``until``: True; or until the deadline: False, and it
         can go on. Raises HostError when the session is lost, or no byte has moved for ``stall``
-        seconds (for CALL_PATIENCE once all is sent: the host unpacks and sums); Cancelled."""
+        seconds; Cancelled."""
         if not deadline.over() and not deadline.cancelled():
             self._write()  # mostly there is room: no poll is needed
         while not (until() if until else self.ended):
             if self.lost:
                 raise self.session.failure(self.begun, self.sent)
             deadline.check()
-            if not self.outgoing and not self.source:
-                stall = max(stall, CALL_PATIENCE)
-                if self.close_stdin:
-                    self.session.close_stdin()
+            if self.close_stdin and not self.outgoing and not self.source:
+                self.session.close_stdin()
             wait = max(0.0, min(self.moved + stall - time.monotonic(), BEAT_MOST))
             events = poll_once(deadline.capped(wait), deadline.cancel, *self._wanted())
             if deadline.over():  # also where output never pauses
@@ -4137,15 +4139,18 @@ class Host:
         ``direct`` uses a session for bulk; ``before`` are more header records; ``data`` is all of
         its stdin."""
         records, cancel = before + script_records(script, *arguments), self.ending.join(cancel)
-        deadline, patience = Deadline(None, cancel), None if source or data else CALL_PATIENCE
+        deadline = Deadline(None, cancel)
 
         def work(sessions: list[Session]) -> Reply:
             out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
             exchange = Exchange(sessions[0], records, out, err, source, data)
             self._begin(exchange, deadline)
             trip = time.monotonic() - exchange.asked
-            if not exchange.run(Deadline(patience, cancel), stall=STALL_PATIENCE):
-                raise RemoteFailed(f"{self.name} did not finish within {patience} seconds.")
+            exchange.run(deadline, lambda: exchange.ended or not (
+                exchange.source or exchange.outgoing), STALL_PATIENCE)
+            # Now the host unpacks and sums. One that only sends a byte a second has an end, too.
+            if not exchange.run(Deadline(CALL_PATIENCE, cancel)):
+                raise RemoteFailed(f"{self.name} did not finish within {CALL_PATIENCE} seconds.")
             return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value(),
                          trip=trip)
 
@@ -7124,6 +7129,7 @@ class Project:
         hosts = pool_of(host) or self._pool or [*filter(None, words)] or [
             *filter(None, self.repository.config("cmux.host", "-z", "--get-all").split("\0"))]
         if not hosts:
+            self._refuse_taken(workspace)
             raise UsageError(
                 f"There is no workspace {show(workspace)}, and no host is known to make it on.",
                 "Name one (also in $CMUX_SSH_HOST).",
@@ -7212,12 +7218,15 @@ class Project:
         for other, entry in self._entries().items():
             if entry.get("intent", {}).get("to") == name:
                 self.workspace(other)
+        self._refuse_taken(name)
         left = self.registry.read()["workspaces"].get(name)
-        if left and left["state"] == "ready":
-            raise WorkspaceExists(f"The workspace {name} exists already.",
-                                  "Choose another name, or remove it.", f"rm {name}")
         if left:
             self._discard(name, left)
+
+    def _refuse_taken(self, name: str) -> None:
+        if name in self._entries():
+            raise WorkspaceExists(f"The workspace {name} exists already.",
+                                  "Choose another name, or remove it.", f"rm {name}")
 
     def _settle(self, name: str) -> Fields:
         """The entry of a workspace, after a push or rename that was cut off is settled: a push that
@@ -8689,9 +8698,10 @@ def examine_programs(host: Host, root: str) -> Iterator[Finding]:
                f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
                "Make it writable, or choose another with new --root DIR.")
         return
-    for program, what, state, lack in (
-            ("tar", "tar", "bad", "the host has none that extracts"),
-            ("git", "git there", "fix", "the host has none: workspaces have no commits")):
+    for what, state, lack in (
+            ("tar", "bad", "the host has none that extracts"),
+            ("git there", "fix", "the host has none: workspaces have no commits")):
+        program = what.split()[0]
         yield ("ok" if program in facts else state, what, facts.get(program, lack) or "found",
                f"Install {program} on the host.")
     free, inodes = (number(facts[key]) for key in ("free", "inodes"))
@@ -9243,6 +9253,8 @@ def command_new(options: Options) -> Shown:
         source), 0, cancel)
     rows, lines, code = [], [], 0
     for name, made in zip(names, done):
+        if isinstance(made, Cancelled):
+            made = Cancelled(f"{name}: {made}")
         if isinstance(made, CmuxError):
             rows.append({"name": name, "error": error_fields(made)})
             code = max(code, report_error(made))
@@ -9474,7 +9486,8 @@ def command_rm(options: Options) -> Shown:
                 error.commands += f"rm --forget {name}",
             errors.append(dict(error_fields(error), name=name))
             code = max(code, report_error(error))
-    return {"removed": removed, "errors": errors}, "", "", code
+    return ({"removed": removed, "errors": errors}, "",
+            f"Removed: {', '.join(removed)}." * bool(errors and removed), code)
 
 
 def existing_workspace(options: Options) -> Workspace:
@@ -9698,7 +9711,12 @@ def command_tool(options: Options) -> Shown:
     arguments = options_given(options, *params)
     if "job" in params:
         arguments["job"] = job_of(options, workspace)
-    result = call_tool(workspace, name, arguments)
+    try:
+        result = call_tool(workspace, name, arguments)
+    except KeyboardInterrupt:
+        if name != "wait":
+            raise
+        raise Cancelled("What was waited for goes on.", "Look again.", "jobs")
     return (result["jobs"] if name == "jobs" else result, *tool_text(name, result))
 
 
@@ -9720,7 +9738,9 @@ def command_cp(options: Options) -> Shown:
     workspace, more = existing_workspace(options), (options.force, options.terminal)
     done = (workspace.upload(options.source, path, *more) if away
             else workspace.download(path, options.to, *more))
-    return done, [done["path"]], "\n".join(done["notes"])
+    for note in done["notes"]:
+        options.terminal.warn(note)
+    return done, [done["path"]]
 
 
 def command_edit(options: Options) -> Shown:
@@ -9921,6 +9941,8 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
+            if verb.name == "secrets set" and message.startswith("unrecognized"):
+                message = "a secret's value is not taken from the command line; pipe it"
             raise UsageError(f"{verb.name}: {neutralise(message)}.",
                              "Read the help.", f"{verb.name} -h")
 

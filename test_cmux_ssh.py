@@ -5398,7 +5398,7 @@ cmux_ssh.Landing._look = look_first
 print(raised(workspace.download, "README", "late"))
 cmux_ssh.Landing._look, os.rename = look, move_first
 print(type(raised(workspace.download, "src", "d", True)).__name__, os.listdir("d/src"))
-""").splitlines() == [f"'{repo.dir}/late' exists already; to replace it: --force.", "CmuxError ['late']"]
+""").splitlines() == [f"'{repo.dir}/late' exists already; to replace it: --force.", "UsageError ['late']"]
     assert (repo.dir / "late").read_bytes() == b"" and [path.read_bytes() for path in (repo.dir / "d").glob(".cmux-*/old/mine")] == [b"1"]
 
 
