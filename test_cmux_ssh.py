@@ -1107,7 +1107,7 @@ def test_ssh_git_and_the_terminal_have_a_room_each(source, room, doors):
 
 
 # Lowered with each step of the simplification, never raised. The goal: 330,000 bytes each. (ruff holds the lines to 100 columns.)
-LIMITS = {"bytes of cmux_ssh.py": 501_200, "bytes of test_cmux_ssh.py": 482_000}
+LIMITS = {"bytes of cmux_ssh.py": 490_600, "bytes of test_cmux_ssh.py": 458_400}
 
 
 @each("measure", LIMITS)
@@ -7303,7 +7303,7 @@ def test_mcp_masks_over_pages_colours_and_cuts(repo, token, client):
 
 
 @each("which, content, words", [(which, '{"version": 2}', "newer version") for which in ("projects", "secrets")] + [
-    ("secrets", '{"version": 1, "secr', "is damaged"), ("secrets", '{"version": 1, "secrets": {"TOKEN": {"value": "\\ud800x"}}}', "a damaged secret TOKEN")])
+    ("secrets", '{"version": 1, "secr', "is damaged"), ("secrets", '{"version": 1, "secrets": {"TOKEN": {"value": "\\ud800x"}}}', "is damaged")])
 def test_mcp_damaged_state_is_said_each_time(repo, which, content, words, site):
     repo.secret("TOKEN", b"abcdefgh")
     repo.new()
