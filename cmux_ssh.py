@@ -2627,7 +2627,7 @@ class History:
 
     def _forked(self) -> None:
         self._mutex = threading.Lock()
-        self._places: dict[int, int] = {}  # of threads, in the file of this process
+        self._places: dict[int, int] = {}  # of threads at work, in the file of this process
         self._lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
         weakref.finalize(self, self._lock.free)
 
@@ -2661,7 +2661,12 @@ class History:
 
     def _note(self, line: bytes) -> None:
         with self._mutex, contextlib.suppress(OSError, StateFailed):
-            place = self._places.setdefault(threading.get_ident(), len(self._places))
+            thread, taken = threading.get_ident(), self._places
+            place = taken.pop(thread, None)
+            if place is None:
+                place = min({*range(len(taken) + 1)} - {*taken.values()})
+            if line:
+                taken[thread] = place
             # now() may take the file for that of a dead process.
             if self._lock.fd >= 0 or line and self._lock.wait(Deadline(1)):
                 line = line[:self.ROW_ROOM - 1] + b"\n"
