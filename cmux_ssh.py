@@ -2252,20 +2252,9 @@ def state_folder(name: str) -> str:
     return private_directory(private_directory(state_home()) + "/" + name)
 
 
-def sha256_of(data: bytes) -> str:
+def sha256_of(data: bytes | str) -> str:
     import hashlib
-    return hashlib.sha256(data).hexdigest()
-
-
-def key_of(text: str) -> str:
-    """A name made of a text: its sha256. Where it can it does without hashlib, which loads OpenSSL
-    (3 ms of each start)."""
-    data = os.fsencode(text)
-    try:
-        module = __import__("_sha2" if sys.version_info >= (3, 12) else "_sha256")
-    except ImportError:
-        return sha256_of(data)
-    return str(module.sha256(data).hexdigest())
+    return hashlib.sha256(os.fsencode(data)).hexdigest()
 
 
 class Lock:
@@ -2503,7 +2492,7 @@ class Registry:
     files that are named by a hash of the repository's path and changed by editing()."""
 
     def __init__(self, repository: str) -> None:
-        self.repository, key = repository, key_of(repository)[:20]
+        self.repository, key = repository, sha256_of(repository)[:20]
         self.path = f"{state_folder('projects')}/{key}.json"
         self.secrets_path, self.global_path = secrets_file(key), secrets_file()
         self.running = self.path[:-4] + "running"
@@ -2551,7 +2540,7 @@ class Registry:
         return Lock(f"{self.running}/name.{name}", "works on the workspace " + name)
 
     def upload_lock(self, tree: str, host: str, root: str) -> Lock:
-        place = f"{self.running}/tree.{key_of(f'{tree} {host} {root}')}"
+        place = f"{self.running}/tree.{sha256_of(f'{tree} {host} {root}')}"
         return Lock(place, "sends the same files to " + host)
 
     def own_secrets(self, op: str) -> str:
@@ -3291,7 +3280,7 @@ class Masters:
 
     def __init__(self, config: SSHConfig, interactive: Callable[[], bool] | None = None) -> None:
         self.config, self.host, self.interactive = config, config.host, interactive
-        self.folder = socket_folder(key_of(ascii(config))[:16])
+        self.folder = socket_folder(sha256_of(ascii(config))[:16])
         self._shaking = Waiters()  # for a handshake
         self._mutex = threading.Lock()
         self._known: dict[str, Master] = {}  # those that were seen last, by path
@@ -3855,7 +3844,7 @@ def socket_folder(name: str) -> str:
     if len(os.fsencode(folder)) + len("/0123456789abcdef/m.01234567") > 86:
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
-        folder = os.path.join(base, f"cmux-{os.geteuid()}-{key_of(home)[:8]}")
+        folder = os.path.join(base, f"cmux-{os.geteuid()}-{sha256_of(home)[:8]}")
     return private_directory(os.path.join(folder, name))
 
 
@@ -4839,9 +4828,10 @@ class Shadow(Git):
             lock = Lock(path + "/lock")
             with contextlib.suppress(OSError, StateFailed):  # just removed
                 if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid() \
-                        and age_of(path) > 60 and lock.take():  # a younger one may have none yet
+                        and (os.path.exists(lock.path) or age_of(path) > 60) and lock.take():
+                    # One without a lock is just being made, or was when its process died.
                     shutil.rmtree(path, ignore_errors=True)
-                    lock.free()
+                    lock._forked()  # it went with the directory
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
         env = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (

@@ -292,7 +292,8 @@ class Bench:
     def mcp_row(self, times, pause):
         """From the line of a tools/call to that of its answer, in this process."""
         requests, answers = queue.Queue(), queue.Queue()
-        server = cmux_ssh.McpServer(self.project, "bench", self.host, lambda data, ending: answers.put(data))
+        server = cmux_ssh.McpServer(self.project, "bench", self.host, lambda data, ending: answers.put(data),
+                                    False, cmux_ssh.MCP_SOFT)
         threading.Thread(target=server.run, args=(iter(requests.get, b""),), daemon=True).start()
         call = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {
             "name": "exec", "arguments": {"command": ["/bin/true"]}}}).encode()
