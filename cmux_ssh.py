@@ -2618,7 +2618,6 @@ class History:
         self._mutex = threading.Lock()
         self._places: dict[int, int] = {}  # of threads at work, in the file of this process
         self._lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
-        weakref.finalize(self, self._lock.free)
 
     def append(self, row: Mapping[str, Any]) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
@@ -2657,7 +2656,9 @@ class History:
             if line:
                 taken[thread] = place
             # now() may take the file for that of a dead process.
-            if self._lock.fd >= 0 or line and self._lock.wait(Deadline(1)):
+            if not taken:
+                self._lock.free()
+            elif self._lock.fd >= 0 or self._lock.wait(Deadline(1)):
                 line = line[:self.ROW_ROOM - 1] + b"\n"
                 os.pwrite(self._lock.fd, line, place * self.ROW_ROOM)
 
@@ -4144,7 +4145,8 @@ class Host:
                 exchange.source or exchange.outgoing), STALL_PATIENCE)
             # Now the host unpacks and sums. One that only sends a byte a second has an end, too.
             if not exchange.run(Deadline(CALL_PATIENCE, cancel)):
-                raise RemoteFailed(f"{self.name} did not finish within {CALL_PATIENCE} seconds.")
+                kind = ConnectionLost if source or data else RemoteFailed
+                raise kind(f"{self.name} did not finish within {CALL_PATIENCE} seconds.")
             return Reply(status=exchange.out.status or 0, stdout=out.value(), stderr=err.value(),
                          trip=trip)
 

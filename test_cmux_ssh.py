@@ -8214,6 +8214,7 @@ try:
         history = cmux_ssh.History(project.registry)
         history.begin({"operation": "", "time": 1.0})
         assert len(history.now()) == 1
+        history.end()
 finally:
     os.kill(child, 9)
     os.waitpid(child, 0)
