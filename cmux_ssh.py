@@ -6192,7 +6192,9 @@ def tool_reply(workspace: "Workspace", reply: Reply, path: str = "") -> Reply:
         raise gone_there(workspace.name, workspace.host.name)
     if status:
         text = TOOL_STATUS.get(status, f"The host failed with status {status}: {{said}}.")
-        kind = FileChanged if status == 36 else ToolFailed
+        kind = ToolFailed if status != 36 else FileChanged  # type: type[CmuxError]
+        if "{said}" in text:  # words of the host
+            kind = RemoteFailed
         raise kind(text.format(path=show(path), said=show(reply.said(), 300)[1:-1]))
     return reply
 
@@ -8357,7 +8359,7 @@ class McpServer:
             text, hint = map(Veil(self.project, self.op).clean, (str(failure), hint))
         except CmuxError as unread:  # without the secrets nothing of the host's can be shown
             return advised(unread), True
-        if isinstance(failure, (UsageError, WorkspaceMissing, WorkspaceExists)):
+        if isinstance(failure, (UsageError, ToolFailed, WorkspaceMissing, WorkspaceExists)):
             return f"{text} {hint}".strip(), True
         return "\n".join([*fenced([text]), hint]).strip(), True
 
