@@ -4782,11 +4782,10 @@ class Shadow(Git):
     ``example``."""
 
     def __init__(self, repository: Repository, example: str) -> None:
-        import tempfile
         self.repository, self.form = repository, "sha256" if len(example) == 64 else "sha1"
         self.reap(temporary_folder())
-        self.path = tempfile.mkdtemp(prefix="cmux-shadow-", dir=temporary_folder())
-        self.lock = Lock(self.path + "/lock").hold()  # makes what reap() removed
+        self.path = f"{temporary_folder()}/cmux-shadow-{os.urandom(8).hex()}"
+        self.lock = Lock(self.path + ".lock").hold()  # made before the directory, removed after
         self.git_dir = self.path + "/sh.git"
         super().__init__(
             [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE],
@@ -4795,6 +4794,7 @@ class Shadow(Git):
         self.env[ALTERNATES] = self.alternate(repository.common_dir + "/objects")
         form = [] if self.form == "sha1" else ["--object-format=sha256"]  # git 2.29
         try:
+            os.mkdir(self.path, 0o700)
             self.call("init", "-q", "--bare", "--template=", *form, self.git_dir, talks=True)
             os.makedirs(self.git_dir + "/info", exist_ok=True)
         except BaseException:
@@ -4826,14 +4826,13 @@ class Shadow(Git):
         """Remove, once, the shadows of processes that died: their locks are free."""
         import shutil
         for name in os.listdir(folder):
-            path = os.path.join(folder, name)
-            lock = Lock(path + "/lock")
+            lock = Lock(os.path.join(folder, name))
             with contextlib.suppress(OSError, StateFailed):  # just removed
-                if name.startswith("cmux-shadow-") and os.lstat(path).st_uid == os.geteuid() \
-                        and (os.path.exists(lock.path) or age_of(path) > 60) and lock.take():
-                    # One without a lock is just being made, or was when its process died.
-                    shutil.rmtree(path, ignore_errors=True)
-                    lock._forked()  # it went with the directory
+                if name.startswith("cmux-shadow-") and name.endswith(".lock") \
+                        and os.lstat(lock.path).st_uid == os.geteuid() and lock.take():
+                    shutil.rmtree(lock.path[:-5], ignore_errors=True)
+                    if not os.path.exists(lock.path[:-5]):  # its git may still write
+                        lock.free()
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
         env = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
