@@ -137,7 +137,7 @@ START_PATIENCE = 60  # from the header sent to the start mark: slow rc files run
 STOP_PATIENCE = 10  # for the host to report that a tree has ended
 CALL_PATIENCE = 600  # for one script of ours: it may unpack a large tree, or hash gigabytes
 STALL_PATIENCE = 60  # a transfer that moves no byte for so long is dead
-BEAT_MOST, BEAT_LEAST = 20, 1  # between signs of life in a silent session (ChannelTimeout), or not
+BEAT_EVERY = 20  # between signs of life in a silent session (ChannelTimeout)
 # OpenSSH 9.8 and later print the same for MaxStartups, which drops at random, and for a penalty of
 # 15 s or more. Being turned away adds none. Where they do not print it, four waits will do.
 DROPPED_WAITS = (0.2, 0.4, 0.8, 1.6, 5, 15, 30)
@@ -868,11 +868,16 @@ _stop_tree() {
 BOOT_TEXT = r"""
 # The lifeline: where the command takes no stdin, a subshell reads the stdin of the session, whose
 # end (the client or its master was killed) ends the tree; lines are only signs of life. Where stdin
-# streams to the command, a second session (GUARD) watches. USR2 reports the stop to the parent of
-# the command; USR1, by which daemons say that they are ready, does nothing.
+# streams to the command, the subshell instead writes an empty mark to stdout every three seconds:
+# that fails soon after the session has ended. USR2 reports the stop to the parent of the command;
+# USR1, by which daemons say that they are ready, does nothing.
 _watch() {
-  exec 3<&0 </dev/null;
-  ( exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;
+  case $_cmux_life in life) exec 3<&0 </dev/null;; *) exec 3</dev/null;; esac;
+  ( exec 4>&-; trap "" PIPE;
+    case $_cmux_life in
+    life) exec >&2; while IFS= read -r _cmux_part <&3; do :; done;;
+    *) while sleep 3 >&2; echo "$_cmux_nonce~"; do :; done; exec >&2;;
+    esac;
     kill -USR2 $$; _cmux_root=$$; _stop_tree ) & _cmux_watcher=$! ;
   exec 3<&-;
 };
@@ -881,13 +886,12 @@ _watch() {
 # "Terminated". Where nothing gives it a group (dash without setsid), CMUX_RUN and parents find it.
 _command() {
   trap : USR1; trap "_cmux_stopped=stop" USR2;
-  case $_cmux_life in life) _watch;; esac;
+  _watch;
   _words _execute "$@";
   [ $_cmux_status -lt 256 ] || _cmux_status=$((_cmux_status-128));
-  case $_cmux_stopped$_cmux_watcher in
-  stop) _cmux_end=0;;
-  stop?*) wait $_cmux_watcher; _cmux_end=$?;;
-  ?*) kill -KILL $_cmux_watcher;;
+  case $_cmux_stopped in
+  stop) wait $_cmux_watcher; _cmux_end=$?;;
+  *) kill -KILL $_cmux_watcher;;
   esac;
 };
 _execute() {
@@ -1688,23 +1692,14 @@ work() {
 }
 """
 
-# GUARD: the lifeline of a command whose stdin streams. It reads the pid of its wrapper; `beat
-# NONCE` writes a mark to the wrapper's stdout (Linux); "." ends GUARD alone, end of file the tree,
-# which the wrapper reports. Replies confirmed, or left (it may still run).
-GUARD = r"""
+# END (pid of a wrapper, run): end the tree of that run, over another session. Replies
+# confirmed, or left (it may still run).
+END = r"""
 operation() {
-  _cmux_root=-
-  while IFS=" " read -r word nonce; do
-    case $word in
-    .) return 0;;
-    beat) { [ $_cmux_root = - ] || echo "$nonce~" >/proc/$_cmux_root/fd/1; } 2>/dev/null;;
-    [1-9]*) _cmux_root=$word;;
-    esac
-  done
+  _cmux_root=$1 _cmux_run=$2
   _find_tree
-  case $_cmux_tree in
-  " ") [ "$_cmux_own" != - ] || [ -r /proc/self/environ ] || { echo left; return 0; };;
-  *) kill -USR2 $_cmux_root;;
+  case $_cmux_tree$_cmux_own in
+  " -") [ -r /proc/self/environ ] || { echo left; return 0; };;
   esac
   if _stop_tree; then echo confirmed; else echo left; fi
 }
@@ -3192,7 +3187,7 @@ class Session:
             when = "" if begun else " before the command was seen to begin"
             hint = "The command may still run there."
         if begun:
-            hint += f" (A ChannelTimeout of its sshd must be over {BEAT_MOST} seconds.)"
+            hint += f" (A ChannelTimeout of its sshd must be over {BEAT_EVERY} seconds.)"
         return ConnectionLost(f"The connection to {self.host} was lost{when}.", hint, self.host,
                               sent or begun)
 
@@ -3285,7 +3280,7 @@ class Masters:
         self._shaking = Waiters()  # for a handshake
         self._mutex = threading.Lock()
         self._known: dict[str, Master] = {}  # those that were seen last, by path
-        self._freed = {1: Waiters(), 2: Waiters()}  # for one slot, for two at once
+        self._freed = Waiters()  # for a slot
         self._waiting = self._launching = 0  # slots waited for; masters being started
         # With authentication: ConnectTimeout ends with the banner. (0: Coder starts a machine.)
         self.patience = 600 if config.first("connecttimeout") == "0" else 60
@@ -3491,20 +3486,16 @@ class Masters:
             return []
         finally:
             for slot in found if len(found) < count else ():
-                slot.free()  # and wake nobody: those that wait for two would do so for ever
+                slot.free()
 
     def free(self, slots: Sequence[Slot]) -> None:
-        """Free these, and wake as many of those who wait for one, and of those who wait for two."""
+        """Free these, and wake as many of those who wait for one."""
         for slot in slots:
             slot.free()
             slot.master.until = 0.0  # it may take another session now
             if slot.master.own:
                 end_master(slot.master.path)
-        self._wake(len(slots))
-
-    def _wake(self, count: int) -> None:
-        for waiters in self._freed.values():
-            waiters.wake(count)
+        self._freed.wake(len(slots))
 
     # -- sessions --
 
@@ -3512,17 +3503,16 @@ class Masters:
         return ConnectionFailed(f"{self.host} had no session free in time: {why}.",
                                 "Try again, or run fewer at once.", self.host)
 
-    def open(self, deadline: Deadline, count: int = 1, bulk: bool = False,
-             command: str | Target = BOOT) -> list[Session]:
-        """``count`` sessions for ``command``, all or none: a caller that holds one and waits for
-        another could wait for ever. One for ``bulk`` has a connection of its own, unless logging in
-        needs a person."""
+    def open(self, deadline: Deadline, bulk: bool = False,
+             command: str | Target = BOOT) -> Session:
+        """A session for ``command``. One for ``bulk`` has a connection of its own, unless logging
+        in needs a person."""
         why = "it refuses more"
         while True:
-            slots = self._slots(count, deadline, bulk)
-            own, new = slots[0].master.own, len(slots) > count  # with no session on it
+            slots = self._slots(deadline, bulk)
+            own, new = slots[0].master.own, len(slots) > 1  # with no session on it
             try:
-                return self._open_on(slots[:count], command)
+                return self._open_on(slots[0], command)
             except SessionRefused:
                 if own:
                     raise ConnectionFailed(f"{self.host} takes no session.", "Look closer.",
@@ -3536,29 +3526,25 @@ class Masters:
                     raise
                 why = "its connections hang, or were closed"
             finally:
-                self.free(slots[count:])
+                self.free(slots[1:])
             if deadline.over():
                 raise self._too_late(why)
 
-    def _slots(self, count: int, deadline: Deadline, bulk: bool = False) -> list[Slot]:
-        """So many slots on live masters, or all of a new one; or those of own masters."""
+    def _slots(self, deadline: Deadline, bulk: bool = False) -> list[Slot]:
+        """A free slot on a live master, or all of a new one; or that of an own master."""
         slots: list[Slot] = []
         while not slots:
             own = self.single() or bulk and not self._seen("person")
-            slots = (self._own_slots if own else self._shared_slots)(count, deadline)
+            slots = (self._own_slot if own else self._shared_slots)(deadline)
         return slots
 
-    def _own_slots(self, count: int, deadline: Deadline) -> list[Slot]:
-        """Those of so many new own masters. [] where logging in needs a person."""
-        slots: list[Slot] = []
+    def _own_slot(self, deadline: Deadline) -> list[Slot]:
+        """That of a new own master. [] where logging in needs a person."""
         try:
             self._wait_out(deadline)
-            while len(slots) < count:
-                slots += self._launch(0, deadline)
-            return slots
-        except BaseException as error:
-            self.free(slots)
-            if self.single() or not getattr(error, "asks", False):
+            return self._launch(0, deadline)
+        except HostError as error:
+            if self.single() or not error.asks:
                 raise
             self._mark("person")
             return []
@@ -3570,7 +3556,7 @@ class Masters:
         if now and (single or not self.masters()):
             self._wait_out(Deadline(0))
         if not single and not self.masters():
-            self.free(self._first_master(1, Deadline(SLOT_PATIENCE, cancel)))
+            self.free(self._first_master(Deadline(SLOT_PATIENCE, cancel)))
 
     def open_ahead(self) -> Session | None:
         """A session for later, in the upper half of a master's slots: the lower half is for the
@@ -3584,21 +3570,16 @@ class Masters:
             self.free(self._one_more(SESSIONS_PER_MASTER))
             slots = self._try_slots(1, half)
         with contextlib.suppress(HostError, IndexError):
-            return self._open_on(slots)[0]
+            return self._open_on(slots[0])
         return None
 
-    def _open_on(self, slots: Sequence[Slot], command: str | Target = BOOT) -> list[Session]:
-        """Sessions in these slots, or none. Raises SessionRefused, MasterGone: others may do."""
-        opened: list[Session] = []
+    def _open_on(self, slot: Slot, command: str | Target = BOOT) -> Session:
+        """A session in this slot. Raises SessionRefused, MasterGone: another slot may do."""
         try:
-            for slot in slots:
-                self._heed_log(slot.master)
-                opened.append(Session(self, slot, command))
-            return opened
+            self._heed_log(slot.master)
+            return Session(self, slot, command)
         except BaseException as error:
-            for session in opened:
-                session.close()
-            self.free(slots[len(opened):])
+            self.free([slot])
             master, known = slot.master, expected(error)
             if isinstance(error, SessionRefused):  # it takes fewer, or has not seen one's end yet
                 master.until = time.monotonic() + 0.03
@@ -3622,32 +3603,32 @@ class Masters:
                     raise error
                 self.alert(f"WARNING: {error} {error.hint}")
 
-    def _shared_slots(self, count: int, deadline: Deadline) -> list[Slot]:
-        """So many free slots on live masters, or all slots of a new one, which is started where it
-        is needed. [] where each session turns out to need a connection of its own."""
-        slots = self._try_slots(count)
+    def _shared_slots(self, deadline: Deadline) -> list[Slot]:
+        """A free slot on a live master, or all slots of a new one, which is started where it is
+        needed. [] where each session turns out to need a connection of its own."""
+        slots = self._try_slots(1)
         if slots:
             return slots
-        patience, freed = Deadline(0.2), self._freed[count]  # longer than short commands
+        patience = Deadline(0.2)  # longer than short commands
         with self._mutex:
-            self._waiting += count
+            self._waiting += 1
         try:
             while not (slots or self.single()):
                 if not self._known:
-                    self._wake(sys.maxsize)  # all wait for one that tries, and share its result
-                    slots = self._first_master(count, deadline)
+                    self._freed.wake(sys.maxsize)  # all wait for one that tries
+                    slots = self._first_master(deadline)
                 elif patience.over():
-                    slots = self._one_more(count, deadline.cancel)
-                slots = slots or self._try_slots(count)
-                if not slots and not freed.sleep(deadline, patience.left() or 3600):
+                    slots = self._one_more(1, deadline.cancel)
+                slots = slots or self._try_slots(1)
+                if not slots and not self._freed.sleep(deadline, patience.left() or 3600):
                     raise self._too_late("running commands use them all")
             return slots
         finally:
             with self._mutex:
-                self._waiting -= count
-            freed.leave()
+                self._waiting -= 1
+            self._freed.leave()
 
-    def _first_master(self, count: int, deadline: Deadline) -> list[Slot]:
+    def _first_master(self, deadline: Deadline) -> list[Slot]:
         """Connect, one process at a time; the others share its result."""
         before = self._down()[0]
         lock = Lock(self.path("probe"), "connects to " + self.host)
@@ -3663,7 +3644,7 @@ class Masters:
             if self.masters() or self.single():
                 return []
             self._wait_out(deadline)
-            return self._launch(count, deadline)
+            return self._launch(1, deadline)
         finally:
             lock.free()
 
@@ -3677,7 +3658,7 @@ class Masters:
             if rest > 0 or self._launching >= min(wanted, MASTERS_PER_HOST - len(self._known)):
                 return []
             self._launching += 1
-        self._wake(1)  # another looks meanwhile
+        self._freed.wake()  # another looks meanwhile
         try:
             return self._launch(count, Deadline(0, cancel))
         except HostError:
@@ -3692,7 +3673,7 @@ class Masters:
         """(the argv of an ssh that runs ``command`` on this terminal; its environment; what to call
         when it has ended). Escape characters are off: a pasted ~C would open forwards."""
         self.masters()  # not to give ssh a socket that is gone
-        config, slots = self.ask_config(command), self._slots(1, Deadline(SLOT_PATIENCE))
+        config, slots = self.ask_config(command), self._slots(Deadline(SLOT_PATIENCE))
         self.free(slots[1:])
         path = slots[0].master.path.replace("%", "%%")
         argv = ssh_argv(config, "-e", "none", "-S", path, "-o", "ProxyCommand=false")
@@ -3788,7 +3769,7 @@ class Forward:
 
     def _open(self, client: Any) -> Any:
         target = self.port, client.fileno()
-        return self._masters.open(Deadline(SLOT_PATIENCE, self._ending), command=target)[0]
+        return self._masters.open(Deadline(SLOT_PATIENCE, self._ending), command=target)
 
     def _report(self, error: CmuxError) -> None:
         """Once for each kind."""
@@ -3934,13 +3915,12 @@ class Exchange:
     """One operation on one open session."""
 
     def __init__(self, session: Session, operation: bytes, stdout: Sink, stderr: Sink,
-                 source: Source | None = None, data: bytes | None = None,
-                 run_id: str = "") -> None:
-        nonce = os.urandom(16).hex()
+                 source: Source | None = None, data: bytes | None = None) -> None:
+        nonce, self.run_id = os.urandom(16).hex(), os.urandom(12).hex()
         self.session = session
         self.out = Stream(session.stdout, nonce.encode(), stdout)
         self.err = Stream(session.stderr, nonce.encode(), stderr)
-        header = shell_header(nonce, run_id or os.urandom(8).hex(), operation)
+        header = shell_header(nonce, self.run_id, operation)
         self.outgoing = memoryview(header + (data or b""))
         # How many bytes wait until our wrapper has printed READY.
         self._held = len(self.outgoing) - len(HELD) if HELD in operation else 0
@@ -3949,8 +3929,7 @@ class Exchange:
         self.close_stdin = data is not None  # once everything is written
         self.sent = False  # the whole header
         self.lost = False  # the session is over, with end marks or without
-        self.moved = self._beaten = time.monotonic()  # the last byte, the last sign of life
-        self.guard: Exchange | None = None
+        self.moved = time.monotonic()  # the last byte
 
     @property
     def begun(self) -> bool:
@@ -3976,7 +3955,7 @@ class Exchange:
             deadline.check()
             if self.close_stdin and not self.outgoing and not self.source:
                 self.session.close_stdin()
-            wait = max(0.0, min(self.moved + stall - time.monotonic(), BEAT_MOST))
+            wait = max(0.0, min(self.moved + stall - time.monotonic(), BEAT_EVERY))
             events = poll_once(deadline.capped(wait), deadline.cancel, *self._wanted())
             if deadline.over():  # also where output never pauses
                 return False
@@ -3986,17 +3965,10 @@ class Exchange:
                     "Try again.", self.session.host)
             for fd in events:  # in their order in _wanted(): control, which drains, after both
                 self._event(fd)
-            if time.monotonic() > self._beaten + (BEAT_LEAST if events else BEAT_MOST - 0.1):
-                self._beat()
+            if not events and self.sent and not self.source and self.session.stdin >= 0:
+                with contextlib.suppress(OSError):  # full, or lost: its own events report that
+                    os.write(self.session.stdin, b"\n")  # a sign of life
         return True
-
-    def _beat(self) -> None:
-        """Send a sign of life over the session, or its guard's."""
-        self._beaten = time.monotonic()
-        over, sign = (self.guard, b"beat " + self.out.nonce) if self.guard else (self, b"")
-        if over.sent and not over.source and over.session.stdin >= 0:
-            with contextlib.suppress(OSError):  # full, or lost: its own events report that
-                os.write(over.session.stdin, sign + b"\n")
 
     def _wanted(self) -> list[Any]:
         wanted: list[Any] = [stream.fd for stream in (self.out, self.err) if not stream.closed]
@@ -4122,8 +4094,60 @@ class Host:
         first."""
         records += record("_cmux_directory", directory) + record(
             "_cmux_life", "" if source else "life") + record(".", '_command "$@"')
-        return CommandRun(self, records, stdout, stderr, source).go(
-            Deadline(deadline.left(), self.ending.join(cancel)))
+        deadline = Deadline(deadline.left(), self.ending.join(cancel))
+
+        def work(session: Session) -> Outcome:
+            exchange = Exchange(session, records, stdout, stderr, source)
+            reason = "timeout"
+            try:
+                self._begin(exchange, deadline)
+                if exchange.run(deadline):
+                    if exchange.out.stop:  # not by us
+                        raise ConnectionLost(
+                            f"The connection that watched over the command on {self.name} was "
+                            "lost, and so the command was ended.", "Run it again.", self.name)
+                    return Outcome(status=exchange.out.status, stopped=None, reason=None)
+            except Cancelled:
+                reason = "cancel"
+            except (HostError, WorkspaceMissing):
+                raise
+            except BaseException:  # a sink or the source failed
+                exchange.source, exchange.out.sink, exchange.err.sink = None, len, len
+                self._stop(exchange, source is not None)
+                raise
+            stopped = self._stop(exchange, source is not None)
+            return Outcome(status=None, stopped=stopped, reason=reason)
+        try:
+            # Before the whole header is written, nothing can have begun.
+            return self._attempt(work, deadline, lambda lost: not lost.begun)
+        except Cancelled:  # while it waited
+            return Outcome(status=None, stopped="confirmed", reason="cancel")
+
+    def _stop(self, exchange: Exchange, streams: bool) -> str:
+        """End the tree on the host; "confirmed", "requested" (not seen to end) or "unknown". Unless
+        its stdin ``streams``, the end of that ends it."""
+        if exchange.outgoing and not exchange.begun:
+            return "confirmed"  # the header was never complete: nothing can have begun
+        with contextlib.suppress(HostError):
+            if not streams:
+                exchange.session.close_stdin()
+            exchange.run(Deadline(5), exchange.answered if streams else None)
+        if exchange.out.stop == "confirmed":
+            return "confirmed"
+        if not (exchange.begun if streams else exchange.ended) and not exchange.lost:
+            self._abandon(exchange.session)
+        if not exchange.begun:
+            return "requested"  # its watcher will see that the session has ended
+        verdict = Capture(100)
+        try:  # over another session
+            with contextlib.closing(self._open(Deadline(STOP_PATIENCE))) as session:
+                script = script_records(END, exchange.out.pid, exchange.run_id)
+                Exchange(session, script, verdict, len).run(Deadline(STOP_PATIENCE))
+        except CmuxError:
+            return "unknown"
+        with contextlib.suppress(HostError):
+            exchange.run(Deadline(1))  # what it has still said
+        return "confirmed" if verdict.value() == b"confirmed\n" else "requested"
 
     def _call(self, script: str, *arguments: str, source: Source | None = None,
              direct: bool = False, cancel: Cancel | None = None, limit: int = REPLY_MAX,
@@ -4136,9 +4160,9 @@ class Host:
         records, cancel = before + script_records(script, *arguments), self.ending.join(cancel)
         deadline = Deadline(None, cancel)
 
-        def work(sessions: list[Session]) -> Reply:
+        def work(session: Session) -> Reply:
             out, err = Capture(limit, limit), Capture(LOG_MAX, STATE_MAX)
-            exchange = Exchange(sessions[0], records, out, err, source, data)
+            exchange = Exchange(session, records, out, err, source, data)
             self._begin(exchange, deadline)
             trip = time.monotonic() - exchange.asked
             exchange.run(deadline, lambda: exchange.ended or not (
@@ -4154,25 +4178,26 @@ class Host:
             return not (source and source.total or once and lost.begun)
         return self._attempt(work, deadline, repeat, bulk=direct)
 
-    def _attempt(self, work: Callable[[list[Session]], Made], deadline: Deadline,
-                repeat: Callable[[ConnectionLost], bool], count: int = 1,
-                bulk: bool = False) -> Made:
-        """What ``work`` returns for a list of sessions of _open(). What it leaves in the list is
-        closed. Where it may ``repeat``, it is tried again after a lost connection, and on a full
-        host, whose other processes may end."""
+    def _attempt(self, work: Callable[[Session], Made], deadline: Deadline,
+                repeat: Callable[[ConnectionLost], bool], bulk: bool = False,
+                keep: bool = False) -> Made:
+        """What ``work`` returns for a session, which is then closed, unless ``work`` has succeeded
+        and is to ``keep`` it. Where it may ``repeat``, it is tried again after a lost connection,
+        and on a full host, whose other processes may end."""
         first: ConnectionLost | None = None
         self._count(1)
         try:
             for number in range(10):
-                sessions: list[Session] = []
                 try:
-                    sessions += self._open(deadline, count, bulk)
-                    return work(sessions)
+                    with contextlib.ExitStack() as closing:
+                        session = self._open(deadline, bulk)
+                        closing.callback(session.close)
+                        made = work(session)
+                        if keep:
+                            closing.pop_all()
+                        return made
                 except ConnectionLost as error:
                     lost = error
-                finally:
-                    for session in sessions:
-                        session.close()
                 first = first or lost
                 pause = min(8, 0.2 * 2 ** number) * (0.5 + os.urandom(1)[0] / 255)
                 again = (number < 2 or isinstance(lost, HostFull)) and repeat(lost)
@@ -4184,20 +4209,15 @@ class Host:
 
     # -- sessions opened ahead: the shell reads, and waits for a header --
 
-    def _open(self, deadline: Deadline = NEVER, count: int = 1,
-              bulk: bool = False) -> list[Session]:
-        """So many sessions that run BOOT, all or none."""
-        found: list[Session] = []
+    def _open(self, deadline: Deadline = NEVER, bulk: bool = False) -> Session:
+        """A session that runs BOOT."""
         with self._mutex:
-            while self._ready and len(found) < count and not bulk:
-                found.append(self._ready.pop())
-                if poll_once(0, found[-1].control):  # it has ended
-                    found.pop().close()
-        if len(found) < count:
-            for session in found:
-                session.close()
-            found = self.masters.open(deadline.within(SLOT_PATIENCE), count, bulk)
-        return found
+            while self._ready and not bulk:
+                session = self._ready.pop()
+                if not poll_once(0, session.control):
+                    return session
+                session.close()  # it has ended
+        return self.masters.open(deadline.within(SLOT_PATIENCE), bulk)
 
     def _count(self, more: int) -> None:
         """While an operation runs, no session is opened ahead; the keeper begins after the last."""
@@ -4264,7 +4284,7 @@ class Host:
         """Raise RemoteShellFailed where a foreign shell reads our stdin: in another session, with a
         closed stdin, it ends, while a slow shell is silent again."""
         try:
-            with contextlib.closing(self.masters.open(deadline.within(1))[0]) as session:
+            with contextlib.closing(self.masters.open(deadline.within(1))) as session:
                 probe = Exchange(session, b"", len, len, data=b"")
                 probe.run(deadline.within(SHELL_PATIENCE / 2))
         except HostError as error:
@@ -4301,13 +4321,12 @@ class Incoming:
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
-        def work(sessions: list[Session]) -> None:
-            shared = not bulk and not sessions[0].master.own
+        def work(session: Session) -> None:
+            shared = not bulk and not session.master.own
             records = script_records(*self.words, str(BULK_FROM) if shared else "")
-            self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
+            self.exchange = Exchange(session, records, self.waiting.append, self.err)
             self.host._begin(self.exchange, self.deadline)
-            sessions.clear()  # close() closes it
-        self.host._attempt(work, self.deadline, lambda lost: True, bulk=bulk)
+        self.host._attempt(work, self.deadline, lambda lost: True, bulk, keep=True)
 
     def _wait(self) -> None:
         self.exchange.run(self.deadline, lambda: bool(self.waiting) or self.exchange.ended,
@@ -4327,105 +4346,6 @@ class Incoming:
 
     def close(self) -> None:
         self.exchange.session.close()
-
-
-class CommandRun:
-    """One user command, and the guard for a streaming stdin."""
-
-    def __init__(self, host: Host, records: bytes, stdout: Sink, stderr: Sink,
-                 source: Source | None) -> None:
-        self.host, self.records, self.source = host, records, source
-        self.stdout, self.stderr = stdout, stderr
-        self.run_id = os.urandom(12).hex()
-        self.exchange: Exchange | None = None
-        self.guard: Exchange | None = None
-
-    def go(self, deadline: Deadline) -> Outcome:
-        """Run it to its end. Where the session is lost before the whole header is written, nothing
-        can have begun, and it is tried again."""
-        def work(sessions: list[Session]) -> Outcome:
-            self.exchange = self.guard = None
-            reason = "timeout"
-            try:
-                if self._begin(sessions, deadline).run(deadline):
-                    return self._outcome()
-            except Cancelled:
-                reason = "cancel"
-            except (HostError, WorkspaceMissing):
-                raise
-            except BaseException:  # a sink or the source failed
-                self._stop(discard=True)
-                raise
-            return Outcome(status=None, stopped=self._stop(), reason=reason)
-        try:
-            return self.host._attempt(work, deadline, lambda lost: not lost.begun,
-                                      2 if self.source else 1)
-        except Cancelled:  # while it waited
-            return Outcome(status=None, stopped="confirmed", reason="cancel")
-
-    def _outcome(self) -> Outcome:
-        assert self.exchange
-        if self.exchange.out.stop:  # not by us
-            raise ConnectionLost(
-                f"The connection that watched over the command on {self.host.name} was lost, "
-                "and so the command was ended.", "Run it again.", self.host.name)
-        with contextlib.suppress(HostError):
-            self._tell_guard(".")
-        return Outcome(status=self.exchange.out.status, stopped=None, reason=None)
-
-    def _begin(self, sessions: list[Session], deadline: Deadline) -> Exchange:
-        """Begin the command, and for a streaming stdin the guard before it."""
-        if self.source:
-            self.guard = self._new_guard(sessions[-1])
-            self.host._begin(self.guard, deadline)
-        self.exchange = Exchange(sessions[0], self.records, self.stdout, self.stderr, self.source,
-                                 run_id=self.run_id)
-        self.host._begin(self.exchange, deadline)
-        if self.exchange.begun:
-            self.exchange.guard = self.guard
-            self._tell_guard(self.exchange.out.pid)
-        return self.exchange
-
-    def _new_guard(self, session: Session, data: bytes | None = None) -> Exchange:
-        self.verdict = Capture(100)
-        return Exchange(session, script_records(GUARD), self.verdict, len, data=data,
-                        run_id=self.run_id)
-
-    def _tell_guard(self, line: str) -> None:
-        if self.guard:
-            guard = self.guard
-            guard.outgoing = memoryview(line.encode() + b"\n")
-            guard.run(Deadline(CONTROL_PATIENCE), until=lambda: not guard.outgoing)
-
-    # -- stopping --
-
-    def _stop(self, discard: bool = False) -> str:
-        """End the tree on the host; "confirmed", "requested" (not seen to end) or "unknown"."""
-        exchange, guard = self.exchange, self.guard
-        if not exchange or exchange.outgoing and not exchange.begun:
-            return "confirmed"  # the header was never complete: nothing can have begun
-        asked = guard or exchange
-        if discard:
-            exchange.source, exchange.out.sink, exchange.err.sink = None, len, len
-        if not guard:
-            exchange.outgoing = memoryview(b"")
-        with contextlib.suppress(HostError):
-            asked.session.close_stdin()
-            asked.run(Deadline(5))
-            if guard:
-                exchange.run(Deadline(1))
-        if (self.verdict.value() == b"confirmed\n" if guard else exchange.out.stop == "confirmed"):
-            return "confirmed"
-        if not asked.ended and not asked.lost:
-            self.host._abandon(asked.session)
-        try:  # over another session
-            [session] = self.host._open(Deadline(STOP_PATIENCE))
-            with contextlib.closing(session):
-                line = f"{exchange.out.pid or '-'}\n".encode()
-                self._new_guard(session, line).run(Deadline(STOP_PATIENCE))
-            return "confirmed" if self.verdict.value() == b"confirmed\n" else "requested"
-        except CmuxError:
-            return "unknown"
 
 
 # === 11. Git ===
