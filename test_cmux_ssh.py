@@ -8187,9 +8187,9 @@ if not child:
 try:
     for _ in range(1000):
         history = cmux_ssh.History(project.registry)
-        history.begin({"operation": "", "time": 1.0})
+        record = history.begin({"operation": "", "time": 1.0})
         assert len(history.now()) == 1
-        history.end()
+        record.free()
 finally:
     os.kill(child, 9)
     os.waitpid(child, 0)
