@@ -2507,8 +2507,6 @@ class Registry:
         try:
             status = os.stat(path)
             mark = status.st_ino, status.st_mtime_ns, status.st_size
-            if stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime < 2:
-                mark = self, time.monotonic()  # a later change may have the same time
         except OSError:
             pass
         known, value = self._cache.get(path, (0, None))
@@ -2546,25 +2544,17 @@ class Registry:
     def stored(self, op: str | None = None) -> list[tuple[str, dict[str, str], str]]:
         """(name, entry, scope: global, project or workspace NAME) of the secrets for one workspace
         or, without ``op``, for all; the widest scope first."""
-        present = self._secret_files()
         files = {self.global_path: "global", self.secrets_path: "project"}
-        if present:
-            files.update({self.own_secrets(entry["op"]): "workspace " + name
-                          for name, entry in self.read()["workspaces"].items()
-                          if op in (None, entry["op"])})
-        return [(name, entry, scope) for path, scope in files.items() if path in present
+        files.update({self.own_secrets(entry["op"]): "workspace " + name
+                      for name, entry in self.read()["workspaces"].items()
+                      if op in (None, entry["op"])})
+        return [(name, entry, scope) for path, scope in files.items()
                 for name, entry in self._cached(path, read_secrets).items()]
-
-    def _secret_files(self) -> set[str]:
-        """Those that exist: most do not."""
-        files: set[str] = self._cached(os.path.dirname(self.global_path), paths_in)
-        return files
 
     def secrets(self, op: str, only: Collection[str] | None) -> Secrets:
         """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
-        present = self._secret_files()
         files = self.global_path, self.secrets_path, self.own_secrets(op)
-        found = {name: entry for path in files if path in present
+        found = {name: entry for path in files
                  for name, entry in self._cached(path, read_secrets).items()}
         try:
             return found if only is None else {name: found[name] for name in only}
