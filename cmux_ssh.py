@@ -132,7 +132,6 @@ CONTROL_PATIENCE = 5  # a live master answers hello in under a millisecond
 SLOT_PATIENCE = 600  # waiting for one of the 512 sessions
 LOCK_PATIENCE = 1800  # for what another process works on: it may send gigabytes, slowly
 LOOK_FIRST = 0.003  # between two looks for what other processes free; then ever longer
-SHELL_PATIENCE = 2.5  # for the first output of our wrapper; then another session is tried
 START_PATIENCE = 60  # from the header sent to the start mark: slow rc files run meanwhile
 STOP_PATIENCE = 10  # for the host to report that a tree has ended
 CALL_PATIENCE = 600  # for one script of ours: it may unpack a large tree, or hash gigabytes
@@ -4232,29 +4231,15 @@ class Host:
         """Wait until an operation has begun, or the deadline has passed. Raises HostError, and
         WorkspaceMissing where its directory is missing."""
         patience = deadline.within(START_PATIENCE)
-        if not exchange.run(patience.within(SHELL_PATIENCE), exchange.answered):
-            if not (patience.over() or exchange.out.ready):
-                self._see_our_shell(deadline)
-            if not exchange.run(patience, exchange.answered) and not deadline.over():
-                self._abandon(exchange.session)
-                kind = HostSilent if exchange.sent else ConnectionFailed
-                raise kind(f"{self.name} accepted the session, but no shell answered in "
-                           f"{START_PATIENCE:.0f} seconds.",
-                           "Look at its login shell's start-up files."
-                           + " The command may still run there." * exchange.sent, self.name)
+        if not exchange.run(patience, exchange.answered) and not deadline.over():
+            self._abandon(exchange.session)
+            kind = HostSilent if exchange.sent else ConnectionFailed
+            raise kind(f"{self.name} accepted the session, but no shell answered in "
+                       f"{START_PATIENCE:.0f} seconds.",
+                       "Look at its login shell's start-up files, and for a ForceCommand."
+                       + " The command may still run there." * exchange.sent, self.name)
         if exchange.out.refused:
             raise WorkspaceMissing(f"The directory is missing on {self.name}.")
-
-    def _see_our_shell(self, deadline: Deadline) -> None:
-        """Raise RemoteShellFailed where a foreign shell reads our stdin: in another session, with a
-        closed stdin, it ends, while a slow shell is silent again."""
-        try:
-            with contextlib.closing(self.masters.open(deadline.within(1))) as session:
-                probe = Exchange(session, b"", len, len, data=b"")
-                probe.run(deadline.within(SHELL_PATIENCE / 2))
-        except HostError as error:
-            if isinstance(error, RemoteShellFailed) and not probe.out.ready:
-                raise
 
     def _abandon(self, session: Session) -> None:
         """Use its master, which may hang, no more, nor the sessions opened ahead."""
