@@ -867,15 +867,17 @@ _stop_tree() {
 BOOT_TEXT = r"""
 # The lifeline: where the command takes no stdin, a subshell reads the stdin of the session, whose
 # end (the client or its master was killed) ends the tree; lines are only signs of life. Where stdin
-# streams to the command, the subshell instead writes an empty mark to stdout every three seconds:
-# that fails soon after the session has ended. USR2 reports the stop to the parent of the command;
-# USR1, by which daemons say that they are ready, does nothing.
+# streams to the command, the subshell instead writes an empty mark every three seconds, which fails
+# once the session has ended: to stdout or, where the command made that non-blocking and it is full,
+# to stderr. USR2 reports the stop to the parent of the command; USR1, by which daemons say that
+# they are ready, does nothing.
 _watch() {
   case $_cmux_life in life) exec 3<&0 </dev/null;; *) exec 3</dev/null;; esac;
-  ( exec 4>&-; trap "" PIPE;
+  ( trap "" PIPE;
     case $_cmux_life in
-    life) exec >&2; while IFS= read -r _cmux_part <&3; do :; done;;
-    *) while sleep 3 >&2; echo "$_cmux_nonce~"; do :; done; exec >&2;;
+    life) exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;;
+    *) while sleep 3 >&2 4>&-; echo "$_cmux_nonce~" || echo "$_cmux_nonce~" >&4; do :; done;
+      exec >&2 4>&-;;
     esac;
     kill -USR2 $$; _cmux_root=$$; _stop_tree ) & _cmux_watcher=$! ;
   exec 3<&-;
@@ -2552,9 +2554,7 @@ class Registry:
 
     def secrets(self, op: str, only: Collection[str] | None) -> Secrets:
         """The secrets for commands in a workspace, or ``only`` these; the narrower scope wins."""
-        files = self.global_path, self.secrets_path, self.own_secrets(op)
-        found = {name: entry for path in files
-                 for name, entry in self._cached(path, read_secrets).items()}
+        found = {name: entry for name, entry, _ in self.stored(op)}
         try:
             return found if only is None else {name: found[name] for name in only}
         except KeyError as missing:
@@ -4173,7 +4173,7 @@ class Host:
 
     # -- sessions opened ahead: the shell reads, and waits for a header --
 
-    def _open(self, deadline: Deadline = NEVER, bulk: bool = False) -> Session:
+    def _open(self, deadline: Deadline, bulk: bool = False) -> Session:
         """A session that runs BOOT."""
         with self._mutex:
             while self._ready and not bulk:
@@ -4227,7 +4227,7 @@ class Host:
         for session in ready:
             session.close()
 
-    def _begin(self, exchange: Exchange, deadline: Deadline = NEVER) -> None:
+    def _begin(self, exchange: Exchange, deadline: Deadline) -> None:
         """Wait until an operation has begun, or the deadline has passed. Raises HostError, and
         WorkspaceMissing where its directory is missing."""
         patience = deadline.within(START_PATIENCE)

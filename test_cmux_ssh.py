@@ -1513,6 +1513,25 @@ def test_without_wrapper_and_proc_no_end_is_confirmed():
         assert b"\nconfirmed\n" in without_proc(c.END, "99999999", "run", place="/proc")
 
 
+@slow
+def test_output_that_is_full_and_does_not_block_ends_no_command(repo):
+    """The wrapper's own signs of life cannot be written either."""
+    full = """import os, time
+os.set_blocking(1, False)
+try:
+    while True:
+        os.write(1, b"x" * 4096)
+except BlockingIOError:
+    time.sleep(8)
+    os.set_blocking(1, True)
+"""
+    repo.new()
+    child = repo.start("exec --", f"python3 -c '{full}'; exit 7", stdin=PIPE)
+    sleep(6)  # nobody reads
+    ran = child.end()
+    assert ran.code == 7 and not ran.err and set(ran.out) == set(b"x")
+
+
 def test_a_stopped_master_does_not_hang_a_new_call(repo, site):
     repo.new()
     child = repo.start("exec -n --", "touch up; until [ -e go ]; do sleep 0.05; done; echo on; exit 4")
