@@ -936,11 +936,15 @@ case $_cmux_directory in ?*)
   CDPATH= cd -- "$_cmux_directory" || { _mark "x 96"; exit 96; };;
 esac;
 _mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
-# Where the client is gone, a command may die of SIGPIPE before the watcher sees that: then the end
-# mark cannot be written, and the wrapper ends the rest of the tree.
+# Where the client is gone, a command may die of SIGPIPE before the watcher sees that: then no mark
+# can be written, and the wrapper ends the rest of the tree. It waits where the command left its
+# stdout full and non-blocking.
 trap "" PIPE;
-_mark "- $_cmux_status $_cmux_end" ||
-  case $_cmux_watcher in ?*) _cmux_root=$$; _stop_tree;; esac;
+until _mark "- $_cmux_status $_cmux_end"; do
+  echo "$_cmux_nonce~" >&4 || {
+    case $_cmux_watcher in ?*) _cmux_root=$$; _stop_tree;; esac; break; };
+  _pause 0.1;
+done;
 """
 
 
