@@ -867,20 +867,22 @@ _stop_tree() {
 BOOT_TEXT = r"""
 # The lifeline: where the command takes no stdin, a subshell reads the stdin of the session, whose
 # end (the client or its master was killed) ends the tree; lines are only signs of life. Where stdin
-# streams to the command, the subshell instead writes an empty mark every three seconds, which fails
-# once the session has ended: to stdout or, where the command made that non-blocking and it is full,
-# to stderr. USR2 reports the stop to the parent of the command; USR1, by which daemons say that
-# they are ready, does nothing.
+# streams to the command, the subshell instead looks every three seconds whether the client lives.
+# USR2 reports the stop to the parent of the command; USR1, by which daemons say that they are
+# ready, does nothing.
 _watch() {
   case $_cmux_life in life) exec 3<&0 </dev/null;; *) exec 3</dev/null;; esac;
-  ( trap "" PIPE;
-    case $_cmux_life in
+  ( case $_cmux_life in
     life) exec >&2 4>&-; while IFS= read -r _cmux_part <&3; do :; done;;
-    *) while sleep 3 >&2 4>&-; echo "$_cmux_nonce~" || echo "$_cmux_nonce~" >&4; do :; done;
-      exec >&2 4>&-;;
+    *) while sleep 3 >&2 4>&-; _alive; do :; done; exec >&2 4>&-;;
     esac;
     kill -USR2 $$; _cmux_root=$$; _stop_tree ) & _cmux_watcher=$! ;
   exec 3<&-;
+};
+# An empty mark for a client that is gone raises SIGPIPE. Where a command made its stdout
+# non-blocking, and it is full, that only fails. (If SIGPIPE is ignored here, stderr decides.)
+_alive() {
+  ( trap - PIPE; echo "$_cmux_nonce~" ) || { [ $? -lt 128 ] && ( echo "$_cmux_nonce~" >&4 ); };
 };
 # The command runs in the foreground (an asynchronous list ignores SIGINT for ever), in a session of
 # its own (so that `kill 0` spares the wrapper), without the stderr of the wrapper, which prints
@@ -940,8 +942,9 @@ _mark "+ $$"; _cmux_status=0; eval "$_cmux_value";
 # can be written, and the wrapper ends the rest of the tree. It waits where the command left its
 # stdout full and non-blocking.
 trap "" PIPE;
+_cmux_tries=0;
 until _mark "- $_cmux_status $_cmux_end"; do
-  echo "$_cmux_nonce~" >&4 || {
+  [ $_cmux_tries -lt 600 ] && _alive || {
     case $_cmux_watcher in ?*) _cmux_root=$$; _stop_tree;; esac; break; };
   _pause 0.1;
 done;
