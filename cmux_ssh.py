@@ -4478,12 +4478,11 @@ _SECRET_FILE = (
 
 
 class Output:
-    """What a git command prints, piece by piece. At the end it raises GitFailed if the command
-    failed or, unless it ``talks``, wrote to stderr, as update-index does when it drops a path."""
+    """What a git command prints, piece by piece; if the command failed, GitFailed at the end."""
 
     def __init__(self, git: Git, *words: str, stdin: bytes | IO[bytes] = b"",
-                 env: Mapping[str, str] | None = None, talks: bool = False) -> None:
-        self.name, self.talks, self.errors = words[0], talks, spool(b"")
+                 env: Mapping[str, str] | None = None) -> None:
+        self.name, self.errors = words[0], spool(b"")
         with spool(stdin) if isinstance(stdin, bytes) else stdin as source:
             self.process = spawn([*git.start, *words], {**git.env, **(env or {})}, stdin=source,
                                  stdout=-1, stderr=self.errors)
@@ -4493,10 +4492,9 @@ class Output:
     def read(self) -> bytes:
         data = os.read(self.stdout.fileno(), CHUNK)
         if not data:
-            failed = self.process.wait()
-            self.errors.seek(0)
-            text = self.errors.read(LOG_MAX).strip()
-            if failed or text and not self.talks:
+            if self.process.wait():
+                self.errors.seek(0)
+                text = self.errors.read(LOG_MAX).strip()
                 raise GitFailed(f"git {self.name} failed: {show(text, 300)}.",
                                 "Is the disk full? " + _PARTIAL)
         return data
@@ -4535,14 +4533,12 @@ class Git:
     def store(self, pack: str, **env: str) -> None:
         """Store a pack that passes git's strict checks."""
         self.call("index-pack", "--stdin", "--strict", "--fsck-objects",
-                  f"--max-input-size={2 * PULL_TOTAL_MAX}", stdin=open(pack, "rb"), env=env,
-                  talks=True)
+                  f"--max-input-size={2 * PULL_TOTAL_MAX}", stdin=open(pack, "rb"), env=env)
 
     def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
         """Files that differ from ``head``. Not in submodules: their filters would run."""
         return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames",
-                            "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env,
-                            talks=True)
+                            "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env)
 
     def configured(self, section: str) -> set[str]:
         """The SECTION.NAMEs of the configuration."""
@@ -4679,8 +4675,7 @@ class Repository(Git):
     def _untracked(self, user: Git) -> Iterator[bytes]:
         own = self._own_state()
         apart = [":(exclude,literal)" + own] if own else []
-        return user.records("ls-files", "-o", "--exclude-standard", "-z", "--", ".", *apart,
-                            talks=True)
+        return user.records("ls-files", "-o", "--exclude-standard", "-z", "--", ".", *apart)
 
     def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
         """The number of files that --dirty would send, too. HEAD has these LFS pointers."""
@@ -4729,11 +4724,11 @@ class Repository(Git):
         if own and user.ask("check-ignore", "--", own):
             own = ""  # add fails where an excluded path is also ignored
         apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
-        user.call("add", "-A", "--", ".", *apart, talks=True)
+        user.call("add", "-A", "--", ".", *apart)
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
     def _worktrees(self) -> str:
-        return os.fsdecode(b"".join(self.records("worktree", "list", "--porcelain", talks=True)))
+        return os.fsdecode(b"".join(self.records("worktree", "list", "--porcelain")))
 
     def hooks_inside(self) -> list[str]:
         """The hooks directory, relative to each work tree of this repository that it lies in: as
@@ -4795,7 +4790,7 @@ class Shadow(Git):
         form = [] if self.form == "sha1" else ["--object-format=sha256"]  # git 2.29
         try:
             os.mkdir(self.path, 0o700)
-            self.call("init", "-q", "--bare", "--template=", *form, self.git_dir, talks=True)
+            self.call("init", "-q", "--bare", "--template=", *form, self.git_dir)
             os.makedirs(self.git_dir + "/info", exist_ok=True)
         except BaseException:
             self.close()
@@ -4863,7 +4858,8 @@ class Shadow(Git):
 
     def altered(self, tree: str, rows: Iterable[Row]) -> str:
         """A tree ("": the empty one) with some files replaced, or removed (mode 0). Not by
-        read-tree: before git 2.39 that needs the content of all."""
+        read-tree: before git 2.39 that needs the content of all. Names that git refuses, such as
+        .git, are dropped."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, os.urandom(4).hex() + ".index")}
         own = self.listing(tree) if tree else ()
         lines = [os.fsencode("%s %s\t" % row[:2]) + row[2] for row in (*own, *rows)]
@@ -4908,8 +4904,7 @@ class Shadow(Git):
         """The file of a pack that passed git's strict checks, of what ``tip`` has and the commits
         ``known`` lack. It is checked among objects of its own: a refusal leaves files behind."""
         revisions = "\n^".join([tip, *known, ""])[:-1].encode()
-        name = self.call("pack-objects", "-q", "--revs", self.path + "/result", stdin=revisions,
-                         talks=True)
+        name = self.call("pack-objects", "-q", "--revs", self.path + "/result", stdin=revisions)
         pack, apart = f"{self.path}/result-{name}.pack", self.path + "/apart"
         os.makedirs(apart + "/pack")
         try:
@@ -5085,7 +5080,7 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
                *git_settings("user.name=demo", "user.email=demo@localhost")],
               isolated(GIT_CONFIG_GLOBAL="/dev/null"))
     for line in ("init -q", "add .", "commit -q -m hello"):
-        git.call(*line.split(), talks=True)
+        git.call(*line.split())
     return path
 
 
@@ -5120,7 +5115,7 @@ class Archive(Source):
 
     def __init__(self, shadow: Shadow, tree: str, front: Iterable[bytes] = ()) -> None:
         shadow.attributes(SHADOW_ATTRIBUTES)
-        output = Output(shadow, "archive", "--format=tar", tree, talks=True)
+        output = Output(shadow, "archive", "--format=tar", tree)
         super().__init__(output.stdout.fileno())
         self.close = output.close
         self.pieces = filter(None, itertools.chain(front, iter(output.read, b"")))
@@ -5874,8 +5869,7 @@ class Pull(Harvest):
         write(b"done\n")
         self.stream.seek(0)
         ids = [*self.shadow.records("fast-import", "--quiet", "--done", "--force", "--depth=0",
-                                    "--date-format=raw", stdin=self.stream, end=b"\n",
-                                    talks=True)]
+                                    "--date-format=raw", stdin=self.stream, end=b"\n")]
         return dict(zip(self.commits, map(as_text, ids)))
 
     def _look_again(self, made: Mapping[bytes, str]) -> None:
@@ -5956,9 +5950,8 @@ class Pull(Harvest):
             path for _, _, _, path in self.shadow.changes(stood, before))
 
     def diff(self, *words: str) -> Iterator[bytes]:
-        # talks: over 400 candidates for renames git writes a warning.
         return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff",
-                                   "--no-textconv", *words, end=b"\n", talks=True)
+                                   "--no-textconv", *words, end=b"\n")
 
     def inspect(self, old: str, new: str, allow: bool) -> list[str]:
         """The changes that would run on this machine after a merge. Refuses submodules that run a
