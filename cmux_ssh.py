@@ -4895,6 +4895,10 @@ class Shadow(Git):
             if match:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
+    def archive(self, tree: str) -> Output:
+        self.attributes(SHADOW_ATTRIBUTES)
+        return Output(self, "archive", "--format=tar", tree)
+
     def attributes(self, text: str) -> None:
         """Set the attributes that override any .gitattributes."""
         with open(self.git_dir + "/info/attributes", "w") as stream:
@@ -5109,51 +5113,6 @@ class Cksum:
         return f"{int(f'{value:032b}'[::-1], 2)} {self.length}"
 
 
-class Archive(Source):
-    """The output of `git archive`, after the tar entries ``front``, with its length and checksum so
-    far. ``total``: the bytes sent, compressed after compress()."""
-
-    def __init__(self, shadow: Shadow, tree: str, front: Iterable[bytes] = ()) -> None:
-        shadow.attributes(SHADOW_ATTRIBUTES)
-        output = Output(shadow, "archive", "--format=tar", tree)
-        super().__init__(output.stdout.fileno())
-        self.close = output.close
-        self.pieces = filter(None, itertools.chain(front, iter(output.read, b"")))
-        self.digest = Cksum()
-        self.packer: Any = None
-        self.ended = False          # all of it was read
-        self.progress: Callable[[int], None] = lambda done: None
-
-    def small(self) -> bool:
-        """Whether the archive has at most BULK_FROM bytes."""
-        ahead = b""
-        for data in self.pieces:
-            ahead += data
-            if len(ahead) > BULK_FROM:
-                break
-        self.pieces = filter(None, itertools.chain([ahead], self.pieces))
-        return len(ahead) <= BULK_FROM
-
-    def compress(self) -> None:
-        import zlib
-        # Level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %.
-        self.packer = zlib.compressobj(4, zlib.DEFLATED, 31)
-
-    def read(self) -> bytes:
-        data = next(self.pieces, b"")
-        self.ended = not data
-        self.digest.update(data)
-        self.progress(self.digest.length)
-        if self.packer:
-            import zlib
-            if data:  # never nothing
-                data = self.packer.compress(data) + self.packer.flush(zlib.Z_SYNC_FLUSH)
-            else:
-                data, self.packer = self.packer.flush(), None
-        self.total += len(data)
-        return data
-
-
 # === 12. Uploads ===
 # Owns: the files of one commit on their way to one host. May touch: the rooms above. Promises: only
 # what the host has confirmed by length and checksum becomes a base.
@@ -5191,9 +5150,8 @@ class Report:
     def warn(self, text: str | CmuxError) -> None:
         """Something the user should know; an error has a hint, too."""
 
-    def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
-                 doing: str = "sending") -> None:
-        """``done`` bytes were moved for workspace ``what``; ``total()`` estimates all: slow."""
+    def progress(self, what: str, done: int, total: int = 0, doing: str = "sending") -> None:
+        """``done`` bytes were moved for workspace ``what``; ``total``: an estimate of all, or 0."""
 
     def step(self, what: str, doing: str) -> None:
         """The next step for workspace ``what``."""
@@ -5210,6 +5168,38 @@ class Warnings(Report):
 
     def warn(self, text: str | CmuxError) -> None:
         self.texts.append(str(text))
+
+
+class Archive(Source):
+    """The tar entries ``front``, then what `git archive` prints, with the length and checksum so
+    far. ``total``: the bytes sent; ``size``: an estimate of all."""
+
+    def __init__(self, upload: Upload, front: Iterable[bytes], output: Output, size: int) -> None:
+        super().__init__(output.stdout.fileno())
+        self.close, self.digest = output.close, Cksum()
+        self.ended = False  # all of it was read
+        self.pieces = self._counted(itertools.chain(front, iter(output.read, b"")), upload, size)
+
+    def _counted(self, pieces: Iterable[bytes], upload: Upload, size: int) -> Iterator[bytes]:
+        for data in pieces:
+            self.digest.update(data)
+            upload.report.progress(upload.name, self.digest.length, size)
+            yield data
+        self.ended = True
+        upload.report.step(upload.name, "unpacking")
+
+    def read(self) -> bytes:
+        data = next(filter(None, self.pieces), b"")
+        self.total += len(data)
+        return data
+
+
+def compressed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    import zlib
+    # Level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %.
+    packer = zlib.compressobj(4, zlib.DEFLATED, 31)
+    yield from map(packer.compress, pieces)
+    yield packer.flush()
 
 
 class Upload:
@@ -5269,33 +5259,27 @@ class Upload:
                     reply = use()
         return reply
 
-    def _nearest(self, offered: Iterable[str], little: bool) -> tuple[str, list[Row]]:
+    def _nearest(self, offered: Iterable[str]) -> tuple[str, list[Row]]:
         """The base on the host to which the smallest delta can be sent, and what differs from it;
-        "" if that is over half of all bytes, unless ``little``. Only a base that was sent to the
-        host: a delta names files of it."""
+        "" if there is none. Only a base that was sent to the host: a delta names files of it."""
         shadow, host, project = self.shadow, self.host.name, self.project
         sent = {tree: tree for name, tree in project.registry.read().get("sent", [])
                 if name == host}
         sent.update((entry["tree"], entry["base"]) for entry in project._entries().values()
                     if entry["host"] == host)
-        bases = sent.keys() & set(offered)
-        best, least, differs, sizes = "", float("inf"), [], {}
-        if bases and not little:  # slow
-            sizes = shadow.sizes(self.tree)
-            sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
-            least = sum(sizes.values()) / 2
-        for tree in bases:
-            try:
+        deltas: dict[str, list[Row]] = {}
+        for tree in sent.keys() & set(offered):
+            with contextlib.suppress(GitFailed):  # this repository lacks the commit
                 source = shadow.call("rev-parse", sent[tree] + "^{tree}")
                 if source != tree and Parts(shadow, source).tree != tree:
                     continue  # its submodules or LFS files have changed locally
                 rows = [row[1:] for row in shadow.changes(tree, self.tree)]
-            except GitFailed:
-                continue  # this repository lacks the commit
-            size = sum(sizes.get(path, 0) for _, _, path in rows)
-            if size < least and not any(b"\n" in path for _, _, path in rows):
-                best, least, differs = tree, size, rows
-        return best, differs
+                if not any(b"\n" in path for _, _, path in rows):
+                    deltas[tree] = rows
+        sizes = shadow.sizes(self.tree) if len(deltas) > 1 else {}
+        sizes.update((path, self.parts.pointers[path][3]) for path in self.parts.files)
+        return min(deltas.items(), default=("", []),
+                   key=lambda delta: sum(sizes.get(path, 0) for _, _, path in delta[1]))
 
     def note_unsent(self) -> None:
         """Report, once a command, what the repository has and the host does not get."""
@@ -5318,41 +5302,35 @@ class Upload:
         if text:
             self.report.warn(f"Not sent: {', '.join(text)}.")
 
-    def _archive(self, parent: str, rows: Sequence[Row]) -> Archive:
-        """The archive of all, or of the ``rows`` that differ from a base."""
-        apart, tree, gone = list(self.parts.files), self.tree, [b""]
+    def _archive(self, parent: str, rows: Sequence[Row]) -> tuple[str, list[bytes], list[bytes]]:
+        """What to send of all, or of the ``rows`` that differ from a base: a tree, LFS files, and
+        what comes before both."""
+        apart, tree, gone = list(self.parts.files), self.tree, []
         if parent:
             paths = b"".join(path + b"\n" for _, _, path in rows)
-            gone += tar_entry(b".cmux-" + self.op.encode(), "644", len(paths), [paths])
+            gone = [*tar_entry(b".cmux-" + self.op.encode(), "644", len(paths), [paths])]
             rows = [row for row in rows if int(row[0])]
             apart = [path for _, _, path in rows if path in self.parts.files]
             tree = self.shadow.altered("", rows)
         if apart:
             tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
-        archive = Archive(self.shadow, tree, itertools.chain(gone, self.parts.stream(apart)))
-        front = sum(map(len, gone)) + sum(self.parts.pointers[path][3] for path in apart)
-        # An estimate: a header for each file, contents in blocks of 512 bytes.
-        total = functools.cache(lambda: front + sum(
-            512 + -size % 512 + size for size in self.shadow.sizes(tree).values()))
-
-        def show_progress(done: int) -> None:
-            if archive.ended:
-                self.report.step(self.name, "unpacking")
-            else:
-                self.report.progress(self.name, done, total)
-        archive.progress = show_progress
-        return archive
+        return tree, apart, gone
 
     def _upload(self, offered: Iterable[str], little: bool = False) -> None:
         """Send the archive (if ``little``, only a small delta). It counts when the host reports its
         length and checksum."""
-        parent, rows = self._nearest(offered, little)
+        parent, rows = self._nearest(offered)
         if little and not parent:
             return
-        with contextlib.closing(self._archive(parent, rows)) as archive:
-            if little and not archive.small():
-                return
-            reply = self._send(archive, parent)
+        tree, apart, gone = self._archive(parent, rows)
+        # An estimate: a header for each file, contents in blocks of 512 bytes.
+        size = sum(map(len, gone)) + sum(self.parts.pointers[path][3] for path in apart) + sum(
+            512 + -length % 512 + length for length in self.shadow.sizes(tree).values())
+        if little and size > BULK_FROM:
+            return
+        front = itertools.chain(gone, self.parts.stream(apart))
+        with contextlib.closing(Archive(self, front, self.shadow.archive(tree), size)) as archive:
+            reply = self._send(archive, parent, size > BULK_FROM)
         check_reply(reply, self.host.name, "take the archive")
         if not archive.ended or reply.lines()[-2:] != [archive.digest.line(), ""]:
             raise UploadFailed(f"The archive did not arrive whole on {self.host.name}.",
@@ -5361,22 +5339,19 @@ class Upload:
         packed = f", compressed to {human_size(self.sent)}" if self.sent < whole else ""
         self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
 
-    def _send(self, archive: Archive, parent: str) -> Reply:
-        direct, how = not archive.small(), "cat"
+    def _send(self, archive: Archive, parent: str, direct: bool) -> Reply:
+        how = "cat"
         if direct:
             answer = self.host._call(GZIP, before=HELD, cancel=self.cancel)
             if answer.trip >= GZIP_FROM and answer.stdout == b"gzip\n":
                 how = "gzip -dc"
-                archive.compress()
+                archive.pieces = compressed(archive.pieces)
         try:
             return self.project._operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
                                          cancel=self.cancel, source=archive, direct=direct)
         except ConnectionLost as lost:
-            size = human_size(archive.digest.length)
-            cut = UploadFailed(f"The connection to {self.host.name} was lost after {size} of the "
-                               "archive.", "Try again; nothing is left half-done.")
-            cut.exit_code = 255
-            raise cut from lost
+            lost.hint = "Try again; nothing is left half-done."
+            raise
 
 
 # === 13. Results ===
@@ -8867,17 +8842,16 @@ class Terminal(Report):
             self.drawing = True
             threading.Thread(target=self._keep_drawn, daemon=True).start()
 
-    def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
-                 doing: str = "sending") -> None:
+    def progress(self, what: str, done: int, total: int = 0, doing: str = "sending") -> None:
         was, now = self.lanes.get(what, ("", 0.0)), time.monotonic()
         if not was[0].startswith(doing):
             self.step(what, doing)
         elif self.redraws and now - was[1] >= 1:  # sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52s left
-            rate, whole = done / (now - was[1]), total() if total else 0
+            rate = done / (now - was[1])
             size, left = human_size(done), ""
-            if whole > done > 0:
-                size += f" of ~{human_size(whole)}"
-                left = f", ~{human_age((whole - done) / rate)} left"
+            if total > done > 0:
+                size += f" of ~{human_size(total)}"
+                left = f", ~{human_age((total - done) / rate)} left"
             self.lanes[what] = (f"{doing} {size}, {human_size(rate)}/s{left}", was[1])
 
     def output(self, data: bytes, what: str) -> None:
