@@ -5259,27 +5259,24 @@ class Upload:
                     reply = use()
         return reply
 
-    def _nearest(self, offered: Iterable[str]) -> tuple[str, list[Row]]:
-        """The base on the host to which the smallest delta can be sent, and what differs from it;
-        "" if there is none. Only a base that was sent to the host: a delta names files of it."""
+    def _delta(self, offered: Iterable[str]) -> tuple[str, list[Row]]:
+        """The first of the bases on the host to which a delta can be sent, and what differs from
+        it; "" if there is none. Only a base that was sent to the host: a delta names files of it.
+        """
         shadow, host, project = self.shadow, self.host.name, self.project
         sent = {tree: tree for name, tree in project.registry.read().get("sent", [])
                 if name == host}
         sent.update((entry["tree"], entry["base"]) for entry in project._entries().values()
                     if entry["host"] == host)
-        deltas: dict[str, list[Row]] = {}
-        for tree in sent.keys() & set(offered):
+        for tree in filter(sent.__contains__, offered):
             with contextlib.suppress(GitFailed):  # this repository lacks the commit
                 source = shadow.call("rev-parse", sent[tree] + "^{tree}")
                 if source != tree and Parts(shadow, source).tree != tree:
                     continue  # its submodules or LFS files have changed locally
                 rows = [row[1:] for row in shadow.changes(tree, self.tree)]
                 if not any(b"\n" in path for _, _, path in rows):
-                    deltas[tree] = rows
-        sizes = shadow.sizes(self.tree) if len(deltas) > 1 else {}
-        sizes.update((path, self.parts.pointers[path][3]) for path in self.parts.files)
-        return min(deltas.items(), default=("", []),
-                   key=lambda delta: sum(sizes.get(path, 0) for _, _, path in delta[1]))
+                    return tree, rows
+        return "", []
 
     def note_unsent(self) -> None:
         """Report, once a command, what the repository has and the host does not get."""
@@ -5319,7 +5316,7 @@ class Upload:
     def _upload(self, offered: Iterable[str], little: bool = False) -> None:
         """Send the archive (if ``little``, only a small delta). It counts when the host reports its
         length and checksum."""
-        parent, rows = self._nearest(offered)
+        parent, rows = self._delta(offered)
         if little and not parent:
             return
         tree, apart, gone = self._archive(parent, rows)
