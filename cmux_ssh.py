@@ -5222,10 +5222,9 @@ class Upload:
         self.tree = self.parts.tree
 
     def base(self) -> dict[str, str]:
-        """The registry's fields about what is sent. Entries of older versions, which sent no
-        export-ignored files, have no ``whole``."""
-        return {"base": self.commit, "tree": self.tree, "whole": self.tree,
-                "host_tree": self.parts.host_tree}
+        """The registry's fields about what is sent. Entries of version 0.1.0, which sent no
+        export-ignored files, have no ``host_tree``."""
+        return {"base": self.commit, "tree": self.tree, "host_tree": self.parts.host_tree}
 
     def note_sent(self, record: Fields, root: str) -> None:
         """Note the place, for gc, and the tree, for deltas."""
@@ -5721,7 +5720,7 @@ class Pull(Harvest):
 
     def _look_at_base(self) -> None:
         take_files = f"cp {self.name}: {self.name}"
-        if "whole" not in self.entry:
+        if "host_tree" not in self.entry:
             raise GitFailed(
                 f"The workspace {self.name} was made by an older version, which sent no "
                 "export-ignored files: it cannot be compared.",
@@ -7455,8 +7454,7 @@ class Project:
             entry, report = self._settle(name), report or Report()
             with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
                 upload.note_unsent()
-                stands = entry["base"], entry.get("whole")
-                if not force and (upload.commit, upload.tree) == stands:
+                if not force and {**entry, **upload.base()} == entry:
                     return False
                 with noted(self, "push", name, entry["host"], ref, entry["op"]) as log:
                     self._push(upload, entry, force)
@@ -7518,7 +7516,8 @@ class Project:
     def _looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
         """The words by which PULL, CHANGED and PUSH compare a workspace."""
         tree = entry.get("host_tree", "")
-        return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
+        return [entry["root"], entry["project"], name,
+                entry["tree"] if "host_tree" in entry else "-",
                 tree if len(tree) == 40 else "",  # the host's ids are SHA-1
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 entry.get("pulled", {}).get("op", "")]

@@ -4104,7 +4104,7 @@ def older(repo, names):
     entry = {"base": repo.commit(), "tree": repo.id("HEAD^{tree}")}
     with repo.amended() as record:
         for name in names:
-            del record["workspaces"][name]["whole"]
+            del record["workspaces"][name]["host_tree"]
             record["workspaces"][name].update(entry)
     own = repo.path(names[0]).parents[1] / ".cmux"
     (own / "bases" / before).rename(own / "bases" / entry["tree"])
