@@ -5008,10 +5008,17 @@ class Parts:
 
     def _look(self, place: Place, tree: str, prefix: bytes) -> None:
         for mode, oid, path in self.shadow.listing(tree):
-            if mode == "160000":
-                self._look_into(place, path, oid, prefix)
-            elif prefix:
-                self._rows.append((mode, oid, prefix + path))
+            if mode != "160000":
+                self._rows += [(mode, oid, prefix + path)] if prefix else []
+                continue
+            self.modules.add(prefix + path)
+            if not prefix:
+                self._rows.append(("0", "0" * len(oid), path))
+            module = place.module(path)
+            below = module and self.shadow.borrow(module.objects, oid)
+            if module and below:
+                self.places.append((module, below))
+                self._look(module, below, prefix + path + b"/")
         words = "grep", "-laF", "lfs", tree, "--", ":(glob)**/.gitattributes"
         for path, pointer in self.shadow.pointers(tree) if self.shadow.ask(*words) else ():
             path, (mode, _, sha256, size) = prefix + path, pointer
@@ -5021,16 +5028,6 @@ class Parts:
                 import hashlib
                 content = hashlib.new(self.shadow.form, b"content " + sha256.encode())
                 self._rows.append((mode, content.hexdigest(), path))
-
-    def _look_into(self, place: Place, path: bytes, commit: str, prefix: bytes) -> None:
-        self.modules.add(prefix + path)
-        if not prefix:
-            self._rows.append(("0", "0" * len(commit), path))
-        module = place.module(path)
-        tree = module and self.shadow.borrow(module.objects, commit)
-        if module and tree:
-            self.places.append((module, tree))
-            self._look(module, tree, prefix + path + b"/")
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked as they are read."""
