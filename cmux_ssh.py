@@ -4659,11 +4659,9 @@ class Repository(Git):
         copy) and the objects of a shadow. No hook, no fsmonitor and, without ``filters``, no filter
         runs."""
         import shutil
-        for name in os.listdir(self.git_dir):
-            source = os.path.join(self.git_dir, name)
-            if re.match(r"index\Z|sharedindex\.", name) and os.path.isfile(source):
-                # With its time: git then reads only files that are not older.
-                shutil.copy2(source, os.path.join(shadow.git_dir, name))
+        with contextlib.suppress(FileNotFoundError):
+            # With its time: git then reads only files that are not older.
+            shutil.copy2(self.git_dir + "/index", shadow.git_dir + "/index")
         start = [self.program, "-C", self.top, *USER_SAFE]
         for name in () if filters else self.user.configured("filter"):
             start += git_settings(name + ".process=", name + ".required=false")
