@@ -4456,8 +4456,7 @@ GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMIN
              "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
 # Files are sent byte for byte, so that a pull without a change is an empty diff. export-ignore is
 # for releases: an agent needs the tests, too.
-SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
-                     "-working-tree-encoding\n")
+SHADOW_ATTRIBUTES = "* -export-ignore -export-subst -text -eol -ident -working-tree-encoding\n"
 
 
 def environment(*kept: str) -> dict[str, str]:
@@ -4782,7 +4781,8 @@ class Shadow(Git):
         self.git_dir = self.path + "/sh.git"
         super().__init__(
             [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE],
-            isolated(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
+            # Not GIT_CONFIG_GLOBAL: git before 2.32 does not know that, and would run filters.
+            isolated(HOME="/nonexistent", XDG_CONFIG_HOME="/nonexistent",
                      GIT_SHALLOW_FILE=repository.common_dir + "/shallow"))
         self.env[ALTERNATES] = self.alternate(repository.common_dir + "/objects")
         form = [] if self.form == "sha1" else ["--object-format=sha256"]  # git 2.29
@@ -4790,6 +4790,8 @@ class Shadow(Git):
             os.mkdir(self.path, 0o700)
             self.call("init", "-q", "--bare", "--template=", *form, self.git_dir)
             os.makedirs(self.git_dir + "/info", exist_ok=True)
+            with open(self.git_dir + "/info/attributes", "w") as stream:
+                stream.write(SHADOW_ATTRIBUTES)
         except BaseException:
             self.close()
             raise
@@ -4862,7 +4864,6 @@ class Shadow(Git):
             return []
         env = {"GIT_INDEX_FILE": self.path + "/lfs.index"}
         self.call("read-tree", tree, env=env)
-        self.attributes("")
         answers = self.records("check-attr", "-z", "--stdin", "--cached", "filter", env=env,
                                stdin=b"".join(path + b"\0" for path in paths))
         return [path for path, _, value in zip(answers, answers, answers) if value == b"lfs"]
@@ -4884,15 +4885,6 @@ class Shadow(Git):
             stream.read(1)
             if match:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
-
-    def archive(self, tree: str) -> Output:
-        self.attributes(SHADOW_ATTRIBUTES)
-        return Output(self, "archive", "--format=tar", tree)
-
-    def attributes(self, text: str) -> None:
-        """Set the attributes that override any .gitattributes."""
-        with open(self.git_dir + "/info/attributes", "w") as stream:
-            stream.write(text)
 
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
         """The file of a pack that passed git's strict checks, of what ``tip`` has and the commits
@@ -5312,7 +5304,8 @@ class Upload:
         if little and size > BULK_FROM:
             return
         front = itertools.chain(gone, self.parts.stream(apart))
-        with contextlib.closing(Archive(self, front, self.shadow.archive(tree), size)) as archive:
+        output = Output(self.shadow, "archive", "--format=tar", tree)
+        with contextlib.closing(Archive(self, front, output, size)) as archive:
             reply = self._send(archive, parent, size > BULK_FROM)
         check_reply(reply, self.host.name, "take the archive")
         if not archive.ended or reply.lines()[-2:] != [archive.digest.line(), ""]:
