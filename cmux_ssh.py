@@ -5325,9 +5325,11 @@ class Upload:
         try:
             return self.project._operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
                                          cancel=self.cancel, source=archive, direct=direct)
-        except ConnectionLost as lost:
-            lost.hint = "Try again; nothing is left half-done."
-            raise
+        except ConnectionLost as lost:  # not that: the operation itself has not begun
+            cut = UploadFailed(f"The archive did not arrive whole. {lost}",
+                               "Try again; nothing is left half-done.")
+            cut.exit_code = lost.exit_code
+            raise cut from lost
 
 
 # === 13. Results ===
