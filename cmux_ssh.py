@@ -5277,19 +5277,23 @@ class Upload:
         if text:
             self.report.warn(f"Not sent: {', '.join(text)}.")
 
-    def _archive(self, parent: str, rows: Sequence[Row]) -> tuple[str, list[bytes], list[bytes]]:
-        """What to send of all, or of the ``rows`` that differ from a base: a tree, LFS files, and
-        what comes before both."""
-        apart, tree, gone = list(self.parts.files), self.tree, []
+    def _contents(self, parent: str, rows: Sequence[Row]) -> tuple[Iterable[bytes], str, int]:
+        """What to send of all, or of the ``rows`` that differ from a base: tar entries (what to
+        remove, LFS files), the tree of the rest, and an estimate of all bytes."""
+        large, tree, gone = list(self.parts.files), self.tree, []
         if parent:
             paths = b"".join(path + b"\n" for _, _, path in rows)
             gone = [*tar_entry(b".cmux-" + self.op.encode(), "644", len(paths), [paths])]
             rows = [row for row in rows if int(row[0])]
-            apart = [path for _, _, path in rows if path in self.parts.files]
+            large = [path for _, _, path in rows if path in self.parts.files]
             tree = self.shadow.altered("", rows)
-        if apart:
-            tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
-        return tree, apart, gone
+        if large:
+            tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in large])
+        sizes = [self.parts.pointers[path][3] for path in large]
+        sizes += self.shadow.sizes(tree).values()
+        # A header for each file, contents in blocks of 512 bytes.
+        total = sum(map(len, gone)) + sum(512 + -size % 512 + size for size in sizes)
+        return itertools.chain(gone, self.parts.stream(large)), tree, total
 
     def _upload(self, offered: Iterable[str], little: bool = False) -> None:
         """Send the archive (if ``little``, only a small delta). It counts when the host reports its
@@ -5297,13 +5301,9 @@ class Upload:
         parent, rows = self._delta(offered)
         if little and not parent:
             return
-        tree, apart, gone = self._archive(parent, rows)
-        # An estimate: a header for each file, contents in blocks of 512 bytes.
-        size = sum(map(len, gone)) + sum(self.parts.pointers[path][3] for path in apart) + sum(
-            512 + -length % 512 + length for length in self.shadow.sizes(tree).values())
+        front, tree, size = self._contents(parent, rows)
         if little and size > BULK_FROM:
             return
-        front = itertools.chain(gone, self.parts.stream(apart))
         output = Output(self.shadow, "archive", "--format=tar", tree)
         with contextlib.closing(Archive(self, front, output, size)) as archive:
             reply = self._send(archive, parent, size > BULK_FROM)
