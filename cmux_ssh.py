@@ -4780,7 +4780,8 @@ class Shadow(Git):
         self.lock = Lock(self.path + ".lock").hold()  # made before the directory, removed after
         self.git_dir = self.path + "/sh.git"
         super().__init__(
-            [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE],
+            [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE,
+             *git_settings("user.name=cmux", "user.email=cmux@localhost")],
             # Not GIT_CONFIG_GLOBAL: git before 2.32 does not know that, and would run filters.
             isolated(HOME="/nonexistent", XDG_CONFIG_HOME="/nonexistent",
                      GIT_SHALLOW_FILE=repository.common_dir + "/shallow"))
@@ -4822,10 +4823,8 @@ class Shadow(Git):
                         lock.free()
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
-        env = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
-            ("NAME", "cmux"), ("EMAIL", "cmux@localhost"), ("DATE", f"@{int(time.time())} +0000"))}
         words = [word for parent in parents for word in ("-p", parent)]
-        return self.call("commit-tree", tree, *words, stdin=message.encode(), env=env)
+        return self.call("commit-tree", tree, *words, stdin=message.encode())
 
     def common(self, one: str, other: str) -> str:
         """The merge base of two commits, or ""."""

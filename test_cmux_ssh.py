@@ -4433,6 +4433,19 @@ def test_pull_into_a_malicious_repository_runs_nothing(repo, site):
     assert not trap.exists()
 
 
+def test_filters_of_the_users_configuration_do_not_run(repo, site):
+    """git before 2.32 reads ~/.gitconfig whatever GIT_CONFIG_GLOBAL is."""
+    trap = site.dir / "trap"
+    for verb in ("clean", "smudge"):
+        repo.git(f"config --global filter.evil.{verb}", f"echo ran >>{trap}; cat")
+    repo.save({".gitattributes": b"* filter=evil\n", "README": b"new\n"})
+    trap.unlink(missing_ok=True)
+    repo.new()
+    do(repo, "echo more >>README")
+    repo.ok("pull")
+    assert not trap.exists() and repo.pulled("README") == "new\nmore"
+
+
 def test_hooks_of_the_configuration_do_not_run(repo, site):
     """git 2.54 has them; in front of an older one (of 2.31 and later), a program does what it does."""
     trap, shim = site.dir / "trap", site.dir / "git-2.54.py"
