@@ -4333,8 +4333,7 @@ GIT_ALONE = {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_TERMIN
              "GIT_NO_REPLACE_OBJECTS": "1", "GIT_OPTIONAL_LOCKS": "0"}
 # Files are sent byte for byte, so that a pull without a change is an empty diff. export-ignore is
 # for releases: an agent needs the tests, too.
-SHADOW_ATTRIBUTES = ("* -export-ignore -export-subst -text -eol -ident -filter "
-                     "-working-tree-encoding\n")
+SHADOW_ATTRIBUTES = "* -export-ignore -export-subst -text -eol -ident -working-tree-encoding\n"
 
 
 def environment(*kept: str) -> dict[str, str]:
@@ -4355,12 +4354,11 @@ _SECRET_FILE = (
 
 
 class Output:
-    """What a git command prints, piece by piece. At the end it raises GitFailed if the command
-    failed or, unless it ``talks``, wrote to stderr, as update-index does when it drops a path."""
+    """What a git command prints, piece by piece; if the command failed, GitFailed at the end."""
 
     def __init__(self, git: Git, *words: str, stdin: bytes | IO[bytes] = b"",
-                 env: Mapping[str, str] | None = None, talks: bool = False) -> None:
-        self.name, self.talks, self.errors = words[0], talks, spool(b"")
+                 env: Mapping[str, str] | None = None) -> None:
+        self.name, self.errors = words[0], spool(b"")
         with spool(stdin) if isinstance(stdin, bytes) else stdin as source:
             self.process = spawn([*git.start, *words], {**git.env, **(env or {})}, stdin=source,
                                  stdout=-1, stderr=self.errors)
@@ -4370,10 +4368,9 @@ class Output:
     def read(self) -> bytes:
         data = os.read(self.stdout.fileno(), CHUNK)
         if not data:
-            failed = self.process.wait()
-            self.errors.seek(0)
-            text = self.errors.read(LOG_MAX).strip()
-            if failed or text and not self.talks:
+            if self.process.wait():
+                self.errors.seek(0)
+                text = self.errors.read(LOG_MAX).strip()
                 raise GitFailed(f"git {self.name} failed: {show(text, 300)}.",
                                 "Is the disk full? " + _PARTIAL)
         return data
@@ -4412,14 +4409,12 @@ class Git:
     def store(self, pack: str, **env: str) -> None:
         """Store a pack that passes git's strict checks."""
         self.call("index-pack", "--stdin", "--strict", "--fsck-objects",
-                  f"--max-input-size={2 * PULL_TOTAL_MAX}", stdin=open(pack, "rb"), env=env,
-                  talks=True)
+                  f"--max-input-size={2 * PULL_TOTAL_MAX}", stdin=open(pack, "rb"), env=env)
 
     def differing(self, head: str, *work: str, **env: str) -> Iterator[bytes]:
         """Files that differ from ``head``. Not in submodules: their filters would run."""
         return self.records(*work, "diff", "--no-ext-diff", "--no-textconv", "--no-renames",
-                            "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env,
-                            talks=True)
+                            "--name-only", "--ignore-submodules=dirty", "-z", head, "--", env=env)
 
     def configured(self, section: str) -> set[str]:
         """The SECTION.NAMEs of the configuration."""
@@ -4540,11 +4535,9 @@ class Repository(Git):
         copy) and the objects of a shadow. No hook, no fsmonitor and, without ``filters``, no filter
         runs."""
         import shutil
-        for name in os.listdir(self.git_dir):
-            source = os.path.join(self.git_dir, name)
-            if re.match(r"index\Z|sharedindex\.", name) and os.path.isfile(source):
-                # With its time: git then reads only files that are not older.
-                shutil.copy2(source, os.path.join(shadow.git_dir, name))
+        with contextlib.suppress(FileNotFoundError):
+            # With its time: git then reads only files that are not older.
+            shutil.copy2(self.git_dir + "/index", shadow.git_dir + "/index")
         start = [self.program, "-C", self.top, *USER_SAFE]
         for name in () if filters else self.user.configured("filter"):
             start += git_settings(name + ".process=", name + ".required=false")
@@ -4556,8 +4549,7 @@ class Repository(Git):
     def _untracked(self, user: Git) -> Iterator[bytes]:
         own = self._own_state()
         apart = [":(exclude,literal)" + own] if own else []
-        return user.records("ls-files", "-o", "--exclude-standard", "-z", "--", ".", *apart,
-                            talks=True)
+        return user.records("ls-files", "-o", "--exclude-standard", "-z", "--", ".", *apart)
 
     def uncommitted(self, shadow: Shadow, pointers: Mapping[bytes, Pointer]) -> int:
         """The number of files that --dirty would send, too. HEAD has these LFS pointers."""
@@ -4606,11 +4598,11 @@ class Repository(Git):
         if own and user.ask("check-ignore", "--", own):
             own = ""  # add fails where an excluded path is also ignored
         apart = [":(exclude,literal)" + path for path in (*map(os.fsdecode, links), own) if path]
-        user.call("add", "-A", "--", ".", *apart, talks=True)
+        user.call("add", "-A", "--", ".", *apart)
         user.call("update-index", "--remove", "-z", "--stdin", stdin=b"\0".join([*links, b""]))
 
     def _worktrees(self) -> str:
-        return os.fsdecode(b"".join(self.records("worktree", "list", "--porcelain", talks=True)))
+        return os.fsdecode(b"".join(self.records("worktree", "list", "--porcelain")))
 
     def hooks_inside(self) -> list[str]:
         """The hooks directory, relative to each work tree of this repository that it lies in: as
@@ -4665,15 +4657,19 @@ class Shadow(Git):
         self.lock = Lock(self.path + ".lock").hold()  # made before the directory, removed after
         self.git_dir = self.path + "/sh.git"
         super().__init__(
-            [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE],
-            isolated(GIT_CONFIG_GLOBAL="/dev/null", GIT_CONFIG_SYSTEM="/dev/null",
+            [repository.program, "--git-dir=" + self.git_dir, *GIT_SAFE,
+             *git_settings("user.name=cmux", "user.email=cmux@localhost")],
+            # Not GIT_CONFIG_GLOBAL: git before 2.32 does not know that, and would run filters.
+            isolated(HOME="/nonexistent", XDG_CONFIG_HOME="/nonexistent",
                      GIT_SHALLOW_FILE=repository.common_dir + "/shallow"))
         self.env[ALTERNATES] = self.alternate(repository.common_dir + "/objects")
         form = [] if self.form == "sha1" else ["--object-format=sha256"]  # git 2.29
         try:
             os.mkdir(self.path, 0o700)
-            self.call("init", "-q", "--bare", "--template=", *form, self.git_dir, talks=True)
+            self.call("init", "-q", "--bare", "--template=", *form, self.git_dir)
             os.makedirs(self.git_dir + "/info", exist_ok=True)
+            with open(self.git_dir + "/info/attributes", "w") as stream:
+                stream.write(SHADOW_ATTRIBUTES)
         except BaseException:
             self.close()
             raise
@@ -4683,19 +4679,11 @@ class Shadow(Git):
         return '"%s"' % objects.replace("\\", "\\\\").replace('"', '\\"')
 
     def borrow(self, objects: str, commit: str) -> str:
-        """The tree of a commit, or "" if an object store lacks a part of it. From a store that has
-        all, other commands read, too."""
-        more = self.alternate(objects)
-        try:
-            tree = self.call("rev-parse", "--verify", "-q", commit + "^{tree}",
-                             env={ALTERNATES: more})
-            self.call("rev-list", "--objects", "--no-walk", "--quiet", commit,
-                      env={ALTERNATES: more})
-        except GitFailed:
-            return ""
+        """Read another object store, too. The tree of a commit, or "" where that is missing."""
+        more = ":" + self.alternate(objects)
         if more not in self.env[ALTERNATES]:
-            self.env[ALTERNATES] += ":" + more
-        return tree
+            self.env[ALTERNATES] += more
+        return self.ask("rev-parse", "--verify", "-q", commit + "^{tree}").strip()
 
     @staticmethod
     @functools.cache
@@ -4712,10 +4700,8 @@ class Shadow(Git):
                         lock.free()
 
     def commit(self, tree: str, message: str, *parents: str) -> str:
-        env = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER") for what, value in (
-            ("NAME", "cmux"), ("EMAIL", "cmux@localhost"), ("DATE", f"@{int(time.time())} +0000"))}
         words = [word for parent in parents for word in ("-p", parent)]
-        return self.call("commit-tree", tree, *words, stdin=message.encode(), env=env)
+        return self.call("commit-tree", tree, *words, stdin=message.encode())
 
     def common(self, one: str, other: str) -> str:
         """The merge base of two commits, or ""."""
@@ -4740,7 +4726,8 @@ class Shadow(Git):
 
     def altered(self, tree: str, rows: Iterable[Row]) -> str:
         """A tree ("": the empty one) with some files replaced, or removed (mode 0). Not by
-        read-tree: before git 2.39 that needs the content of all."""
+        read-tree: before git 2.39 that needs the content of all. Names that git refuses, such as
+        .git, are dropped."""
         env = {"GIT_INDEX_FILE": os.path.join(self.path, os.urandom(4).hex() + ".index")}
         own = self.listing(tree) if tree else ()
         lines = [os.fsencode("%s %s\t" % row[:2]) + row[2] for row in (*own, *rows)]
@@ -4753,7 +4740,6 @@ class Shadow(Git):
             return []
         env = {"GIT_INDEX_FILE": self.path + "/lfs.index"}
         self.call("read-tree", tree, env=env)
-        self.attributes("")
         answers = self.records("check-attr", "-z", "--stdin", "--cached", "filter", env=env,
                                stdin=b"".join(path + b"\0" for path in paths))
         return [path for path, _, value in zip(answers, answers, answers) if value == b"lfs"]
@@ -4776,17 +4762,11 @@ class Shadow(Git):
             if match:
                 yield path, (*files[path], match.group(1).decode(), int(match.group(2)))
 
-    def attributes(self, text: str) -> None:
-        """Set the attributes that override any .gitattributes."""
-        with open(self.git_dir + "/info/attributes", "w") as stream:
-            stream.write(text)
-
     def quarantine(self, tip: str, known: Iterable[str]) -> str:
         """The file of a pack that passed git's strict checks, of what ``tip`` has and the commits
         ``known`` lack. It is checked among objects of its own: a refusal leaves files behind."""
         revisions = "\n^".join([tip, *known, ""])[:-1].encode()
-        name = self.call("pack-objects", "-q", "--revs", self.path + "/result", stdin=revisions,
-                         talks=True)
+        name = self.call("pack-objects", "-q", "--revs", self.path + "/result", stdin=revisions)
         pack, apart = f"{self.path}/result-{name}.pack", self.path + "/apart"
         os.makedirs(apart + "/pack")
         try:
@@ -4886,10 +4866,17 @@ class Parts:
 
     def _look(self, place: Place, tree: str, prefix: bytes) -> None:
         for mode, oid, path in self.shadow.listing(tree):
-            if mode == "160000":
-                self._look_into(place, path, oid, prefix)
-            elif prefix:
-                self._rows.append((mode, oid, prefix + path))
+            if mode != "160000":
+                self._rows += [(mode, oid, prefix + path)] if prefix else []
+                continue
+            self.modules.add(prefix + path)
+            if not prefix:
+                self._rows.append(("0", "0" * len(oid), path))
+            module = place.module(path)
+            below = module and self.shadow.borrow(module.objects, oid)
+            if module and below:
+                self.places.append((module, below))
+                self._look(module, below, prefix + path + b"/")
         words = "grep", "-laF", "lfs", tree, "--", ":(glob)**/.gitattributes"
         for path, pointer in self.shadow.pointers(tree) if self.shadow.ask(*words) else ():
             path, (mode, _, sha256, size) = prefix + path, pointer
@@ -4899,16 +4886,6 @@ class Parts:
                 import hashlib
                 content = hashlib.new(self.shadow.form, b"content " + sha256.encode())
                 self._rows.append((mode, content.hexdigest(), path))
-
-    def _look_into(self, place: Place, path: bytes, commit: str, prefix: bytes) -> None:
-        self.modules.add(prefix + path)
-        if not prefix:
-            self._rows.append(("0", "0" * len(commit), path))
-        module = place.module(path)
-        tree = module and self.shadow.borrow(module.objects, commit)
-        if module and tree:
-            self.places.append((module, tree))
-            self._look(module, tree, prefix + path + b"/")
 
     def stream(self, paths: Iterable[bytes]) -> Iterator[bytes]:
         """LFS files as tar entries, checked as they are read."""
@@ -4962,7 +4939,7 @@ def make_repository(path: str, files: Mapping[str, str]) -> str:
                *git_settings("user.name=demo", "user.email=demo@localhost")],
               isolated(GIT_CONFIG_GLOBAL="/dev/null"))
     for line in ("init -q", "add .", "commit -q -m hello"):
-        git.call(*line.split(), talks=True)
+        git.call(*line.split())
     return path
 
 
@@ -4989,51 +4966,6 @@ class Cksum:
         size = self.length.to_bytes((self.length.bit_length() + 7) // 8, "little")
         value = zlib.crc32(size.translate(_REVERSED), self.register)
         return f"{int(f'{value:032b}'[::-1], 2)} {self.length}"
-
-
-class Archive(Source):
-    """The output of `git archive`, after the tar entries ``front``, with its length and checksum so
-    far. ``total``: the bytes sent, compressed after compress()."""
-
-    def __init__(self, shadow: Shadow, tree: str, front: Iterable[bytes] = ()) -> None:
-        shadow.attributes(SHADOW_ATTRIBUTES)
-        output = Output(shadow, "archive", "--format=tar", tree, talks=True)
-        super().__init__(output.stdout.fileno())
-        self.close = output.close
-        self.pieces = filter(None, itertools.chain(front, iter(output.read, b"")))
-        self.digest = Cksum()
-        self.packer: Any = None
-        self.ended = False          # all of it was read
-        self.progress: Callable[[int], None] = lambda done: None
-
-    def small(self) -> bool:
-        """Whether the archive has at most BULK_FROM bytes."""
-        ahead = b""
-        for data in self.pieces:
-            ahead += data
-            if len(ahead) > BULK_FROM:
-                break
-        self.pieces = filter(None, itertools.chain([ahead], self.pieces))
-        return len(ahead) <= BULK_FROM
-
-    def compress(self) -> None:
-        import zlib
-        # Level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %.
-        self.packer = zlib.compressobj(4, zlib.DEFLATED, 31)
-
-    def read(self) -> bytes:
-        data = next(self.pieces, b"")
-        self.ended = not data
-        self.digest.update(data)
-        self.progress(self.digest.length)
-        if self.packer:
-            import zlib
-            if data:  # never nothing
-                data = self.packer.compress(data) + self.packer.flush(zlib.Z_SYNC_FLUSH)
-            else:
-                data, self.packer = self.packer.flush(), None
-        self.total += len(data)
-        return data
 
 
 # === 12. Uploads ===
@@ -5073,9 +5005,8 @@ class Report:
     def warn(self, text: str | CmuxError) -> None:
         """Something the user should know; an error has a hint, too."""
 
-    def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
-                 doing: str = "sending") -> None:
-        """``done`` bytes were moved for workspace ``what``; ``total()`` estimates all: slow."""
+    def progress(self, what: str, done: int, total: int = 0, doing: str = "sending") -> None:
+        """``done`` bytes were moved for workspace ``what``; ``total``: an estimate of all, or 0."""
 
     def step(self, what: str, doing: str) -> None:
         """The next step for workspace ``what``."""
@@ -5092,6 +5023,38 @@ class Warnings(Report):
 
     def warn(self, text: str | CmuxError) -> None:
         self.texts.append(str(text))
+
+
+class Archive(Source):
+    """The tar entries ``front``, then what `git archive` prints, with the length and checksum so
+    far. ``total``: the bytes sent; ``size``: an estimate of all."""
+
+    def __init__(self, upload: Upload, front: Iterable[bytes], output: Output, size: int) -> None:
+        super().__init__(output.stdout.fileno())
+        self.close, self.digest = output.close, Cksum()
+        self.ended = False  # all of it was read
+        self.pieces = self._counted(itertools.chain(front, iter(output.read, b"")), upload, size)
+
+    def _counted(self, pieces: Iterable[bytes], upload: Upload, size: int) -> Iterator[bytes]:
+        for data in pieces:
+            self.digest.update(data)
+            upload.report.progress(upload.name, self.digest.length, size)
+            yield data
+        self.ended = True
+        upload.report.step(upload.name, "unpacking")
+
+    def read(self) -> bytes:
+        data = next(filter(None, self.pieces), b"")
+        self.total += len(data)
+        return data
+
+
+def compressed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    import zlib
+    # Level 1 leaves a fifth more to send, 6 takes twice the CPU for 6 %.
+    packer = zlib.compressobj(4, zlib.DEFLATED, 31)
+    yield from map(packer.compress, pieces)
+    yield packer.flush()
 
 
 class Upload:
@@ -5114,10 +5077,9 @@ class Upload:
         self.tree = self.parts.tree
 
     def base(self) -> dict[str, str]:
-        """The registry's fields about what is sent. Entries of older versions, which sent no
-        export-ignored files, have no ``whole``."""
-        return {"base": self.commit, "tree": self.tree, "whole": self.tree,
-                "host_tree": self.parts.host_tree}
+        """The registry's fields about what is sent. Entries of version 0.1.0, which sent no
+        export-ignored files, have no ``host_tree``."""
+        return {"base": self.commit, "tree": self.tree, "host_tree": self.parts.host_tree}
 
     def note_sent(self, record: Fields, root: str) -> None:
         """Note the place, for gc, and the tree, for deltas."""
@@ -5151,33 +5113,24 @@ class Upload:
                     reply = use()
         return reply
 
-    def _nearest(self, offered: Iterable[str], little: bool) -> tuple[str, list[Row]]:
-        """The base on the host to which the smallest delta can be sent, and what differs from it;
-        "" if that is over half of all bytes, unless ``little``. Only a base that was sent to the
-        host: a delta names files of it."""
+    def _delta(self, offered: Iterable[str]) -> tuple[str, list[Row]]:
+        """The first of the bases on the host to which a delta can be sent, and what differs from
+        it; "" if there is none. Only a base that was sent to the host: a delta names files of it.
+        """
         shadow, host, project = self.shadow, self.host.name, self.project
         sent = {tree: tree for name, tree in project.registry.read().get("sent", [])
                 if name == host}
         sent.update((entry["tree"], entry["base"]) for entry in project._entries().values()
                     if entry["host"] == host)
-        bases = sent.keys() & set(offered)
-        best, least, differs, sizes = "", float("inf"), [], {}
-        if bases and not little:  # slow
-            sizes = shadow.sizes(self.tree)
-            sizes.update({path: self.parts.pointers[path][3] for path in self.parts.files})
-            least = sum(sizes.values()) / 2
-        for tree in bases:
-            try:
+        for tree in filter(sent.__contains__, offered):
+            with contextlib.suppress(GitFailed):  # this repository lacks the commit
                 source = shadow.call("rev-parse", sent[tree] + "^{tree}")
                 if source != tree and Parts(shadow, source).tree != tree:
                     continue  # its submodules or LFS files have changed locally
                 rows = [row[1:] for row in shadow.changes(tree, self.tree)]
-            except GitFailed:
-                continue  # this repository lacks the commit
-            size = sum(sizes.get(path, 0) for _, _, path in rows)
-            if size < least and not any(b"\n" in path for _, _, path in rows):
-                best, least, differs = tree, size, rows
-        return best, differs
+                if not any(b"\n" in path for _, _, path in rows):
+                    return tree, rows
+        return "", []
 
     def note_unsent(self) -> None:
         """Report, once a command, what the repository has and the host does not get."""
@@ -5200,41 +5153,36 @@ class Upload:
         if text:
             self.report.warn(f"Not sent: {', '.join(text)}.")
 
-    def _archive(self, parent: str, rows: Sequence[Row]) -> Archive:
-        """The archive of all, or of the ``rows`` that differ from a base."""
-        apart, tree, gone = list(self.parts.files), self.tree, [b""]
+    def _contents(self, parent: str, rows: Sequence[Row]) -> tuple[Iterable[bytes], str, int]:
+        """What to send of all, or of the ``rows`` that differ from a base: tar entries (what to
+        remove, LFS files), the tree of the rest, and an estimate of all bytes."""
+        large, tree, gone = list(self.parts.files), self.tree, []
         if parent:
             paths = b"".join(path + b"\n" for _, _, path in rows)
-            gone += tar_entry(b".cmux-" + self.op.encode(), "644", len(paths), [paths])
+            gone = [*tar_entry(b".cmux-" + self.op.encode(), "644", len(paths), [paths])]
             rows = [row for row in rows if int(row[0])]
-            apart = [path for _, _, path in rows if path in self.parts.files]
+            large = [path for _, _, path in rows if path in self.parts.files]
             tree = self.shadow.altered("", rows)
-        if apart:
-            tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in apart])
-        archive = Archive(self.shadow, tree, itertools.chain(gone, self.parts.stream(apart)))
-        front = sum(map(len, gone)) + sum(self.parts.pointers[path][3] for path in apart)
-        # An estimate: a header for each file, contents in blocks of 512 bytes.
-        total = functools.cache(lambda: front + sum(
-            512 + -size % 512 + size for size in self.shadow.sizes(tree).values()))
-
-        def show_progress(done: int) -> None:
-            if archive.ended:
-                self.report.step(self.name, "unpacking")
-            else:
-                self.report.progress(self.name, done, total)
-        archive.progress = show_progress
-        return archive
+        if large:
+            tree = self.shadow.altered(tree, [("0", "0" * len(tree), path) for path in large])
+        sizes = [self.parts.pointers[path][3] for path in large]
+        sizes += self.shadow.sizes(tree).values()
+        # A header for each file, contents in blocks of 512 bytes.
+        total = sum(map(len, gone)) + sum(512 + -size % 512 + size for size in sizes)
+        return itertools.chain(gone, self.parts.stream(large)), tree, total
 
     def _upload(self, offered: Iterable[str], little: bool = False) -> None:
         """Send the archive (if ``little``, only a small delta). It counts when the host reports its
         length and checksum."""
-        parent, rows = self._nearest(offered, little)
+        parent, rows = self._delta(offered)
         if little and not parent:
             return
-        with contextlib.closing(self._archive(parent, rows)) as archive:
-            if little and not archive.small():
-                return
-            reply = self._send(archive, parent)
+        front, tree, size = self._contents(parent, rows)
+        if little and size > BULK_FROM:
+            return
+        output = Output(self.shadow, "archive", "--format=tar", tree)
+        with contextlib.closing(Archive(self, front, output, size)) as archive:
+            reply = self._send(archive, parent, size > BULK_FROM)
         check_reply(reply, self.host.name, "take the archive")
         if not archive.ended or reply.lines()[-2:] != [archive.digest.line(), ""]:
             raise UploadFailed(f"The archive did not arrive whole on {self.host.name}.",
@@ -5243,21 +5191,20 @@ class Upload:
         packed = f", compressed to {human_size(self.sent)}" if self.sent < whole else ""
         self.report.say(f"sent {human_size(whole)} to {self.host.name}{packed}")
 
-    def _send(self, archive: Archive, parent: str) -> Reply:
-        direct, how = not archive.small(), "cat"
+    def _send(self, archive: Archive, parent: str, direct: bool) -> Reply:
+        how = "cat"
         if direct:
             answer = self.host._call(GZIP, before=HELD, cancel=self.cancel)
             if answer.trip >= GZIP_FROM and answer.stdout == b"gzip\n":
                 how = "gzip -dc"
-                archive.compress()
+                archive.pieces = compressed(archive.pieces)
         try:
             return self.project._operate(UPLOAD, self.name, self.entry, [self.op, parent, how],
                                          cancel=self.cancel, source=archive, direct=direct)
-        except ConnectionLost as lost:
-            size = human_size(archive.digest.length)
-            cut = UploadFailed(f"The connection to {self.host.name} was lost after {size} of the "
-                               "archive.", "Try again; nothing is left half-done.")
-            cut.exit_code = 255
+        except ConnectionLost as lost:  # not that: the operation itself has not begun
+            cut = UploadFailed(f"The archive did not arrive whole. {lost}",
+                               "Try again; nothing is left half-done.")
+            cut.exit_code = lost.exit_code
             raise cut from lost
 
 
@@ -5631,7 +5578,7 @@ class Pull(Harvest):
 
     def _look_at_base(self) -> None:
         take_files = f"cp {self.name}: {self.name}"
-        if "whole" not in self.entry:
+        if "host_tree" not in self.entry:
             raise GitFailed(
                 f"The workspace {self.name} was made by an older version, which sent no "
                 "export-ignored files: it cannot be compared.",
@@ -5751,8 +5698,7 @@ class Pull(Harvest):
         write(b"done\n")
         self.stream.seek(0)
         ids = [*self.shadow.records("fast-import", "--quiet", "--done", "--force", "--depth=0",
-                                    "--date-format=raw", stdin=self.stream, end=b"\n",
-                                    talks=True)]
+                                    "--date-format=raw", stdin=self.stream, end=b"\n")]
         return dict(zip(self.commits, map(as_text, ids)))
 
     def _look_again(self, made: Mapping[bytes, str]) -> None:
@@ -5833,9 +5779,8 @@ class Pull(Harvest):
             path for _, _, _, path in self.shadow.changes(stood, before))
 
     def diff(self, *words: str) -> Iterator[bytes]:
-        # talks: over 400 candidates for renames git writes a warning.
         return self.shadow.records("diff-tree", "-r", "-M", "-l400", "--no-ext-diff",
-                                   "--no-textconv", *words, end=b"\n", talks=True)
+                                   "--no-textconv", *words, end=b"\n")
 
     def inspect(self, old: str, new: str, allow: bool) -> list[str]:
         """The changes that would run on this machine after a merge. Refuses submodules that run a
@@ -7367,8 +7312,7 @@ class Project:
             entry, report = self._settle(name), report or Report()
             with contextlib.closing(Upload(self, name, entry, ref, report, cancel)) as upload:
                 upload.note_unsent()
-                stands = entry["base"], entry.get("whole")
-                if not force and (upload.commit, upload.tree) == stands:
+                if not force and {**entry, **upload.base()} == entry:
                     return False
                 with noted(self, "push", name, entry["host"], ref, entry["op"]) as log:
                     self._push(upload, entry, force)
@@ -7430,7 +7374,8 @@ class Project:
     def _looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
         """The words by which PULL, CHANGED and PUSH compare a workspace."""
         tree = entry.get("host_tree", "")
-        return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
+        return [entry["root"], entry["project"], name,
+                entry["tree"] if "host_tree" in entry else "-",
                 tree if len(tree) == 40 else "",  # the host's ids are SHA-1
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 entry.get("pulled", {}).get("op", "")]
@@ -8751,17 +8696,16 @@ class Terminal(Report):
             self.drawing = True
             threading.Thread(target=self._keep_drawn, daemon=True).start()
 
-    def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
-                 doing: str = "sending") -> None:
+    def progress(self, what: str, done: int, total: int = 0, doing: str = "sending") -> None:
         was, now = self.lanes.get(what, ("", 0.0)), time.monotonic()
         if not was[0].startswith(doing):
             self.step(what, doing)
         elif self.redraws and now - was[1] >= 1:  # sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52s left
-            rate, whole = done / (now - was[1]), total() if total else 0
+            rate = done / (now - was[1])
             size, left = human_size(done), ""
-            if whole > done > 0:
-                size += f" of ~{human_size(whole)}"
-                left = f", ~{human_age((whole - done) / rate)} left"
+            if total > done > 0:
+                size += f" of ~{human_size(total)}"
+                left = f", ~{human_age((total - done) / rate)} left"
             self.lanes[what] = (f"{doing} {size}, {human_size(rate)}/s{left}", was[1])
 
     def output(self, data: bytes, what: str) -> None:

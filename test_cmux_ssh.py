@@ -4098,7 +4098,7 @@ def older(repo, names):
     entry = {"base": repo.commit(), "tree": repo.id("HEAD^{tree}")}
     with repo.amended() as record:
         for name in names:
-            del record["workspaces"][name]["whole"]
+            del record["workspaces"][name]["host_tree"]
             record["workspaces"][name].update(entry)
     own = repo.path(names[0]).parents[1] / ".cmux"
     (own / "bases" / before).rename(own / "bases" / entry["tree"])
@@ -4425,6 +4425,19 @@ def test_pull_into_a_malicious_repository_runs_nothing(repo, site):
     for words in ("diff -w main", "pull -w main", "rm main"):
         repo.ok(words, env=env)
     assert not trap.exists()
+
+
+def test_filters_of_the_users_configuration_do_not_run(repo, site):
+    """git before 2.32 reads ~/.gitconfig whatever GIT_CONFIG_GLOBAL is."""
+    trap = site.dir / "trap"
+    for verb in ("clean", "smudge"):
+        repo.git(f"config --global filter.evil.{verb}", f"echo ran >>{trap}; cat")
+    repo.save({".gitattributes": b"* filter=evil\n", "README": b"new\n"})
+    trap.unlink(missing_ok=True)
+    repo.new()
+    do(repo, "echo more >>README")
+    repo.ok("pull")
+    assert not trap.exists() and repo.pulled("README") == "new\nmore"
 
 
 def test_hooks_of_the_configuration_do_not_run(repo, site):
