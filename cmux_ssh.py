@@ -1359,12 +1359,6 @@ in_stage() { # function...; the stage is cleared, too, where the client is gone
   clear_stage; return $status
 }
 clear_stage() { cd "$root"; rm -rf "$stage"; }
-small() { # most function: what it prints, unless that is more. Without most: in any case
-  [ "$1" ] || { "$2"; return; }
-  { "$2"; echo $? >"$stage/status"; } | head -c "$(($1+1))" >"$stage/reply"
-  [ "$(wc -c <"$stage/reply")" -le "$1" ] || return 26
-  cat "$stage/reply"; return "$(cat "$stage/status")"
-}
 """
 
 # $record/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing),
@@ -1429,7 +1423,7 @@ send_files() {
 """
 
 # PULL: what the workspace changed; with `counts`, it is on record as pulled once the client names
-#   this op. 22: no workspace; 24: a file is too large; 26: it has more than `most` bytes.
+#   this op. 22: no workspace; 24: a file is too large.
 #   `note ...` lines, then one of these:
 #     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
 #     files            a host without git
@@ -1483,7 +1477,7 @@ pull_files() {
 }
 operation() {
   compared "$@"; counts=${10}
-  open_root "$1" && find_workspace "$name" && in_stage small "${11}" pull
+  open_root "$1" && find_workspace "$name" && in_stage pull
 }
 """
 
@@ -1814,7 +1808,7 @@ operation() {
   root=$1 op=$2 home=$3 work=$4
   [ -e "$work" ] || { [ -d "$home" ] || return 37; return 30; }
   [ -r "$work" ] || return 33
-  in_stage small "$5" send_copy
+  in_stage send_copy
 }
 send_copy() {
   kind=all; : >"$stage/was"
@@ -4278,46 +4272,42 @@ class Host:
 
 
 class Incoming:
-    """The stdout of one of our scripts, piece by piece. Over a session that shares a connection the
-    script gets BULK_FROM as its last word, and ends with status 26 and no output where that is
-    more: then, once more over a session for bulk."""
+    """The stdout of one of our scripts, piece by piece. ``apart``: where it has more than BULK_FROM
+    bytes, the script begins again over a connection of its own."""
 
     exchange: Exchange
 
-    def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.host, self.words = host, (script, *arguments)
+    def __init__(self, host: Host, cancel: Cancel | None, apart: bool, script: str,
+                 *arguments: str) -> None:
+        self.host, self.records = host, script_records(script, *arguments)
         self.deadline = Deadline(None, host.ending.join(cancel))
         self._begin(False)
-        try:
-            self._wait()
-            if self.exchange.out.status == 26 and not self.waiting:
-                self.close()
-                self._begin(True)
-        except BaseException:
-            self.close()
-            raise
+        self.apart = apart and not self.exchange.session.master.own
 
     def _begin(self, bulk: bool) -> None:
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
         def work(sessions: list[Session]) -> None:
-            shared = not bulk and not sessions[0].master.own
-            records = script_records(*self.words, str(BULK_FROM) if shared else "")
-            self.exchange = Exchange(sessions[0], records, self.waiting.append, self.err)
+            self.exchange = Exchange(sessions[0], self.records, self.waiting.append, self.err)
             self.host._begin(self.exchange, self.deadline)
             sessions.clear()  # close() closes it
         self.host._attempt(work, self.deadline, lambda lost: True, bulk=bulk)
 
-    def _wait(self) -> None:
-        self.exchange.run(self.deadline, lambda: bool(self.waiting) or self.exchange.ended,
-                          CALL_PATIENCE)
+    def _more_than(self, most: int) -> bool:
+        """Wait for so many bytes, or the end. Whether more have come."""
+        def many() -> bool:
+            return sum(map(len, self.waiting)) > most
+        self.exchange.run(self.deadline, lambda: many() or self.exchange.ended, CALL_PATIENCE)
+        return many()
 
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
-        if not self.waiting:
-            self._wait()
-        return self.waiting.pop(0) if self.waiting else b""
+        if self.apart and self._more_than(BULK_FROM):
+            self.close()
+            self._begin(True)
+        self.apart = False
+        return self.waiting.pop(0) if self.waiting or self._more_than(0) else b""
 
     def reply(self) -> Reply:
         """The status and stderr, at the end."""
@@ -5781,7 +5771,7 @@ class Pull(Harvest):
             words = self.project._looked_at(self.name, self.entry, self.op)
             self.report.step(self.name, "collecting")
             incoming = held.enter_context(contextlib.closing(
-                Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)))
+                Incoming(self.workspace.host, self.cancel, True, PULL, *words, "1" * record)))
             self._look_at_base()  # while the host works
             self.stream = held.enter_context(spool(b""))  # for git fast-import
             known = self.project._known_secrets().items()
@@ -6676,7 +6666,7 @@ class Workspace:
             text += 'exec "${SHELL:-/bin/sh}" -l\n'
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
-        incoming = Incoming(self.host, None, HANDOVER, self.root, op)
+        incoming = Incoming(self.host, None, False, HANDOVER, self.root, op)
         try:
             if incoming.take() != b"ready\n":
                 check_reply(incoming.reply(), self.host.name, "prepare a shell", word="ready")
@@ -6854,7 +6844,7 @@ class Workspace:
         words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
         try:
             with contextlib.closing(Landing(local, os.path.basename(source), force)) as landing, \
-                    contextlib.closing(Incoming(self.host, cancel, *words)) as incoming:
+                    contextlib.closing(Incoming(self.host, cancel, True, *words)) as incoming:
                 wire = Wire(incoming, report or Report(), self.name)
                 if not wire.ended():
                     landing.take(wire)
