@@ -1237,8 +1237,9 @@ job_state() { # lost: neither an exit nor a supervisor
 # repositories), it uses that of the base: $head is the base, $whole empty. 9: no git; 24: a file is
 # too large.
 SNAPSHOT = GIT + r"""
-compared() { # the words of PULL, CHANGED, PUSH. An empty base_tree is any
-  project=$2 name=$3 base_id=$4 base_tree=$5 op=$6 commits_most=$7 file_most=$8 last_op=$9
+compared() { # the words of PULL, CHANGED, PUSH. An empty base_tree is any; of each pull a line of
+  # $pulls: what its stream had after STATE
+  project=$2 name=$3 base_id=$4 base_tree=$5 op=$6 commits_most=$7 file_most=$8 pulls=$9
 }
 shadow() {
   safe_git --git-dir="$shadow" --work-tree="$work" -c core.bigFileThreshold=8m "$@"
@@ -1333,7 +1334,7 @@ reflog_commits() { # that only reflogs (some may be gone) or HEADs of worktrees 
 }
 left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only fetched exists
   # elsewhere, too.
-  brought=$({ echo "$base_commit"; pulls | sed -n 's/^[^ ]* \([0-9a-f]*\) .*/\1/p'; } |
+  brought=$(printf '%s\n' "$base_commit" "$pulls" | sed -n 's/^\([0-9a-f]\{40,\}\).*/\1/p' |
     repo rev-list --no-walk --ignore-missing --stdin)
   refs=$(repo for-each-ref --format='%(refname)') || [ ! "$whole" ] || return 3
   for ref in $refs; do
@@ -1348,7 +1349,6 @@ left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only 
   done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
   reflog_commits | head -n 20
 }
-sum_refs() { repo show-ref --head | cksum | tr ' ' -; }
 """
 
 IN_STAGE = r"""
@@ -1361,16 +1361,8 @@ in_stage() { # function...; the stage is cleared, too, where the client is gone
 clear_stage() { cd "$root"; rm -rf "$stage"; }
 """
 
-# $record/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing),
-# refs. The client names the last one that it finished: later lines do not count.
 RECORDS = LIST + IN_STAGE + r"""
-pulls() { # the lines that count
-  sed -n "H;/^$last_op /{g;s/^\n//;p;q;}" "$record/pull" 2>/dev/null
-}
-record_pull() { # head tree refs
-  { pulls | tail -n 19; echo "$op $1 $2 $3"; } >"$record/pull.new" &&
-    mv "$record/pull.new" "$record/pull"
-}
+last_pull() { printf '%s\n' "$pulls" | tail -n 1; }
 list_now() { cd "$work" && list_files >"$stage/now"; }
 list_sent() {
   [ "$(sed -n 2p "$record/mark")" = listed ] && tail -n +3 "$record/mark" >"$stage/was"
@@ -1422,12 +1414,12 @@ send_files() {
 }
 """
 
-# PULL: what the workspace changed; with `counts`, it is on record as pulled once the client names
-#   this op. 22: no workspace; 24: a file is too large.
-#   `note ...` lines, then one of these:
-#     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
-#     files            a host without git
-#     all              the same, where what was sent is not known any more: all files come
+# PULL: what the workspace changed. 22: no workspace; 24: a file is too large.
+#   `note ...` lines, then one of these, with a STATE that the client keeps where it is a pull:
+#     git DIRTY BASE STATE   DIRTY is 1 where the last commit is uncommitted work; the state is HEAD
+#                            (that of the base where there is none) and the tree
+#     files STATE            a host without git; the state is the checksum of the listing
+#     all STATE              the same, where what was sent is not known any more: all files come
 #   Then three sections, each with an empty line or record at its end:
 #     commits    as `git cat-file --batch` prints them, parents first; none without git
 #     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
@@ -1438,7 +1430,6 @@ pull() {
   snapshot; status=$?
   case $status in 0) ;; 9) pull_files; return;; *) return $status;; esac
   repo=$work/.git
-  [ -z "$counts" ] || record_pull "$head" "$tree" "$(sum_refs)" || return 3
   note_left; commit_rest && send_commits
 }
 note_left() {
@@ -1457,7 +1448,7 @@ commit_rest() { # -> $dirty
     echo "$tip $head" | add_changes
 }
 send_commits() {
-  echo "git $dirty $base_commit"
+  echo "git $dirty $base_commit ${top:-$head} $tree"
   cut -d' ' -f1 "$stage/list" | shadow cat-file --batch --buffer && echo &&
     cat "$stage/changes" && printf '\0' && list_contents | shadow cat-file --batch --buffer && echo
 }
@@ -1471,12 +1462,11 @@ pull_files() {
   written_gits | sed 's/^/note the commits of the git repository in /'
   list_now || return 3
   unreadable | sed 's/^/note /'
-  [ -z "$counts" ] || record_pull - "$(sum_list)" - || return 3
   kind=files; list_sent || { kind=all; : >"$stage/was"; }
-  send_list "$kind"
+  send_list "$kind $(sum_list)"
 }
 operation() {
-  compared "$@"; counts=${10}
+  compared "$@"
   open_root "$1" && find_workspace "$name" && in_stage pull
 }
 """
@@ -1489,27 +1479,25 @@ lost_work() {
   case $snapped in 0 | 24) ;; 9) lost_files; return;; *) return $snapped;; esac
   sed 's/^note //' "$stage/said"
   [ $snapped = 0 ] || return 0
-  last=$(pulls | tail -n 1)
-  case $last in *" $tree "*) ;; *)
+  case $(last_pull) in *" $tree") ;; *)
     [ "$tree" = "$(shadow rev-parse "$head^{tree}")" ] || {
       changed=$(shadow diff-index --cached --name-status "$head" | head -n 20)
       printf '%s\n' "${changed:-some file}"; };;
   esac
   repo=$work/.git; [ -d "$repo" ] || return 0
-  [ "$whole" ] || [ "$(sum_refs)" = "${last##* }" ] || echo "the git repository was replaced"
+  [ "$top" ] || [ "$pulls" ] || echo "the git repository has no HEAD"
   left_behind || return
-  [ -z "$whole" ] || repo log -n 20 --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux
+  [ ! "$top" ] || repo log -n 20 --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux
 }
 lost_files() {
   list_now || return 3
   unreadable | head -n 20
-  case $(pulls | tail -n 1) in *" $(sum_list) -") ;; *)
+  [ "$(last_pull)" = "$(sum_list)" ] ||
     if ! list_sent; then echo "what it was made of is not known any more"
     elif ! cmp -s "$stage/was" "$stage/now"; then
       changed=$(sort "$stage/was" "$stage/now" | uniq -u | only_paths | sort -u | head -n 20)
       printf '%s\n' "${changed:-some file}" | sed 's/^/changed .\//'
-    fi;;
-  esac
+    fi
   written_gits | sed 's/^/a git repository in /'
 }
 """
@@ -5582,6 +5570,7 @@ class Harvest:
         self.modules: set[bytes] = set()  # the paths of submodules
         self.roots: set[bytes] = set()    # the directories above those
         self.host_base = b""  # the host's id of the base commit; none without git
+        self.state = ""       # what the host calls the state that it sent
         self.dirty = True     # whether the last commit is uncommitted work
         who = b"cmux <cmux@localhost> %d +0000" % time.time()
         self.commits = {b"1": Commit(b"parent \nauthor %s\ncommitter %s\n\n"
@@ -5620,10 +5609,13 @@ class Harvest:
             self.notes += ["left out: " + show(rest)[1:-1]] if noted < 20 else []
         if kind == b"large":
             raise refuse(f"{show(rest)} has more than {human_size(PULL_FILE_MAX)}", _REMOVE_IT)
-        if kind == b"git" and self.strict and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
-            self.dirty, self.host_base, self.commits = rest[:1] == b"1", rest[2:], {}
-        elif rest or kind not in (b"files", b"all", b"file"):
+        match = re.match(rb"([01]) ([0-9a-f]{40,64})((?: [0-9a-f]{40,64}){2})?\Z", rest)
+        if kind == b"git" and self.strict and match:
+            self.dirty, self.host_base, self.commits = match[1] == b"1", match[2], {}
+            rest = (match[3] or b"").lstrip()
+        elif kind not in (b"files", b"all", b"file") or not re.match(rb"(\d{1,20}-\d{1,20})?\Z", rest):
             raise broken()
+        self.state = as_text(rest)
         return kind
 
     def _read_commits(self, wire: Wire) -> None:
@@ -5734,7 +5726,6 @@ class Pull(Harvest):
         self.workspace, self.report, self.cancel = workspace, report or Report(), cancel
         self.name, self.base, self.project = workspace.name, workspace.base, workspace.project
         self.entry = self.project._entry(self.name)
-        self.op = os.urandom(8).hex()
         self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
         self.leaks: dict[str, list[str]] = {}    # the same, by id of a content
         self.pointers: dict[str, str] = {}       # of LFS: sha256 of the content -> id
@@ -5762,16 +5753,15 @@ class Pull(Harvest):
         self.pointers = {sha256: oid for path, (_, oid, sha256, _) in parts.pointers.items()
                          if self.modules.isdisjoint(above(path))}
 
-    def fetch(self, record: bool = False) -> list[str]:
-        """The commits of the workspace, oldest first. With ``record``, the host records this pull,
-        as ``self.op``."""
+    def fetch(self) -> list[str]:
+        """The commits of the workspace, oldest first."""
         with contextlib.ExitStack() as held:
             held.callback(self.report.step, self.name, "done")
             self.project._know_secrets(self.workspace.op, self.cancel)
-            words = self.project._looked_at(self.name, self.entry, self.op)
+            words = self.project._looked_at(self.name, self.entry, os.urandom(8).hex())
             self.report.step(self.name, "collecting")
             incoming = held.enter_context(contextlib.closing(
-                Incoming(self.workspace.host, self.cancel, True, PULL, *words, "1" * record)))
+                Incoming(self.workspace.host, self.cancel, True, PULL, *words)))
             self._look_at_base()  # while the host works
             self.stream = held.enter_context(spool(b""))  # for git fast-import
             known = self.project._known_secrets().items()
@@ -6015,7 +6005,7 @@ class Pull(Harvest):
                 f"The branch {show(branch)} has commits that no pull of this workspace made.",
                 "Choose another, or rename that.", f"pull -w {self.name} --branch NAME",
                 f"git branch -m {quote(branch)} NEW")
-        commits = self.fetch(record=True)
+        commits = self.fetch()
         tip, since = self.combine(commits, before, old in over)
         executes, moved = self.inspect(since, tip, allow), tip != since
         if moved:
@@ -6025,8 +6015,9 @@ class Pull(Harvest):
             finally:
                 self.report.step(self.name, "done")
         left = [note.partition(": ")[2] for note in left_out(self.left)]
+        states = [*self.entry.get("pulled", {}).get("states", ())[-19:], self.state]
         with self.project.registry.editing() as record:
-            record["workspaces"][self.name]["pulled"] = {"op": self.op, "left": left}
+            record["workspaces"][self.name]["pulled"] = {"states": states, "left": left}
         count = self.shadow.call("rev-list", "--count", tip, "^" + since)
         rows = self.diff("--stat=100", "--stat-count=500", since, tip)
         return Result(workspace=self.name, branch=branch if tip != self.base else "",
@@ -7546,7 +7537,7 @@ class Project:
         return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
                 tree if len(tree) == 40 else "",  # the host's ids are SHA-1
                 op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
-                entry.get("pulled", {}).get("op", "")]
+                "\n".join(entry.get("pulled", {}).get("states", ()))]
 
     def _refuse(self, name: str, entry: Fields, lines: Iterable[str], verb: str) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
