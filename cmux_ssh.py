@@ -177,7 +177,6 @@ PULL_FILE_MAX = 256 * MIB  # one pulled file; git hosts refuse 100 MB
 PULL_TOTAL_MAX = 2 * 1024 ** 3  # all that one pull may send: a disk's worth is an attack
 PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of local memory
 PULL_COMMITS_MAX = 1000  # more than an agent makes; beyond it one commit holds the result
-PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes of its own
 PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
 
 
@@ -1239,7 +1238,7 @@ job_state() { # lost: neither an exit nor a supervisor
 SNAPSHOT = GIT + r"""
 compared() { # the words of PULL, CHANGED, PUSH. An empty base_tree is any; of each pull a line of
   # $pulls: what its stream had after STATE
-  project=$2 name=$3 base_id=$4 base_tree=$5 op=$6 commits_most=$7 file_most=$8 pulls=$9
+  project=$2 name=$3 base_id=$4 base_tree=$5 commits_most=$6 file_most=$7 pulls=$8
 }
 shadow() {
   safe_git --git-dir="$shadow" --work-tree="$work" -c core.bigFileThreshold=8m "$@"
@@ -1280,8 +1279,7 @@ copy_index() { # of the agent, which knows what has not changed
   if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
     shadow ls-files -s >"$stage/index" 2>/dev/null; then # else it is damaged, or split
     # A pulled commit holds no link to a repository.
-    ! grep -q ^160000 "$stage/index" || sed -n 's/^160000 [^	]*	//p' "$stage/index" |
-      shadow update-index --force-remove --stdin
+    sed -n 's/^160000 [^	]*	//p' "$stage/index" | shadow update-index --force-remove --stdin
     return
   fi
   rm -f "$shadow/index"; shadow read-tree "$head" || return 3
@@ -1354,7 +1352,7 @@ left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only 
 IN_STAGE = r"""
 in_stage() { # function...; the stage is cleared, too, where the client is gone
   trap 'clear_stage; exit 1' PIPE HUP TERM
-  stage=$root/.cmux/stage/$op.$$; mkdir -p "$stage" || return 3
+  stage=$root/.cmux/stage/$_cmux_run; mkdir -p "$stage" || return 3
   "$@"; status=$?
   clear_stage; return $status
 }
@@ -1505,7 +1503,7 @@ CHANGED = OPEN_ROOT + LOST + JOB_STATE + r"""
 operation() {
   compared "$@"
   open_root "$1" && find_workspace "$name" && in_stage lost_work || return
-  running_jobs "$root/.cmux/jobs/$project/${10:--}" | sed 's/^/a job that runs: /'
+  running_jobs "$root/.cmux/jobs/$project/${9:--}" | sed 's/^/a job that runs: /'
 }
 """
 
@@ -1518,7 +1516,7 @@ operation() {
 PUSH = ON + LOST + BASE + r"""
 reflog_commits() { :; } # what only a reflog has stays there
 work() {
-  compared "$@"; newbase=${10} keep=${11} base=.cmux/bases/${10}
+  compared "$@"; newbase=$9 keep=${10} base=.cmux/bases/$9
   find_workspace "$name" && mkdir -p "$files" || return
   ( push_steps ); status=$?
   [ $status = 21 ] || rm -rf "$stage"; return $status
@@ -1793,7 +1791,7 @@ take_copy() {
 #   leads to (file), as `it`.
 COPY_OUT = RECORDS + LISTED + r"""
 operation() {
-  root=$1 op=$2 home=$3 work=$4
+  root=$1 home=$2 work=$3
   [ -e "$work" ] || { [ -d "$home" ] || return 37; return 30; }
   [ -r "$work" ] || return 33
   in_stage send_copy
@@ -5380,8 +5378,10 @@ _EXECUTES = ("(?i)(^|/)(%s)(/|$)" % "|".join(r"""
     Taskfile\.ya?ml [^/]*\.nix pom\.xml [^/]*\.config\.[cm]?[jt]s gulpfile\.[cm]?[jt]s WORKSPACE
     (MODULE|BUILD)(\.bazel)? meson\.build configure Vagrantfile Procfile composer\.json tasks\.py
     """.split()))
-_REMOVE_IT = "Remove it in the workspace, or let .gitignore cover it, and pull again."
-_IGNORE = "Let .gitignore cover what was generated, and pull again."
+# Squashing is never done for the user: it could lose work.
+_REMOVE_IT = ("Remove it in the workspace, or let .gitignore cover it, and pull again. If only an "
+              "earlier commit has it, squash them.",
+              "exec -- 'git reset --soft refs/cmux/base && git commit -m all'")
 
 
 def refuse(what: str, hint: str = "", *commands: str) -> ResultRefused:
@@ -5472,30 +5472,25 @@ class Wire:
         self.progress = functools.partial(report.progress, name, doing="receiving")
         self.buffer = bytearray()
 
+    def _fill(self) -> bool:
+        """Whether more has come."""
+        self.progress(self.total)
+        data = self.take()
+        self.buffer += data
+        self.total += len(data)
+        return bool(data)
+
     def ended(self) -> bool:
-        if not self.buffer:
-            self.progress(self.total)
-            self.buffer += self.take()
-            self.total += len(self.buffer)
-        return not self.buffer
-
-    def _more(self) -> None:
-        if self.ended():
-            raise broken()
-
-    def _some(self, most: int) -> bytes:
-        part = bytes(self.buffer[:most])
-        del self.buffer[:most]
-        return part
+        return not (self.buffer or self._fill())
 
     def line(self, end: bytes = b"\n") -> bytes:
-        line = b""
-        while line[-1:] != end:
-            self._more()
-            line += self._some(self.buffer.find(end) + 1 or len(self.buffer))
-            if len(line) > 8 * 1024:  # a path is the longest
+        most = 8 * 1024  # a path is the longest
+        while (at := self.buffer.find(end, 0, most)) < 0:
+            if len(self.buffer) >= most or not self._fill():
                 raise broken()
-        return line[:-1]
+        line = bytes(self.buffer[:at])
+        del self.buffer[:at + 1]
+        return line
 
     def section(self, end: bytes) -> Iterator[bytes]:
         """Lines up to an empty one."""
@@ -5503,8 +5498,10 @@ class Wire:
 
     def chunks(self, size: int) -> Iterator[bytes]:
         while size:
-            self._more()
-            chunk = self._some(size)
+            if self.ended():
+                raise broken()
+            chunk = bytes(self.buffer[:size])
+            del self.buffer[:size]
             size -= len(chunk)
             yield chunk
 
@@ -5524,6 +5521,7 @@ def left_out(paths: Mapping[bytes, str]) -> list[str]:
     return left[:20] + ([f"left out: {len(left) - 20} more"] if left[20:] else [])
 
 
+_HEAD = rb"(?:git ([01]) ([0-9a-f]{40,64})|files|all|file)((?: [0-9a-f-]{1,64}){0,2})\Z"
 _CHANGE = (rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
            rb"([0-9a-f]{1,64}) ([ADMT])\Z")
 _PERSON = rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z"
@@ -5603,19 +5601,19 @@ class Harvest:
 
     def _read_head(self, wire: Wire) -> bytes:
         for noted in range(PULL_PATHS_MAX):
-            kind, _, rest = wire.line().partition(b" ")
+            line = wire.line()
+            kind, _, rest = line.partition(b" ")
             if kind != b"note":
                 break
             self.notes += ["left out: " + show(rest)[1:-1]] if noted < 20 else []
         if kind == b"large":
-            raise refuse(f"{show(rest)} has more than {human_size(PULL_FILE_MAX)}", _REMOVE_IT)
-        match = re.match(rb"([01]) ([0-9a-f]{40,64})((?: [0-9a-f]{40,64}){2})?\Z", rest)
-        if kind == b"git" and self.strict and match:
-            self.dirty, self.host_base, self.commits = match[1] == b"1", match[2], {}
-            rest = (match[3] or b"").lstrip()
-        elif kind not in (b"files", b"all", b"file") or not re.match(rb"(\d{1,20}-\d{1,20})?\Z", rest):
+            raise refuse(f"{show(rest)} has more than {human_size(PULL_FILE_MAX)}", *_REMOVE_IT)
+        match = re.match(_HEAD, line)
+        if not match or match[1] and not self.strict:
             raise broken()
-        self.state = as_text(rest)
+        if match[1]:
+            self.dirty, self.host_base, self.commits = match[1] == b"1", match[2], {}
+        self.state = as_text(match[3]).strip()
         return kind
 
     def _read_commits(self, wire: Wire) -> None:
@@ -5644,7 +5642,8 @@ class Harvest:
             path, count = wire.line(b"\0").replace(b"//n", b"\n"), count + 1
             size += len(path)
             if count > PULL_PATHS_MAX or size > 300 * PULL_PATHS_MAX:
-                raise refuse(f"more than {PULL_PATHS_MAX} paths changed, or too long ones", _IGNORE)
+                raise refuse(f"more than {PULL_PATHS_MAX} paths changed, or too long ones",
+                             *_REMOVE_IT)
             mode = sys.intern(match.group(1).decode().replace("000000", ""))  # for less memory
             if not commit or path in commit.changes or bool(mode) == (match.group(3) == b"D"):
                 raise broken()
@@ -5676,9 +5675,9 @@ class Harvest:
                              for path, change in commit.changes.items()
                              if {name}.intersection(change)), "?")
                 raise refuse(f"{show(path)} has {human_size(size)}, more than {human_size(most)}",
-                             _REMOVE_IT)
+                             *_REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
-                raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
+                raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", *_REMOVE_IT)
             chunks: Iterable[bytes] = wire.chunks(size)
             if name in self.links:
                 chunks = [self._check_links(self.links[name], size, chunks)]
@@ -5694,7 +5693,7 @@ class Harvest:
         for path in paths:
             why = why_no_link(path, target)
             if why and self.strict:
-                raise refuse(f"of {show(path)}: {why}", _REMOVE_IT)
+                raise refuse(f"of {show(path)}: {why}", *_REMOVE_IT)
             if why:
                 del self.commits[b"1"].changes[path]
                 self.left[path] = why
@@ -5735,17 +5734,15 @@ class Pull(Harvest):
 
     def _look_at_base(self) -> None:
         take_files = f"cp {self.name}: {self.name}"
-        if "whole" not in self.entry:
-            raise GitFailed(
-                f"The workspace {self.name} was made by an older version, which sent no "
-                "export-ignored files: it cannot be compared.",
-                "Take its files, then push to it with force.", take_files)
         try:
+            if "whole" not in self.entry:
+                raise GitFailed("An older version made it, which sent no export-ignored files.")
             parts = Parts(self.shadow, self.base)
         except GitFailed as error:
             raise GitFailed(
                 f"This repository lacks a part of what {self.name} was made of: {error}",
-                f"Fetch the commit {self.base[:10]} again, or take the files.", take_files)
+                f"Fetch the commit {self.base[:10]} again, or take its files, and push with force.",
+                take_files)
         self.modules, self.roots = parts.modules, {*itertools.chain(*map(above, parts.modules))}
         self.hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         self.known = functools.cache(
@@ -5758,7 +5755,7 @@ class Pull(Harvest):
         with contextlib.ExitStack() as held:
             held.callback(self.report.step, self.name, "done")
             self.project._know_secrets(self.workspace.op, self.cancel)
-            words = self.project._looked_at(self.name, self.entry, os.urandom(8).hex())
+            words = self.project._looked_at(self.name, self.entry)
             self.report.step(self.name, "collecting")
             incoming = held.enter_context(contextlib.closing(
                 Incoming(self.workspace.host, self.cancel, True, PULL, *words)))
@@ -5777,13 +5774,6 @@ class Pull(Harvest):
                 return self._grow()
             except OSError as error:
                 raise expected(error) or error
-            except ResultRefused as error:
-                if self.host_base and "Try again" not in error.hint:
-                    # Done for the user it could lose work.
-                    error.hint += " If only an earlier commit has it, squash them."
-                    squash = "'git reset --soft refs/cmux/base && git commit -m all'"
-                    error.commands += f"exec -w {self.name} -- {squash}",
-                raise
 
     def store(self, chunks: Iterable[bytes], size: int) -> str:
         """Keep a content for git, and look for secrets in it. Returns its id."""
@@ -5891,7 +5881,7 @@ class Pull(Harvest):
                 contested.update(key for key, text in folds(path)
                                  if names.setdefault(key, text) != text)
                 if len(names) > 2 * PULL_PATHS_MAX:
-                    raise refuse("its paths lie in too many directories", _IGNORE)
+                    raise refuse("its paths lie in too many directories", *_REMOVE_IT)
         for _, _, path in self.shadow.listing(self.base) if names else ():
             contested.update(key for key, text in folds(path) if names.get(key, text) != text)
 
@@ -5941,18 +5931,20 @@ class Pull(Harvest):
                                    "--no-textconv", *words, end=b"\n", talks=True)
 
     def inspect(self, old: str, new: str, allow: bool) -> list[str]:
-        """The changes that would run on this machine after a merge. Refuses submodules that run a
-        command and, unless ``allow``, hooks."""
-        found, modules = [], set()
-        for before, mode, oid, path in self.shadow.changes(old, new):
+        """The changes that would run on this machine after a merge. Unless ``allow``, refuses hooks
+        and .gitmodules: links to submodules do not come, so only an attack needs that."""
+        found = []
+        for before, mode, _, path in self.shadow.changes(old, new):
             if mode == "000000":
                 continue
             text = as_text(path)
             near = fold(text) + "/"
             hook = any("/" not in text if far == "./" else near.startswith(far)
                        or far.startswith(near) for far in self.hooks)  # or a link above
-            if hook and not allow:
-                raise refuse(f"it changes {show(text)}, and this repository runs hooks from there",
+            refused = "this repository runs hooks from there" if hook else \
+                "git takes URLs and commands from it" if is_special(path, _MODULES) else ""
+            if refused and not allow:
+                raise refuse(f"it changes {show(text)}, and {refused}",
                              "Look at it with diff, or take it all the same.",
                              f"pull --allow -w {self.name}")
             why = "git hook" if hook else \
@@ -5961,24 +5953,7 @@ class Pull(Harvest):
                 "symbolic link" if mode == "120000" else ""
             if why:
                 found.append(f"{show(text, PATH_MAX)[1:-1]} ({why})")
-            if is_special(path, _MODULES):
-                modules.add(oid)
-        if len(modules) > PULL_MODULES_MAX:
-            raise refuse(f"it has more than {PULL_MODULES_MAX} files .gitmodules", _IGNORE)
-        for oid in modules:
-            self._check_modules(oid)
         return found
-
-    def _check_modules(self, oid: str) -> None:
-        try:
-            if int(self.shadow.call("cat-file", "-s", oid)) > SECRETS_MAX:
-                raise refuse(f"its .gitmodules is larger than {human_size(SECRETS_MAX)}")
-            rows = list(self.shadow.records("config", "-z", "--blob", oid, "--list"))
-        except GitFailed:
-            raise refuse("its .gitmodules is not one that git can read",
-                         "Repair it in the workspace, and pull again.")
-        if any(re.search(rb"\n([A-Za-z0-9.+]+::|-|!)", row) for row in rows):
-            raise refuse("its .gitmodules names a URL or an update that is a command")
 
     def keep(self, ref: str, since: str, tip: str, old: str) -> None:
         """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. First the
@@ -6832,7 +6807,7 @@ class Workspace:
         if any(map(is_dot_git, source.split("/"))):  # git reads its config wherever it lies
             raise ToolFailed("Nothing of a .git directory is copied.",
                              "Its commits come with pull.", f"pull -w {self.name}")
-        words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
+        words = COPY_OUT, self.root, self.path, source
         try:
             with contextlib.closing(Landing(local, os.path.basename(source), force)) as landing, \
                     contextlib.closing(Incoming(self.host, cancel, True, *words)) as incoming:
@@ -7402,7 +7377,7 @@ class Project:
                for row in self._about(name, self.history.now())):
             raise WorkspaceDirty(f"A command runs in the workspace {name}.",
                                  "Wait for it, or give it up.", f"rm --force {name}")
-        words = *self._looked_at(name, entry, os.urandom(8).hex()), entry["op"]
+        words = *self._looked_at(name, entry), entry["op"]
         reply = self.host(entry["host"])._call(CHANGED, *words, cancel=cancel)
         if reply.status != 22:  # the directory is not there
             check_reply(reply, entry["host"], f"look for changes in {name}")
@@ -7486,7 +7461,7 @@ class Project:
         name, host, op = upload.name, entry["host"], upload.op
         if not force:
             self._refuse(name, entry, (), "push")
-        words = [op, *self._looked_at(name, entry, op), upload.tree, "1" if force else ""]
+        words = [op, *self._looked_at(name, entry), upload.tree, "1" if force else ""]
         self._update(name, intent={"op": op, **upload.base()})
         reply = upload.with_base(lambda: self._operate(
             PUSH, name, entry, words, cancel=upload.cancel), entry["tree"])
@@ -7531,12 +7506,12 @@ class Project:
                                 if tuple(place) not in places or tuple(place) in used]
         return freed, failed
 
-    def _looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
+    def _looked_at(self, name: str, entry: Fields) -> list[str]:
         """The words by which PULL, CHANGED and PUSH compare a workspace."""
         tree = entry.get("host_tree", "")
         return [entry["root"], entry["project"], name, entry["tree"] if "whole" in entry else "-",
                 tree if len(tree) == 40 else "",  # the host's ids are SHA-1
-                op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
+                str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
                 "\n".join(entry.get("pulled", {}).get("states", ()))]
 
     def _refuse(self, name: str, entry: Fields, lines: Iterable[str], verb: str) -> None:
@@ -7740,7 +7715,7 @@ verb("diff", "what a workspace changed against its base; creates nothing",
      example="fix-login --stat", manage=manage_diff, reads=True)
 verb("pull", "bring a workspace's work back as commits on branch cmux/NAME",
      Text("branch", "another branch than cmux/NAME"), json=[ONE_WORKSPACE],
-     line=[NAME, Flag("allow", "also changes of this repository's own hooks")],
+     line=[NAME, Flag("allow", "also changes of its own hooks and .gitmodules")],
      example="fix-login", manage=manage_pull)
 verb("push", "bring a workspace to another local commit; sends what differs",
      Flag("force", "also over work that has not been pulled (a copy is kept until gc)"),

@@ -4154,16 +4154,18 @@ def test_what_is_no_work_holds_up_no_rm(repo, how):
     repo.ok("rm main")
 
 
-def test_a_gitmodules_that_runs_or_cannot_be_read(repo):
+def test_a_gitmodules_comes_only_where_it_is_allowed(repo):
     repo.new()
     do(repo, "mkdir modules; echo '*.o' >modules/.gitignore")  # which is not read as one
     repo.ok("pull")
     url, began = '[submodule "a"]\n\tpath = a\n\turl = ', spent()
-    for text, words in (("<<<<<<< HEAD\n" + url, "not one that git can read"), (url + "a" * 60_000_000, "gitmodules is larger than"),
-            *((url + runs + "\n", "a URL or an update that is a command") for runs in (
-                "\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', '"!touch x"', "-u"))):
+    for text in ("<<<<<<< HEAD\n" + url, url + "a" * 60_000_000,
+            *(url + runs + "\n" for runs in ("\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', '"!touch x"', "-u"))):
         (repo.path() / ".gitmodules").write_text(text)
-        refused(repo.cli("pull"), 1, words)
+        refused(repo.cli("pull"), 1, "it changes '.gitmodules', and git takes URLs and commands from it")
+    refused(repo.cli("pull --allow"), 1, "git refuses the result")
+    (repo.path() / ".gitmodules").write_text(url + "../a\n")
+    repo.ok("pull --allow")
     assert spent() - began < 12  # by growing one record of the huge one: 20 s, and four times that for twice as much
 
 
@@ -4486,7 +4488,7 @@ def test_what_may_not_come_has_a_way_out(repo):
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
     answer = repo.cli("pull")
     refused(answer, 1, "pull again. If only an earlier commit has it, squash them: ")
-    assert "cmux_ssh.py exec -w main -- 'git reset --soft refs/cmux/base && git commit -m all'" in answer.said
+    assert "cmux_ssh.py exec -- 'git reset --soft refs/cmux/base && git commit -m all'" in answer.said
     refused(repo.cli("rm main"), 1, "would be lost")
     do(repo, "git reset --soft refs/cmux/base && git commit -m all")
     repo.ok("pull")
