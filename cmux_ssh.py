@@ -1009,7 +1009,7 @@ find_workspace() { # name -> $work its directory, $record what is known of it
   read -r record <"$made/$1.op"; record=$made/$record
   [ -d "$record" ] || { # as an older version left it
     mkdir -p "$record.new"
-    for part in base mark pull push; do mv "$made/$1.$part" "$record.new/$part"; done
+    for part in base push; do mv "$made/$1.$part" "$record.new/$part"; done
     mv "$record.new" "$record"
   } 2>/dev/null
   [ -d "$work" ] && [ ! -L "$work" ] && [ ! -L "$root/$project" ] || return 22
@@ -1087,10 +1087,6 @@ list_files() { # each file or link: x (executable), f, l (link) or u (unreadable
       done' sh "$_cmux_newline" {} +
   } | sort
 }
-write_mark() { # directory: of what the workspace was made, where git does not know that
-  { echo "$op"; _has git || { echo listed; ( cd "$1" && list_files ); }; } >"$record/mark.new" &&
-    mv "$record/mark.new" "$record/mark"
-}
 """
 
 # A base is a directory bases/<id>: whole.tar (sent, or made of a difference), and, where the host
@@ -1162,7 +1158,7 @@ unpack_base() { # -> $files, with a repository
 #   `source`, if one is named. Replies: root PATH; init, if there is a hook; made, also again with
 #   the same op. 9: no git; 20: the name is taken; 21: the base is missing, and lines of those that
 #   a delta may stand on, newest first; 22: no such source.
-CREATE = ON + GIT + LIST + BASE + r"""
+CREATE = ON + GIT + BASE + r"""
 take_ignored() { # source: what git ignores in both, but through no link
   [ -d "$1" ] || return 22
   clean_environment; rm -rf "$stage/part"
@@ -1189,7 +1185,7 @@ work() {
   # test -x is false under noexec
   [ ! -f "$files/.cmux/init" ] ||
     case $(ls -lLd "$files/.cmux/init") in -??[xs]*) echo init;; esac
-  mkdir -p "$project" "$record" && echo "$1" >"$record/base" && write_mark "$files" || return 3
+  mkdir -p "$project" "$record" && echo "$1" >"$record/base" || return 3
   publish && echo made
 }
 """
@@ -1236,8 +1232,8 @@ job_state() { # lost: neither an exit nor a supervisor
 # repositories), it uses that of the base: $head is the base, $whole empty. 9: no git; 24: a file is
 # too large.
 SNAPSHOT = GIT + r"""
-compared() { # the words of PULL, CHANGED, PUSH. An empty base_tree is any; of each pull a line of
-  # $pulls: what its stream had after STATE
+compared() { # the words of PULL, CHANGED, PUSH. An empty base_tree is any; pulls: the STATE of the
+  # stream of each pull, a line each
   project=$2 name=$3 base_id=$4 base_tree=$5 commits_most=$6 file_most=$7 pulls=$8
 }
 shadow() {
@@ -1359,24 +1355,20 @@ in_stage() { # function...; the stage is cleared, too, where the client is gone
 clear_stage() { cd "$root"; rm -rf "$stage"; }
 """
 
-RECORDS = LIST + IN_STAGE + r"""
+LISTS = LIST + IN_STAGE + r"""
 last_pull() { printf '%s\n' "$pulls" | tail -n 1; }
 list_now() { cd "$work" && list_files >"$stage/now"; }
-list_sent() {
-  [ "$(sed -n 2p "$record/mark")" = listed ] && tail -n +3 "$record/mark" >"$stage/was"
-}
+list_sent() ( # the base
+  rm -rf "$stage/sent"; mkdir "$stage/sent" && cd "$stage/sent" &&
+    tar -xmof "$root/.cmux/bases/$base_id/whole.tar" && list_files >"$stage/was"
+)
 sum_list() { cksum <"$stage/now" | tr ' ' -; }
 only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$stage/now"; }
-written_gits() { # since the workspace was made: without git, a pull brings nothing of them
-  cd "$work" && find . -name .git -prune -print | while IFS= read -r path; do
-    [ -z "$(find "$path" -type f ! -name index -newer "$record/base" | head -n 1)" ] ||
-      printf '%s\n' "${path%/.git}"
-  done
-}
+nested_gits() { cd "$work" && find . -name .git -prune -print | sed 's,/\.git$,,'; }
 """
 
-LISTED = r"""
+SEND_LIST = r"""
 only() { sort "$1" "$2" "$2" >"$stage/both" && uniq -u "$stage/both"; } # lines of the first alone
 compare_lists() { # -> $stage/new: numbered lines, with git's modes; $stage/gone: paths
   cd "$stage" && only now was >changed &&
@@ -1417,13 +1409,12 @@ send_files() {
 #     git DIRTY BASE STATE   DIRTY is 1 where the last commit is uncommitted work; the state is HEAD
 #                            (that of the base where there is none) and the tree
 #     files STATE            a host without git; the state is the checksum of the listing
-#     all STATE              the same, where what was sent is not known any more: all files come
 #   Then three sections, each with an empty line or record at its end:
 #     commits    as `git cat-file --batch` prints them, parents first; none without git
 #     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
 #                first parent; without git, of a commit 1
 #     contents   as `git cat-file --batch` prints them, each once
-PULL = OPEN_ROOT + SNAPSHOT + RECORDS + LISTED + r"""
+PULL = OPEN_ROOT + SNAPSHOT + LISTS + SEND_LIST + r"""
 pull() {
   snapshot; status=$?
   case $status in 0) ;; 9) pull_files; return;; *) return $status;; esac
@@ -1457,11 +1448,11 @@ n
 }' | sort -u
 }
 pull_files() {
-  written_gits | sed 's/^/note the commits of the git repository in /'
+  nested_gits | sed 's/^/note the commits of the git repository in /'
   list_now || return 3
   unreadable | sed 's/^/note /'
-  kind=files; list_sent || { kind=all; : >"$stage/was"; }
-  send_list "$kind $(sum_list)"
+  list_sent || { echo "what it was made of is gone; cp takes its files" >&2; return 3; }
+  send_list "files $(sum_list)"
 }
 operation() {
   compared "$@"
@@ -1471,7 +1462,7 @@ operation() {
 
 # CHANGED: work that has not been pulled, a line each, at most 20 of a kind; and jobs that run in
 #   the directory of this name. 22: no workspace.
-LOST = SNAPSHOT + RECORDS + r"""
+LOST = SNAPSHOT + LISTS + r"""
 lost_work() {
   snapshot >"$stage/said"; snapped=$?
   case $snapped in 0 | 24) ;; 9) lost_files; return;; *) return $snapped;; esac
@@ -1491,12 +1482,12 @@ lost_files() {
   list_now || return 3
   unreadable | head -n 20
   [ "$(last_pull)" = "$(sum_list)" ] ||
-    if ! list_sent; then echo "what it was made of is not known any more"
+    if ! list_sent; then echo "what it was made of is gone"
     elif ! cmp -s "$stage/was" "$stage/now"; then
       changed=$(sort "$stage/was" "$stage/now" | uniq -u | only_paths | sort -u | head -n 20)
       printf '%s\n' "${changed:-some file}" | sed 's/^/changed .\//'
     fi
-  written_gits | sed 's/^/a git repository in /'
+  nested_gits | sed 's/^/a git repository in /'
 }
 """
 CHANGED = OPEN_ROOT + LOST + JOB_STATE + r"""
@@ -1527,8 +1518,7 @@ push_steps() {
   look && cd "$root" && find_new && keep_copy || return
   : >"$stage/begun" # if this attempt is killed, the next finds its half changed files
   ( switch_base ) || replace $? || return
-  echo "$newbase" >"$record/base" && write_mark "$work" &&
-    echo "$op" >"$record/push" && echo pushed
+  echo "$newbase" >"$record/base" && echo "$op" >"$record/push" && echo pushed
 }
 look() { # -> what snapshot finds; $snapped its status
   lost_work >"$stage/lost"; status=$?
@@ -1789,7 +1779,7 @@ take_copy() {
 """
 # COPY_OUT: a stream as PULL's, of what is in a directory (all), or of the file that the path is or
 #   leads to (file), as `it`.
-COPY_OUT = RECORDS + LISTED + r"""
+COPY_OUT = LISTS + SEND_LIST + r"""
 operation() {
   root=$1 home=$2 work=$3
   [ -e "$work" ] || { [ -d "$home" ] || return 37; return 30; }
@@ -5586,9 +5576,6 @@ class Harvest:
         kind = self._read_head(wire)
         self._read_commits(wire)
         self._read_changes(wire)
-        for path in self.known() if kind == b"all" else ():
-            if path not in self.commits[b"1"].changes:  # it was deleted
-                self._change(self.commits[b"1"], path, "", b"")
         self._read_contents(wire)
         if not wire.ended():
             raise broken()
@@ -5671,9 +5658,6 @@ class Harvest:
                 raise broken()  # it comes twice, or no change names it
             self.total, self.largest = self.total + size, max(self.largest, size)
             if size > most:
-                path = next((path for commit in self.commits.values()
-                             for path, change in commit.changes.items()
-                             if {name}.intersection(change)), "?")
                 raise refuse(f"{show(path)} has {human_size(size)}, more than {human_size(most)}",
                              *_REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:

@@ -4131,9 +4131,11 @@ def test_an_older_workspace_loses_nothing(site, place):
     do(repo, "mkdir docs; echo its >docs/a", "work")
     for words in ("rm work", "push -w work"):
         told = repo.cli(words)
-        assert told.code == 1 and "docs/a" in told.said and repo.far("docs/a", "work") == b"its\n"
-    repo.ok("rm clean")
-    repo.ok("push -w pushed")
+        assert told.code == 1 and repo.far("docs/a", "work") == b"its\n"
+        assert ("docs/a" if place == "box" else "what it was made of is gone") in told.said
+    force = "--force " * (place != "box")  # without git, only its base says what was sent
+    repo.ok(f"rm {force}clean")
+    repo.ok(f"push {force}-w pushed")
     repo.arrived("pushed")
     assert "already" in repo.cli("push -w pushed").text
     assert "is kept until gc" in repo.ok("push --force -w work").said and tree_of(repo.path("work")) == repo.tree()
@@ -4545,6 +4547,14 @@ def test_a_repository_no_pull_looks_into_is_told(site, repo):
     assert repo.ok("pull").said.count("the commits of the git repository in .") == 1
     refused(repo.cli("rm main"), 1, "a git repository in .")
     repo.ok("rm --force main")
+
+
+def test_a_base_that_is_gone_on_the_host_is_said(site, repo):
+    repo.new(host=bare_host(site))
+    for archive in site.remote.glob("**/.cmux/bases/*/whole.tar"):
+        archive.unlink()
+    refused(repo.cli("pull"), 1, "what it was made of is gone; cp takes its files")
+    refused(repo.cli("rm main"), 1, "what it was made of is gone")
 
 
 def test_pull_and_diff_go_by_the_base_of_now(repo):
