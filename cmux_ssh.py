@@ -1321,10 +1321,10 @@ snapshot() {
   exclude_nested; copy_index && refuse_large && add_files
 }
 reflog_commits() { # that only reflogs (some may be gone) or HEADs of worktrees have
-  { repo log -g --format=%H --exclude='refs/remotes/*' --exclude=refs/stash --all
+  { repo log -g --format=%H --exclude='refs/remotes/*' --all
     cat "$repo/logs/HEAD" "$repo"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
     repo log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
-      --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
+      --not $brought $top --exclude='refs/remotes/*' --glob='refs/*'
 }
 left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only fetched exists
   # elsewhere, too.
@@ -1332,11 +1332,7 @@ left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only 
     repo rev-list --no-walk --ignore-missing --stdin)
   refs=$(repo for-each-ref --format='%(refname)') || [ ! "$whole" ] || return 3
   for ref in $refs; do
-    case $ref in
-    refs/remotes/* | refs/cmux/*) continue;;
-    refs/stash) repo stash list -n 20 --format='stash %gd (%s)' || echo 'stash (damaged)'
-      continue;;
-    esac
+    case $ref in refs/remotes/* | refs/cmux/*) continue;; esac
     subject=$(repo log -n 1 --format='(%s)' "$ref" --not $brought $top --glob=refs/cmux) ||
       subject='(damaged)'
     [ ! "$subject" ] || printf '%s %s\n' "$ref" "$subject"
@@ -1426,9 +1422,7 @@ note_left() {
     printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
     echo 'repository; the files come as one commit';;
   esac
-  left_behind |
-    sed -e 's/^stash.*/note the &: git stash pop in the workspace and pull/' -e t \
-      -e 's/.*/note the &: check it out in the workspace and pull/'
+  left_behind | sed 's/.*/note the &: check it out in the workspace and pull (a stash: pop it)/'
 }
 commit_rest() { # -> $dirty
   dirty=0; [ "$(shadow rev-parse "$head^{tree}")" != "$tree" ] || return 0

@@ -4203,9 +4203,9 @@ def test_branches_and_stashes_are_told_without_history(repo, first):
     do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo st >>README; git stash -q; echo x >x; git add .; " + first)
     pulled = repo.ok("pull")
     assert repo.pulled("x") == "x"
-    for words in ("left out: the branch side", "left out: the stash stash@{0}", "left out: how its commits follow one another"):
+    for words in ("left out: the branch side", "left out: the ref stash (WIP on main", "left out: how its commits follow one another"):
         assert words in pulled.said
-    refused(repo.cli("rm main"), 1, "branch side", "stash@{0}")
+    refused(repo.cli("rm main"), 1, "branch side", "ref stash (WIP")
     do(repo, "git branch -q -D side; git stash drop -q; rm -rf nested; git reflog expire --expire=now --all")
     repo.ok("pull")
     repo.ok("rm main")
