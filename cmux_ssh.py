@@ -5557,7 +5557,8 @@ class Harvest:
         who = b"cmux <cmux@localhost> %d +0000" % time.time()
         self.commits = {b"1": Commit(b"parent \nauthor %s\ncommitter %s\n\n"
                                      b"work of the workspace\n" % (who, who))}
-        self.contents: dict[bytes, str] = {}  # the host's id -> what store() returned, "" at first
+        # The host's id -> one of its paths (bytes), then what store() returned.
+        self.contents: dict[bytes, bytes | str] = {}
         self.links: dict[bytes, list[bytes]] = {}  # the host's id of a target -> its links
         self.left: dict[bytes, str] = {}  # path that is left out -> why
         self.total = self.largest = 0  # bytes of all contents; of the largest
@@ -5632,7 +5633,7 @@ class Harvest:
 
     def _change(self, commit: Commit, path: bytes, mode: str, content: Any) -> None:
         if mode:
-            self.contents[content] = ""
+            self.contents[content] = path
         why = check_result_path(path)
         if path in self.roots or not self.modules.isdisjoint((path, *above(path))):
             self.left[path] = "it lies in a submodule: no commit of this repository can hold it"
@@ -5648,7 +5649,8 @@ class Harvest:
     def _read_contents(self, wire: Wire) -> None:
         most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
         for name, size in wire.objects(b"blob"):
-            if self.contents.get(name) != "":
+            path = self.contents.get(name)
+            if not isinstance(path, bytes):
                 raise broken()  # it comes twice, or no change names it
             self.total, self.largest = self.total + size, max(self.largest, size)
             if size > most:
@@ -5660,7 +5662,7 @@ class Harvest:
             if name in self.links:
                 chunks = [self._check_links(self.links[name], size, chunks)]
             self.contents[name] = self.store(chunks, size)
-        if not all(self.contents.values()):
+        if any(isinstance(found, bytes) for found in self.contents.values()):
             raise broken()
 
     def _check_links(self, paths: list[bytes], size: int, chunks: Iterable[bytes]) -> bytes:
