@@ -1442,10 +1442,10 @@ n
 }' | sort -u
 }
 pull_files() {
-  nested_gits | sed 's/^/note the commits of the git repository in /'
   list_now || return 3
-  unreadable | sed 's/^/note /'
   list_sent || { echo "what it was made of is gone; cp takes its files" >&2; return 3; }
+  nested_gits | sed 's/^/note the commits of the git repository in /'
+  unreadable | sed 's/^/note /'
   send_list "files $(sum_list)"
 }
 operation() {

