@@ -176,7 +176,6 @@ PULL_FILE_MAX = 256 * MIB  # one pulled file; git hosts refuse 100 MB
 PULL_TOTAL_MAX = 2 * 1024 ** 3  # all that one pull may send: a disk's worth is an attack
 PULL_PATHS_MAX = 100 * 1000  # changed paths: about 30 MB of local memory
 PULL_COMMITS_MAX = 1000  # more than an agent makes; beyond it one commit holds the result
-PULL_MODULES_MAX = 100  # changed files .gitmodules: git reads each in processes of its own
 PULL_MESSAGE_MAX = 256 * 1024  # of one commit's message; of all of them 64 times that
 
 
@@ -1022,7 +1021,7 @@ find_workspace() { # name -> $work its directory, $record what is known of it
   read -r record <"$made/$1.op"; record=$made/$record
   [ -d "$record" ] || { # as an older version left it
     mkdir -p "$record.new"
-    for part in base mark pull push; do mv "$made/$1.$part" "$record.new/$part"; done
+    for part in base push; do mv "$made/$1.$part" "$record.new/$part"; done
     mv "$record.new" "$record"
   } 2>/dev/null
   [ -d "$work" ] && [ ! -L "$work" ] && [ ! -L "$root/$project" ] || return 22
@@ -1100,10 +1099,6 @@ list_files() { # each file or link: x (executable), f, l (link) or u (unreadable
       done' sh "$_cmux_newline" {} +
   } | sort
 }
-write_mark() { # directory: of what the workspace was made, where git does not know that
-  { echo "$op"; _has git || { echo listed; ( cd "$1" && list_files ); }; } >"$record/mark.new" &&
-    mv "$record/mark.new" "$record/mark"
-}
 """
 
 # A base is a directory bases/<id>: whole.tar (sent, or made of a difference), and, where the host
@@ -1175,7 +1170,7 @@ unpack_base() { # -> $files, with a repository
 #   `source`, if one is named. Replies: root PATH; init, if there is a hook; made, also again with
 #   the same op. 9: no git; 20: the name is taken; 21: the base is missing, and lines of those that
 #   a delta may stand on, newest first; 22: no such source.
-CREATE = ON + GIT + LIST + BASE + r"""
+CREATE = ON + GIT + BASE + r"""
 take_ignored() { # source: what git ignores in both, but through no link
   [ -d "$1" ] || return 22
   clean_environment; rm -rf "$stage/part"
@@ -1202,7 +1197,7 @@ work() {
   # test -x is false under noexec
   [ ! -f "$files/.cmux/init" ] ||
     case $(ls -lLd "$files/.cmux/init") in -??[xs]*) echo init;; esac
-  mkdir -p "$project" "$record" && echo "$1" >"$record/base" && write_mark "$files" || return 3
+  mkdir -p "$project" "$record" && echo "$1" >"$record/base" || return 3
   publish && echo made
 }
 """
@@ -1249,8 +1244,9 @@ job_state() { # lost: neither an exit nor a supervisor
 # repositories), it uses that of the base: $head is the base, $whole empty. 9: no git; 24: a file is
 # too large.
 SNAPSHOT = GIT + r"""
-compared() { # the words of PULL, CHANGED, PUSH. An empty base_tree is any
-  project=$2 name=$3 base_id=$4 base_tree=$5 op=$6 commits_most=$7 file_most=$8 last_op=$9
+compared() { # the words of PULL, CHANGED, PUSH. An empty base_tree is any; pulls: the STATE of the
+  # stream of each pull, a line each
+  project=$2 name=$3 base_id=$4 base_tree=$5 commits_most=$6 file_most=$7 pulls=$8
 }
 shadow() {
   safe_git --git-dir="$shadow" --work-tree="$work" -c core.bigFileThreshold=8m "$@"
@@ -1291,8 +1287,7 @@ copy_index() { # of the agent, which knows what has not changed
   if [ "$whole" ] && cp -p .git/index "$shadow/index" 2>/dev/null &&
     shadow ls-files -s >"$stage/index" 2>/dev/null; then # else it is damaged, or split
     # A pulled commit holds no link to a repository.
-    ! grep -q ^160000 "$stage/index" || sed -n 's/^160000 [^	]*	//p' "$stage/index" |
-      shadow update-index --force-remove --stdin
+    sed -n 's/^160000 [^	]*	//p' "$stage/index" | shadow update-index --force-remove --stdin
     return
   fi
   rm -f "$shadow/index"; shadow read-tree "$head" || return 3
@@ -1338,73 +1333,50 @@ snapshot() {
   exclude_nested; copy_index && refuse_large && add_files
 }
 reflog_commits() { # that only reflogs (some may be gone) or HEADs of worktrees have
-  { repo log -g --format=%H --exclude='refs/remotes/*' --exclude=refs/stash --all
+  { repo log -g --format=%H --exclude='refs/remotes/*' --all
     cat "$repo/logs/HEAD" "$repo"/worktrees/*/logs/HEAD 2>/dev/null | cut -d' ' -f2; } |
     repo log --ignore-missing --format='commit %h (%s)' --stdin --exclude='refs/*' --all \
-      --not $brought $top --exclude='refs/remotes/*' --exclude=refs/stash --glob='refs/*'
+      --not $brought $top --exclude='refs/remotes/*' --glob='refs/*'
 }
 left_behind() { # what no pull brings, of HEAD ($top) or earlier. What was only fetched exists
   # elsewhere, too.
-  brought=$({ echo "$base_commit"; pulls | sed -n 's/^[^ ]* \([0-9a-f]*\) .*/\1/p'; } |
+  brought=$(printf '%s\n' "$base_commit" "$pulls" | sed -n 's/^\([0-9a-f]\{40,\}\).*/\1/p' |
     repo rev-list --no-walk --ignore-missing --stdin)
   refs=$(repo for-each-ref --format='%(refname)') || [ ! "$whole" ] || return 3
   for ref in $refs; do
-    case $ref in
-    refs/remotes/* | refs/cmux/*) continue;;
-    refs/stash) repo stash list -n 20 --format='stash %gd (%s)' || echo 'stash (damaged)'
-      continue;;
-    esac
+    case $ref in refs/remotes/* | refs/cmux/*) continue;; esac
     subject=$(repo log -n 1 --format='(%s)' "$ref" --not $brought $top --glob=refs/cmux) ||
       subject='(damaged)'
     [ ! "$subject" ] || printf '%s %s\n' "$ref" "$subject"
   done | sed 's,^refs/heads/,branch ,; s,^refs/tags/,tag ,; s,^refs/,ref ,' | head -n 20
   reflog_commits | head -n 20
 }
-sum_refs() { repo show-ref --head | cksum | tr ' ' -; }
 """
 
 IN_STAGE = r"""
 in_stage() { # function...; the stage is cleared, too, where the client is gone
   trap 'clear_stage; exit 1' PIPE HUP TERM
-  stage=$root/.cmux/stage/$op.$$; mkdir -p "$stage" || return 3
+  stage=$root/.cmux/stage/$_cmux_run; mkdir -p "$stage" || return 3
   "$@"; status=$?
   clear_stage; return $status
 }
 clear_stage() { cd "$root"; rm -rf "$stage"; }
-small() { # most function: what it prints, unless that is more. Without most: in any case
-  [ "$1" ] || { "$2"; return; }
-  { "$2"; echo $? >"$stage/status"; } | head -c "$(($1+1))" >"$stage/reply"
-  [ "$(wc -c <"$stage/reply")" -le "$1" ] || return 26
-  cat "$stage/reply"; return "$(cat "$stage/status")"
-}
 """
 
-# $record/pull has a line for each pull: op, HEAD, tree (without git the checksum of the listing),
-# refs. The client names the last one that it finished: later lines do not count.
-RECORDS = LIST + IN_STAGE + r"""
-pulls() { # the lines that count
-  sed -n "H;/^$last_op /{g;s/^\n//;p;q;}" "$record/pull" 2>/dev/null
-}
-record_pull() { # head tree refs
-  { pulls | tail -n 19; echo "$op $1 $2 $3"; } >"$record/pull.new" &&
-    mv "$record/pull.new" "$record/pull"
-}
+LISTS = LIST + IN_STAGE + r"""
+last_pull() { printf '%s\n' "$pulls" | tail -n 1; }
 list_now() { cd "$work" && list_files >"$stage/now"; }
-list_sent() {
-  [ "$(sed -n 2p "$record/mark")" = listed ] && tail -n +3 "$record/mark" >"$stage/was"
-}
+list_sent() ( # the base
+  rm -rf "$stage/sent"; mkdir "$stage/sent" && cd "$stage/sent" &&
+    tar -xmof "$root/.cmux/bases/$base_id/whole.tar" && list_files >"$stage/was"
+)
 sum_list() { cksum <"$stage/now" | tr ' ' -; }
 only_paths() { sed 's/^[^ ]* [^ ]* [^ ]* \.\///'; }
 unreadable() { sed -n 's/^u - - \(.*\)/\1: it cannot be read/p' "$stage/now"; }
-written_gits() { # since the workspace was made: without git, a pull brings nothing of them
-  cd "$work" && find . -name .git -prune -print | while IFS= read -r path; do
-    [ -z "$(find "$path" -type f ! -name index -newer "$record/base" | head -n 1)" ] ||
-      printf '%s\n' "${path%/.git}"
-  done
-}
+nested_gits() { cd "$work" && find . -name .git -prune -print | sed 's,/\.git$,,'; }
 """
 
-LISTED = r"""
+SEND_LIST = r"""
 only() { sort "$1" "$2" "$2" >"$stage/both" && uniq -u "$stage/both"; } # lines of the first alone
 compare_lists() { # -> $stage/new: numbered lines, with git's modes; $stage/gone: paths
   cd "$stage" && only now was >changed &&
@@ -1440,23 +1412,21 @@ send_files() {
 }
 """
 
-# PULL: what the workspace changed; with `counts`, it is on record as pulled once the client names
-#   this op. 22: no workspace; 24: a file is too large; 26: it has more than `most` bytes.
-#   `note ...` lines, then one of these:
-#     git DIRTY BASE   DIRTY is 1 where the last commit is uncommitted work
-#     files            a host without git
-#     all              the same, where what was sent is not known any more: all files come
+# PULL: what the workspace changed. 22: no workspace; 24: a file is too large.
+#   `note ...` lines, then one of these, with a STATE that the client keeps where it is a pull:
+#     git DIRTY BASE STATE   DIRTY is 1 where the last commit is uncommitted work; the state is HEAD
+#                            (that of the base where there is none) and the tree
+#     files STATE            a host without git; the state is the checksum of the listing
 #   Then three sections, each with an empty line or record at its end:
 #     commits    as `git cat-file --batch` prints them, parents first; none without git
 #     changes    as `git diff-tree --stdin -r -z --raw` prints them, of each commit against its
 #                first parent; without git, of a commit 1
 #     contents   as `git cat-file --batch` prints them, each once
-PULL = OPEN_ROOT + SNAPSHOT + RECORDS + LISTED + r"""
+PULL = OPEN_ROOT + SNAPSHOT + LISTS + SEND_LIST + r"""
 pull() {
   snapshot; status=$?
   case $status in 0) ;; 9) pull_files; return;; *) return $status;; esac
   repo=$work/.git
-  [ -z "$counts" ] || record_pull "$head" "$tree" "$(sum_refs)" || return 3
   note_left; commit_rest && send_commits
 }
 note_left() {
@@ -1464,9 +1434,7 @@ note_left() {
     printf 'note how its commits follow one another: they are too many, rewritten, or hold a '
     echo 'repository; the files come as one commit';;
   esac
-  left_behind |
-    sed -e 's/^stash.*/note the &: git stash pop in the workspace and pull/' -e t \
-      -e 's/.*/note the &: check it out in the workspace and pull/'
+  left_behind | sed 's/.*/note the &: check it out in the workspace and pull (a stash: pop it)/'
 }
 commit_rest() { # -> $dirty
   dirty=0; [ "$(shadow rev-parse "$head^{tree}")" != "$tree" ] || return 0
@@ -1475,7 +1443,7 @@ commit_rest() { # -> $dirty
     echo "$tip $head" | add_changes
 }
 send_commits() {
-  echo "git $dirty $base_commit"
+  echo "git $dirty $base_commit ${top:-$head} $tree"
   cut -d' ' -f1 "$stage/list" | shadow cat-file --batch --buffer && echo &&
     cat "$stage/changes" && printf '\0' && list_contents | shadow cat-file --batch --buffer && echo
 }
@@ -1486,56 +1454,53 @@ n
 }' | sort -u
 }
 pull_files() {
-  written_gits | sed 's/^/note the commits of the git repository in /'
   list_now || return 3
+  list_sent || { echo "what it was made of is gone; cp takes its files" >&2; return 3; }
+  nested_gits | sed 's/^/note the commits of the git repository in /'
   unreadable | sed 's/^/note /'
-  [ -z "$counts" ] || record_pull - "$(sum_list)" - || return 3
-  kind=files; list_sent || { kind=all; : >"$stage/was"; }
-  send_list "$kind"
+  send_list "files $(sum_list)"
 }
 operation() {
-  compared "$@"; counts=${10}
-  open_root "$1" && find_workspace "$name" && in_stage small "${11}" pull
+  compared "$@"
+  open_root "$1" && find_workspace "$name" && in_stage pull
 }
 """
 
 # CHANGED: work that has not been pulled, a line each, at most 20 of a kind; and jobs that run in
 #   the directory of this name. 22: no workspace.
-LOST = SNAPSHOT + RECORDS + r"""
+LOST = SNAPSHOT + LISTS + r"""
 lost_work() {
   snapshot >"$stage/said"; snapped=$?
   case $snapped in 0 | 24) ;; 9) lost_files; return;; *) return $snapped;; esac
   sed 's/^note //' "$stage/said"
   [ $snapped = 0 ] || return 0
-  last=$(pulls | tail -n 1)
-  case $last in *" $tree "*) ;; *)
+  case $(last_pull) in *" $tree") ;; *)
     [ "$tree" = "$(shadow rev-parse "$head^{tree}")" ] || {
       changed=$(shadow diff-index --cached --name-status "$head" | head -n 20)
       printf '%s\n' "${changed:-some file}"; };;
   esac
   repo=$work/.git; [ -d "$repo" ] || return 0
-  [ "$whole" ] || [ "$(sum_refs)" = "${last##* }" ] || echo "the git repository was replaced"
+  [ "$top" ] || [ "$pulls" ] || echo "the git repository has no HEAD"
   left_behind || return
-  [ -z "$whole" ] || repo log -n 20 --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux
+  [ ! "$top" ] || repo log -n 20 --format='commit %h (%s)' HEAD --not $brought --glob=refs/cmux
 }
 lost_files() {
   list_now || return 3
   unreadable | head -n 20
-  case $(pulls | tail -n 1) in *" $(sum_list) -") ;; *)
-    if ! list_sent; then echo "what it was made of is not known any more"
+  [ "$(last_pull)" = "$(sum_list)" ] ||
+    if ! list_sent; then echo "what it was made of is gone"
     elif ! cmp -s "$stage/was" "$stage/now"; then
       changed=$(sort "$stage/was" "$stage/now" | uniq -u | only_paths | sort -u | head -n 20)
       printf '%s\n' "${changed:-some file}" | sed 's/^/changed .\//'
-    fi;;
-  esac
-  written_gits | sed 's/^/a git repository in /'
+    fi
+  nested_gits | sed 's/^/a git repository in /'
 }
 """
 CHANGED = OPEN_ROOT + LOST + JOB_STATE + r"""
 operation() {
   compared "$@"
   open_root "$1" && find_workspace "$name" && in_stage lost_work || return
-  running_jobs "$root/.cmux/jobs/$project/${10:--}" | sed 's/^/a job that runs: /'
+  running_jobs "$root/.cmux/jobs/$project/${9:--}" | sed 's/^/a job that runs: /'
 }
 """
 
@@ -1548,7 +1513,7 @@ operation() {
 PUSH = ON + LOST + BASE + r"""
 reflog_commits() { :; } # what only a reflog has stays there
 work() {
-  compared "$@"; newbase=${10} keep=${11} base=.cmux/bases/${10}
+  compared "$@"; newbase=$9 keep=${10} base=.cmux/bases/$9
   find_workspace "$name" && mkdir -p "$files" || return
   ( push_steps ); status=$?
   [ $status = 21 ] || rm -rf "$stage"; return $status
@@ -1559,8 +1524,7 @@ push_steps() {
   look && cd "$root" && find_new && keep_copy || return
   : >"$stage/begun" # if this attempt is killed, the next finds its half changed files
   ( switch_base ) || replace $? || return
-  echo "$newbase" >"$record/base" && write_mark "$work" &&
-    echo "$op" >"$record/push" && echo pushed
+  echo "$newbase" >"$record/base" && echo "$op" >"$record/push" && echo pushed
 }
 look() { # -> what snapshot finds; $snapped its status
   lost_work >"$stage/lost"; status=$?
@@ -1812,12 +1776,12 @@ take_copy() {
 """
 # COPY_OUT: a stream as PULL's, of what is in a directory (all), or of the file that the path is or
 #   leads to (file), as `it`.
-COPY_OUT = RECORDS + LISTED + r"""
+COPY_OUT = LISTS + SEND_LIST + r"""
 operation() {
-  root=$1 op=$2 home=$3 work=$4
+  root=$1 home=$2 work=$3
   [ -e "$work" ] || { [ -d "$home" ] || return 37; return 30; }
   [ -r "$work" ] || return 33
-  in_stage small "$5" send_copy
+  in_stage send_copy
 }
 send_copy() {
   kind=all; : >"$stage/was"
@@ -4255,45 +4219,41 @@ class Host:
 
 
 class Incoming:
-    """The stdout of one of our scripts, piece by piece. Over a session that shares a connection the
-    script gets BULK_FROM as its last word, and ends with status 26 and no output where that is
-    more: then, once more over a session for bulk."""
+    """The stdout of one of our scripts, piece by piece. ``apart``: where it has more than BULK_FROM
+    bytes, the script begins again over a connection of its own."""
 
     exchange: Exchange
 
-    def __init__(self, host: Host, cancel: Cancel | None, script: str, *arguments: str) -> None:
-        self.host, self.words = host, (script, *arguments)
+    def __init__(self, host: Host, cancel: Cancel | None, apart: bool, script: str,
+                 *arguments: str) -> None:
+        self.host, self.records = host, script_records(script, *arguments)
         self.deadline = Deadline(None, host.ending.join(cancel))
         self._begin(False)
-        try:
-            self._wait()
-            if self.exchange.out.status == 26 and not self.waiting:
-                self.close()
-                self._begin(True)
-        except BaseException:
-            self.close()
-            raise
+        self.apart = apart and not self.exchange.session.master.own
 
     def _begin(self, bulk: bool) -> None:
         self.err = Capture(LOG_MAX, STATE_MAX)
         self.waiting: list[bytes] = []
 
         def work(session: Session) -> None:
-            shared = not bulk and not session.master.own
-            records = script_records(*self.words, str(BULK_FROM) if shared else "")
-            self.exchange = Exchange(session, records, self.waiting.append, self.err)
+            self.exchange = Exchange(session, self.records, self.waiting.append, self.err)
             self.host._begin(self.exchange, self.deadline)
         self.host._attempt(work, self.deadline, lambda lost: True, bulk, keep=True)
 
-    def _wait(self) -> None:
-        self.exchange.run(self.deadline, lambda: bool(self.waiting) or self.exchange.ended,
-                          CALL_PATIENCE)
+    def _more_than(self, most: int) -> bool:
+        """Wait for so many bytes, or the end. Whether more have come."""
+        def many() -> bool:
+            return sum(map(len, self.waiting)) > most
+        self.exchange.run(self.deadline, lambda: many() or self.exchange.ended, CALL_PATIENCE)
+        return many()
 
     def take(self) -> bytes:
         """Some bytes; b"" once the script has ended."""
-        if not self.waiting:
-            self._wait()
-        return self.waiting.pop(0) if self.waiting else b""
+        if self.apart and self._more_than(BULK_FROM):
+            self.close()
+            self._begin(True)
+        self.apart = False
+        return self.waiting.pop(0) if self.waiting or self._more_than(0) else b""
 
     def reply(self) -> Reply:
         """The status and stderr, at the end."""
@@ -5226,8 +5186,10 @@ _EXECUTES = ("(?i)(^|/)(%s)(/|$)" % "|".join(r"""
     Taskfile\.ya?ml [^/]*\.nix pom\.xml [^/]*\.config\.[cm]?[jt]s gulpfile\.[cm]?[jt]s WORKSPACE
     (MODULE|BUILD)(\.bazel)? meson\.build configure Vagrantfile Procfile composer\.json tasks\.py
     """.split()))
-_REMOVE_IT = "Remove it in the workspace, or let .gitignore cover it, and pull again."
-_IGNORE = "Let .gitignore cover what was generated, and pull again."
+# Squashing is never done for the user: it could lose work.
+_REMOVE_IT = ("Remove it in the workspace, or let .gitignore cover it, and pull again. If only an "
+              "earlier commit has it, squash them.",
+              "exec -- 'git reset --soft refs/cmux/base && git commit -m all'")
 
 
 def refuse(what: str, hint: str = "", *commands: str) -> ResultRefused:
@@ -5318,30 +5280,25 @@ class Wire:
         self.progress = functools.partial(report.progress, name, doing="receiving")
         self.buffer = bytearray()
 
+    def _fill(self) -> bool:
+        """Whether more has come."""
+        self.progress(self.total)
+        data = self.take()
+        self.buffer += data
+        self.total += len(data)
+        return bool(data)
+
     def ended(self) -> bool:
-        if not self.buffer:
-            self.progress(self.total)
-            self.buffer += self.take()
-            self.total += len(self.buffer)
-        return not self.buffer
-
-    def _more(self) -> None:
-        if self.ended():
-            raise broken()
-
-    def _some(self, most: int) -> bytes:
-        part = bytes(self.buffer[:most])
-        del self.buffer[:most]
-        return part
+        return not (self.buffer or self._fill())
 
     def line(self, end: bytes = b"\n") -> bytes:
-        line = b""
-        while line[-1:] != end:
-            self._more()
-            line += self._some(self.buffer.find(end) + 1 or len(self.buffer))
-            if len(line) > 8 * 1024:  # a path is the longest
+        most = 8 * 1024  # a path is the longest
+        while (at := self.buffer.find(end, 0, most)) < 0:
+            if len(self.buffer) >= most or not self._fill():
                 raise broken()
-        return line[:-1]
+        line = bytes(self.buffer[:at])
+        del self.buffer[:at + 1]
+        return line
 
     def section(self, end: bytes) -> Iterator[bytes]:
         """Lines up to an empty one."""
@@ -5349,8 +5306,10 @@ class Wire:
 
     def chunks(self, size: int) -> Iterator[bytes]:
         while size:
-            self._more()
-            chunk = self._some(size)
+            if self.ended():
+                raise broken()
+            chunk = bytes(self.buffer[:size])
+            del self.buffer[:size]
             size -= len(chunk)
             yield chunk
 
@@ -5370,6 +5329,7 @@ def left_out(paths: Mapping[bytes, str]) -> list[str]:
     return left[:20] + ([f"left out: {len(left) - 20} more"] if left[20:] else [])
 
 
+_HEAD = rb"(?:git ([01]) ([0-9a-f]{40,64})|files|all|file)((?: [0-9a-f-]{1,64}){0,2})\Z"
 _CHANGE = (rb":[0-7]{1,6} (100644|100755|120000|000000) [0-9a-f]{1,64} "
            rb"([0-9a-f]{1,64}) ([ADMT])\Z")
 _PERSON = rb" ?(.*) ?<([^<>\n]*)> (\d{1,11}) ([+-])([01]\d|2[0-3])([0-5]\d)\Z"
@@ -5416,11 +5376,13 @@ class Harvest:
         self.modules: set[bytes] = set()  # the paths of submodules
         self.roots: set[bytes] = set()    # the directories above those
         self.host_base = b""  # the host's id of the base commit; none without git
+        self.state = ""       # what the host calls the state that it sent
         self.dirty = True     # whether the last commit is uncommitted work
         who = b"cmux <cmux@localhost> %d +0000" % time.time()
         self.commits = {b"1": Commit(b"parent \nauthor %s\ncommitter %s\n\n"
                                      b"work of the workspace\n" % (who, who))}
-        self.contents: dict[bytes, str] = {}  # the host's id -> what store() returned, "" at first
+        # The host's id -> one of its paths (bytes), then what store() returned.
+        self.contents: dict[bytes, bytes | str] = {}
         self.links: dict[bytes, list[bytes]] = {}  # the host's id of a target -> its links
         self.left: dict[bytes, str] = {}  # path that is left out -> why
         self.total = self.largest = 0  # bytes of all contents; of the largest
@@ -5433,9 +5395,6 @@ class Harvest:
         kind = self._read_head(wire)
         self._read_commits(wire)
         self._read_changes(wire)
-        for path in self.known() if kind == b"all" else ():
-            if path not in self.commits[b"1"].changes:  # it was deleted
-                self._change(self.commits[b"1"], path, "", b"")
         self._read_contents(wire)
         if not wire.ended():
             raise broken()
@@ -5448,16 +5407,19 @@ class Harvest:
 
     def _read_head(self, wire: Wire) -> bytes:
         for noted in range(PULL_PATHS_MAX):
-            kind, _, rest = wire.line().partition(b" ")
+            line = wire.line()
+            kind, _, rest = line.partition(b" ")
             if kind != b"note":
                 break
             self.notes += ["left out: " + show(rest)[1:-1]] if noted < 20 else []
         if kind == b"large":
-            raise refuse(f"{show(rest)} has more than {human_size(PULL_FILE_MAX)}", _REMOVE_IT)
-        if kind == b"git" and self.strict and re.match(rb"[01] [0-9a-f]{40,64}\Z", rest):
-            self.dirty, self.host_base, self.commits = rest[:1] == b"1", rest[2:], {}
-        elif rest or kind not in (b"files", b"all", b"file"):
+            raise refuse(f"{show(rest)} has more than {human_size(PULL_FILE_MAX)}", *_REMOVE_IT)
+        match = re.match(_HEAD, line)
+        if not match or match[1] and not self.strict:
             raise broken()
+        if match[1]:
+            self.dirty, self.host_base, self.commits = match[1] == b"1", match[2], {}
+        self.state = as_text(match[3]).strip()
         return kind
 
     def _read_commits(self, wire: Wire) -> None:
@@ -5486,7 +5448,8 @@ class Harvest:
             path, count = wire.line(b"\0").replace(b"//n", b"\n"), count + 1
             size += len(path)
             if count > PULL_PATHS_MAX or size > 300 * PULL_PATHS_MAX:
-                raise refuse(f"more than {PULL_PATHS_MAX} paths changed, or too long ones", _IGNORE)
+                raise refuse(f"more than {PULL_PATHS_MAX} paths changed, or too long ones",
+                             *_REMOVE_IT)
             mode = sys.intern(match.group(1).decode().replace("000000", ""))  # for less memory
             if not commit or path in commit.changes or bool(mode) == (match.group(3) == b"D"):
                 raise broken()
@@ -5494,7 +5457,7 @@ class Harvest:
 
     def _change(self, commit: Commit, path: bytes, mode: str, content: Any) -> None:
         if mode:
-            self.contents[content] = ""
+            self.contents[content] = path
         why = check_result_path(path)
         if path in self.roots or not self.modules.isdisjoint((path, *above(path))):
             self.left[path] = "it lies in a submodule: no commit of this repository can hold it"
@@ -5510,22 +5473,20 @@ class Harvest:
     def _read_contents(self, wire: Wire) -> None:
         most = PULL_FILE_MAX if self.strict else PULL_TOTAL_MAX
         for name, size in wire.objects(b"blob"):
-            if self.contents.get(name) != "":
+            path = self.contents.get(name)
+            if not isinstance(path, bytes):
                 raise broken()  # it comes twice, or no change names it
             self.total, self.largest = self.total + size, max(self.largest, size)
             if size > most:
-                path = next((path for commit in self.commits.values()
-                             for path, change in commit.changes.items()
-                             if {name}.intersection(change)), "?")
                 raise refuse(f"{show(path)} has {human_size(size)}, more than {human_size(most)}",
-                             _REMOVE_IT)
+                             *_REMOVE_IT)
             if self.total > PULL_TOTAL_MAX:
-                raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", _IGNORE)
+                raise refuse(f"it is larger than {human_size(PULL_TOTAL_MAX)}", *_REMOVE_IT)
             chunks: Iterable[bytes] = wire.chunks(size)
             if name in self.links:
                 chunks = [self._check_links(self.links[name], size, chunks)]
             self.contents[name] = self.store(chunks, size)
-        if not all(self.contents.values()):
+        if any(isinstance(found, bytes) for found in self.contents.values()):
             raise broken()
 
     def _check_links(self, paths: list[bytes], size: int, chunks: Iterable[bytes]) -> bytes:
@@ -5536,7 +5497,7 @@ class Harvest:
         for path in paths:
             why = why_no_link(path, target)
             if why and self.strict:
-                raise refuse(f"of {show(path)}: {why}", _REMOVE_IT)
+                raise refuse(f"of {show(path)}: {why}", *_REMOVE_IT)
             if why:
                 del self.commits[b"1"].changes[path]
                 self.left[path] = why
@@ -5568,7 +5529,6 @@ class Pull(Harvest):
         self.workspace, self.report, self.cancel = workspace, report or Report(), cancel
         self.name, self.base, self.project = workspace.name, workspace.base, workspace.project
         self.entry = self.project._entry(self.name)
-        self.op = os.urandom(8).hex()
         self.secrets: dict[str, list[str]] = {}  # names of secrets, by path
         self.leaks: dict[str, list[str]] = {}    # the same, by id of a content
         self.pointers: dict[str, str] = {}       # of LFS: sha256 of the content -> id
@@ -5578,17 +5538,15 @@ class Pull(Harvest):
 
     def _look_at_base(self) -> None:
         take_files = f"cp {self.name}: {self.name}"
-        if "host_tree" not in self.entry:
-            raise GitFailed(
-                f"The workspace {self.name} was made by an older version, which sent no "
-                "export-ignored files: it cannot be compared.",
-                "Take its files, then push to it with force.", take_files)
         try:
+            if "host_tree" not in self.entry:
+                raise GitFailed("An older version made it, which sent no export-ignored files.")
             parts = Parts(self.shadow, self.base)
         except GitFailed as error:
             raise GitFailed(
                 f"This repository lacks a part of what {self.name} was made of: {error}",
-                f"Fetch the commit {self.base[:10]} again, or take the files.", take_files)
+                f"Fetch the commit {self.base[:10]} again, or take its files, and push with force.",
+                take_files)
         self.modules, self.roots = parts.modules, {*itertools.chain(*map(above, parts.modules))}
         self.hooks = [fold(path) + "/" for path in self.project.repository.hooks_inside()]
         self.known = functools.cache(
@@ -5596,16 +5554,15 @@ class Pull(Harvest):
         self.pointers = {sha256: oid for path, (_, oid, sha256, _) in parts.pointers.items()
                          if self.modules.isdisjoint(above(path))}
 
-    def fetch(self, record: bool = False) -> list[str]:
-        """The commits of the workspace, oldest first. With ``record``, the host records this pull,
-        as ``self.op``."""
+    def fetch(self) -> list[str]:
+        """The commits of the workspace, oldest first."""
         with contextlib.ExitStack() as held:
             held.callback(self.report.step, self.name, "done")
             self.project._know_secrets(self.workspace.op, self.cancel)
-            words = self.project._looked_at(self.name, self.entry, self.op)
+            words = self.project._looked_at(self.name, self.entry)
             self.report.step(self.name, "collecting")
             incoming = held.enter_context(contextlib.closing(
-                Incoming(self.workspace.host, self.cancel, PULL, *words, "1" * record)))
+                Incoming(self.workspace.host, self.cancel, True, PULL, *words)))
             self._look_at_base()  # while the host works
             self.stream = held.enter_context(spool(b""))  # for git fast-import
             known = self.project._known_secrets().items()
@@ -5621,13 +5578,6 @@ class Pull(Harvest):
                 return self._grow()
             except OSError as error:
                 raise expected(error) or error
-            except ResultRefused as error:
-                if self.host_base and "Try again" not in error.hint:
-                    # Done for the user it could lose work.
-                    error.hint += " If only an earlier commit has it, squash them."
-                    squash = "'git reset --soft refs/cmux/base && git commit -m all'"
-                    error.commands += f"exec -w {self.name} -- {squash}",
-                raise
 
     def store(self, chunks: Iterable[bytes], size: int) -> str:
         """Keep a content for git, and look for secrets in it. Returns its id."""
@@ -5734,7 +5684,7 @@ class Pull(Harvest):
                 contested.update(key for key, text in folds(path)
                                  if names.setdefault(key, text) != text)
                 if len(names) > 2 * PULL_PATHS_MAX:
-                    raise refuse("its paths lie in too many directories", _IGNORE)
+                    raise refuse("its paths lie in too many directories", *_REMOVE_IT)
         for _, _, path in self.shadow.listing(self.base) if names else ():
             contested.update(key for key, text in folds(path) if names.get(key, text) != text)
 
@@ -5783,18 +5733,20 @@ class Pull(Harvest):
                                    "--no-textconv", *words, end=b"\n")
 
     def inspect(self, old: str, new: str, allow: bool) -> list[str]:
-        """The changes that would run on this machine after a merge. Refuses submodules that run a
-        command and, unless ``allow``, hooks."""
-        found, modules = [], set()
-        for before, mode, oid, path in self.shadow.changes(old, new):
+        """The changes that would run on this machine after a merge. Unless ``allow``, refuses hooks
+        and .gitmodules: links to submodules do not come, so only an attack needs that."""
+        found = []
+        for before, mode, _, path in self.shadow.changes(old, new):
             if mode == "000000":
                 continue
             text = as_text(path)
             near = fold(text) + "/"
             hook = any("/" not in text if far == "./" else near.startswith(far)
                        or far.startswith(near) for far in self.hooks)  # or a link above
-            if hook and not allow:
-                raise refuse(f"it changes {show(text)}, and this repository runs hooks from there",
+            refused = "this repository runs hooks from there" if hook else \
+                "git takes URLs and commands from it" if is_special(path, _MODULES) else ""
+            if refused and not allow:
+                raise refuse(f"it changes {show(text)}, and {refused}",
                              "Look at it with diff, or take it all the same.",
                              f"pull --allow -w {self.name}")
             why = "git hook" if hook else \
@@ -5803,24 +5755,7 @@ class Pull(Harvest):
                 "symbolic link" if mode == "120000" else ""
             if why:
                 found.append(f"{show(text, PATH_MAX)[1:-1]} ({why})")
-            if is_special(path, _MODULES):
-                modules.add(oid)
-        if len(modules) > PULL_MODULES_MAX:
-            raise refuse(f"it has more than {PULL_MODULES_MAX} files .gitmodules", _IGNORE)
-        for oid in modules:
-            self._check_modules(oid)
         return found
-
-    def _check_modules(self, oid: str) -> None:
-        try:
-            if int(self.shadow.call("cat-file", "-s", oid)) > SECRETS_MAX:
-                raise refuse(f"its .gitmodules is larger than {human_size(SECRETS_MAX)}")
-            rows = list(self.shadow.records("config", "-z", "--blob", oid, "--list"))
-        except GitFailed:
-            raise refuse("its .gitmodules is not one that git can read",
-                         "Repair it in the workspace, and pull again.")
-        if any(re.search(rb"\n([A-Za-z0-9.+]+::|-|!)", row) for row in rows):
-            raise refuse("its .gitmodules names a URL or an update that is a command")
 
     def keep(self, ref: str, since: str, tip: str, old: str) -> None:
         """Move the branch; an ``old`` that ``tip`` does not stand on is set aside. First the
@@ -5847,7 +5782,7 @@ class Pull(Harvest):
                 f"The branch {show(branch)} has commits that no pull of this workspace made.",
                 "Choose another, or rename that.", f"pull -w {self.name} --branch NAME",
                 f"git branch -m {quote(branch)} NEW")
-        commits = self.fetch(record=True)
+        commits = self.fetch()
         tip, since = self.combine(commits, before, old in over)
         executes, moved = self.inspect(since, tip, allow), tip != since
         if moved:
@@ -5857,8 +5792,9 @@ class Pull(Harvest):
             finally:
                 self.report.step(self.name, "done")
         left = [note.partition(": ")[2] for note in left_out(self.left)]
+        states = [*self.entry.get("pulled", {}).get("states", ())[-19:], self.state]
         with self.project.registry.editing() as record:
-            record["workspaces"][self.name]["pulled"] = {"op": self.op, "left": left}
+            record["workspaces"][self.name]["pulled"] = {"states": states, "left": left}
         count = self.shadow.call("rev-list", "--count", tip, "^" + since)
         rows = self.diff("--stat=100", "--stat-count=500", since, tip)
         return Result(workspace=self.name, branch=branch if tip != self.base else "",
@@ -6498,7 +6434,7 @@ class Workspace:
             text += 'exec "${SHELL:-/bin/sh}" -l\n'
         op = os.urandom(8).hex()
         octal = "".join(f"\\{byte:03o}" for byte in encoded(f"{self.root}/.cmux/stage/{op}/f"))
-        incoming = Incoming(self.host, None, HANDOVER, self.root, op)
+        incoming = Incoming(self.host, None, False, HANDOVER, self.root, op)
         try:
             if incoming.take() != b"ready\n":
                 check_reply(incoming.reply(), self.host.name, "prepare a shell", word="ready")
@@ -6673,10 +6609,10 @@ class Workspace:
         if any(map(is_dot_git, source.split("/"))):  # git reads its config wherever it lies
             raise ToolFailed("Nothing of a .git directory is copied.",
                              "Its commits come with pull.", f"pull -w {self.name}")
-        words = COPY_OUT, self.root, os.urandom(8).hex(), self.path, source
+        words = COPY_OUT, self.root, self.path, source
         try:
             with contextlib.closing(Landing(local, os.path.basename(source), force)) as landing, \
-                    contextlib.closing(Incoming(self.host, cancel, *words)) as incoming:
+                    contextlib.closing(Incoming(self.host, cancel, True, *words)) as incoming:
                 wire = Wire(incoming, report or Report(), self.name)
                 if not wire.ended():
                     landing.take(wire)
@@ -7243,7 +7179,7 @@ class Project:
                for row in self._about(name, self.history.now())):
             raise WorkspaceDirty(f"A command runs in the workspace {name}.",
                                  "Wait for it, or give it up.", f"rm --force {name}")
-        words = *self._looked_at(name, entry, os.urandom(8).hex()), entry["op"]
+        words = *self._looked_at(name, entry), entry["op"]
         reply = self.host(entry["host"])._call(CHANGED, *words, cancel=cancel)
         if reply.status != 22:  # the directory is not there
             check_reply(reply, entry["host"], f"look for changes in {name}")
@@ -7326,7 +7262,7 @@ class Project:
         name, host, op = upload.name, entry["host"], upload.op
         if not force:
             self._refuse(name, entry, (), "push")
-        words = [op, *self._looked_at(name, entry, op), upload.tree, "1" if force else ""]
+        words = [op, *self._looked_at(name, entry), upload.tree, "1" if force else ""]
         self._update(name, intent={"op": op, **upload.base()})
         reply = upload.with_base(lambda: self._operate(
             PUSH, name, entry, words, cancel=upload.cancel), entry["tree"])
@@ -7371,14 +7307,14 @@ class Project:
                                 if tuple(place) not in places or tuple(place) in used]
         return freed, failed
 
-    def _looked_at(self, name: str, entry: Fields, op: str) -> list[str]:
+    def _looked_at(self, name: str, entry: Fields) -> list[str]:
         """The words by which PULL, CHANGED and PUSH compare a workspace."""
         tree = entry.get("host_tree", "")
         return [entry["root"], entry["project"], name,
                 entry["tree"] if "host_tree" in entry else "-",
                 tree if len(tree) == 40 else "",  # the host's ids are SHA-1
-                op, str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
-                entry.get("pulled", {}).get("op", "")]
+                str(PULL_COMMITS_MAX), str(PULL_FILE_MAX),
+                "\n".join(entry.get("pulled", {}).get("states", ()))]
 
     def _refuse(self, name: str, entry: Fields, lines: Iterable[str], verb: str) -> None:
         lost = [show(line.replace("\t", " "), 200)[1:-1] for line in lines if line.strip()]
@@ -7581,7 +7517,7 @@ verb("diff", "what a workspace changed against its base; creates nothing",
      example="fix-login --stat", manage=manage_diff, reads=True)
 verb("pull", "bring a workspace's work back as commits on branch cmux/NAME",
      Text("branch", "another branch than cmux/NAME"), json=[ONE_WORKSPACE],
-     line=[NAME, Flag("allow", "also changes of this repository's own hooks")],
+     line=[NAME, Flag("allow", "also changes of its own hooks and .gitmodules")],
      example="fix-login", manage=manage_pull)
 verb("push", "bring a workspace to another local commit; sends what differs",
      Flag("force", "also over work that has not been pulled (a copy is kept until gc)"),

@@ -4125,9 +4125,10 @@ def test_an_older_workspace_loses_nothing(site, place):
     do(repo, "mkdir docs; echo its >docs/a", "work")
     for words in ("rm work", "push -w work"):
         told = repo.cli(words)
-        assert told.code == 1 and "docs/a" in told.said and repo.far("docs/a", "work") == b"its\n"
-    repo.ok("rm clean")
-    repo.ok("push -w pushed")
+        assert told.code == 1 and ("docs/a" in told.said or place != "box") and repo.far("docs/a", "work") == b"its\n"
+    force = "--force " * (place != "box")  # only its base says what was sent
+    repo.ok(f"rm {force}clean")
+    repo.ok(f"push {force}-w pushed")
     repo.arrived("pushed")
     assert "already" in repo.cli("push -w pushed").text
     assert "is kept until gc" in repo.ok("push --force -w work").said and tree_of(repo.path("work")) == repo.tree()
@@ -4148,17 +4149,18 @@ def test_what_is_no_work_holds_up_no_rm(repo, how):
     repo.ok("rm main")
 
 
-def test_a_gitmodules_that_runs_or_cannot_be_read(repo):
+def test_a_gitmodules_comes_only_where_it_is_allowed(repo):
     repo.new()
-    do(repo, "mkdir modules; echo '*.o' >modules/.gitignore")  # which is not read as one
+    do(repo, "mkdir modules; echo '*.o' >modules/.gitignore")  # not read as one
     repo.ok("pull")
-    url, began = '[submodule "a"]\n\tpath = a\n\turl = ', spent()
-    for text, words in (("<<<<<<< HEAD\n" + url, "not one that git can read"), (url + "a" * 60_000_000, "gitmodules is larger than"),
-            *((url + runs + "\n", "a URL or an update that is a command") for runs in (
-                "\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', '"!touch x"', "-u"))):
+    url = '[submodule "a"]\n\tpath = a\n\turl = '
+    for text in ("<<<<<<< HEAD\n" + url, url + "a" * 60_000_000,
+            *(url + runs + "\n" for runs in ("\\\next::sh -c id", '""ext::sh -c id', 'e"x"t::sh -c id', '"!touch x"', "-u"))):
         (repo.path() / ".gitmodules").write_text(text)
-        refused(repo.cli("pull"), 1, words)
-    assert spent() - began < 12  # by growing one record of the huge one: 20 s, and four times that for twice as much
+        refused(repo.cli("pull"), 1, "git takes URLs and commands from it")
+    refused(repo.cli("pull --allow"), 1, "git refuses the result")
+    (repo.path() / ".gitmodules").write_text(url + "../a\n")
+    repo.ok("pull --allow")
 
 
 RACY = """
@@ -4193,9 +4195,9 @@ def test_branches_and_stashes_are_told_without_history(repo, first):
     do(repo, "git checkout -qb side; echo s >side; git add .; git commit -qm side; git checkout -q main; echo st >>README; git stash -q; echo x >x; git add .; " + first)
     pulled = repo.ok("pull")
     assert repo.pulled("x") == "x"
-    for words in ("left out: the branch side", "left out: the stash stash@{0}", "left out: how its commits follow one another"):
+    for words in ("left out: the branch side", "left out: the ref stash (WIP", "left out: how its commits follow one another"):
         assert words in pulled.said
-    refused(repo.cli("rm main"), 1, "branch side", "stash@{0}")
+    refused(repo.cli("rm main"), 1, "branch side", "ref stash (WIP")
     do(repo, "git branch -q -D side; git stash drop -q; rm -rf nested; git reflog expire --expire=now --all")
     repo.ok("pull")
     repo.ok("rm main")
@@ -4493,7 +4495,7 @@ def test_what_may_not_come_has_a_way_out(repo):
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
     answer = repo.cli("pull")
     refused(answer, 1, "pull again. If only an earlier commit has it, squash them: ")
-    assert "cmux_ssh.py exec -w main -- 'git reset --soft refs/cmux/base && git commit -m all'" in answer.said
+    assert "cmux_ssh.py exec -- 'git reset --soft refs/cmux/base && git commit -m all'" in answer.said
     refused(repo.cli("rm main"), 1, "would be lost")
     do(repo, "git reset --soft refs/cmux/base && git commit -m all")
     repo.ok("pull")
@@ -4548,6 +4550,8 @@ def test_a_repository_no_pull_looks_into_is_told(site, repo):
         "git checkout -qb feature && echo W >work && git add work && git commit -qm work && git checkout -q -")
     refused(repo.cli("rm main"), 1, "a git repository in .")
     assert repo.ok("pull").said.count("the commits of the git repository in .") == 1
+    next(site.remote.glob("**/whole.tar")).unlink()
+    refused(repo.cli("pull"), 1, "is gone; cp takes its files")
     refused(repo.cli("rm main"), 1, "a git repository in .")
     repo.ok("rm --force main")
 
