@@ -8805,8 +8805,8 @@ if TYPE_CHECKING:
     Shown = Any  # what a command returns: its exit code, or a tuple for render()
 
 class Terminal(Report):
-    """What a person sees on stderr during work: a lane for each workspace, redrawn in place on a
-    terminal. Other output goes above them, by put(), or takes them away first, by pause()."""
+    """What a person sees on stderr during work: on a terminal one line about it, redrawn in place.
+    Other output goes above that, by put(), or takes it away first, by pause()."""
 
     current: Terminal | None = None  # of this process
 
@@ -8816,44 +8816,38 @@ class Terminal(Report):
         self.notes = person or verb in ("new", "push") or verbosity > 0
         self.redraws = person and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
-        self.lanes: dict[str, tuple[str, float]] = {}  # the step, and when it began (0: no work)
-        self.width, self.drawn, self.drawing = 0, 0, False
+        self.steps: dict[str, tuple[float, str]] = {}  # of each workspace at work: since when, what
+        self.width, self.drawn, self.drawing = 0, False, False
         self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
         Masters.tell, Masters.alert = self.note, self.warn
         # The output of these is for programs.
         Lock.tell = self.note if verb in ("exec", "batch", "mcp") else self.warn
 
-    def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
-                 cancel: Cancel) -> list[Any]:
-        """in_parallel() of ``work(name)`` for each: a Workspace, or a row of exec."""
+    def each(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
+             cancel: Cancel) -> list[Any]:
+        """in_parallel() of ``work(name)`` for each workspace."""
         self.many |= len(names) > 1
-        self.lanes, self.width = dict.fromkeys(names, ("waiting", 0.0)), max(map(len, names))
+        self.width = max(map(len, names))
 
-        def lane(name: str) -> Any:
-            code = 1
+        def one(name: str) -> Any:
             try:
-                made = work(name)
-                code = made.get("exit_code", 0) if isinstance(made, dict) else 0
-                return made
+                return work(name)
             finally:
                 if name in self.sinks:
                     self.sinks[name].end()
-                if self.many:
-                    self.lanes[name] = f"failed ({code})" if code else "done", 0.0
+                with self.mutex:
+                    self.steps.pop(name, None)
         try:
-            return in_parallel([functools.partial(lane, name) for name in names], at_once, cancel)
+            return in_parallel([functools.partial(one, name) for name in names], at_once, cancel)
         finally:
             self.close()
 
     def put(self, write: Callable[[], None]) -> None:
-        """Print something above the lanes."""
+        """Print something above the line."""
         with self.mutex:
-            drawn = self.drawn
             self.clear()
             write()
-            if drawn and self.many:
-                self._draw()
 
     def say(self, text: str) -> None:
         if self.verbosity > 0:
@@ -8869,23 +8863,25 @@ class Terminal(Report):
             self.put(lambda: err_out(words))
 
     def step(self, what: str, doing: str) -> None:
-        self.lanes[what] = doing, time.monotonic()
-        if self.redraws and not self.drawing:
-            self.drawing = True
-            threading.Thread(target=self._keep_drawn, daemon=True).start()
+        with self.mutex:
+            self.steps[what] = time.monotonic(), doing
+            if self.redraws and not self.drawing:
+                self.drawing = True
+                threading.Thread(target=self._keep_drawn, daemon=True).start()
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
-        was, now = self.lanes.get(what, ("", 0.0)), time.monotonic()
-        if not was[0].startswith(doing):
+        now = time.monotonic()
+        since, was = self.steps.get(what, (now, ""))
+        if not was.startswith(doing):
             self.step(what, doing)
-        elif self.redraws and now - was[1] >= 1:  # sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52s left
-            rate, whole = done / (now - was[1]), total() if total else 0
+        elif self.redraws and now - since >= 1:  # sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52s left
+            rate, whole = done / (now - since), total() if total else 0
             size, left = human_size(done), ""
             if whole > done > 0:
                 size += f" of ~{human_size(whole)}"
                 left = f", ~{human_age((whole - done) / rate)} left"
-            self.lanes[what] = (f"{doing} {size}, {human_size(rate)}/s{left}", was[1])
+            self.steps[what] = since, f"{doing} {size}, {human_size(rate)}/s{left}"
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
@@ -8902,7 +8898,7 @@ class Terminal(Report):
         """Draw nothing until the next step."""
         with self.mutex:
             self.clear()
-            self.lanes.clear()
+            self.steps.clear()
 
     def close(self) -> None:
         self.closed.set()  # threads may go on reporting
@@ -8910,35 +8906,30 @@ class Terminal(Report):
 
     def clear(self) -> None:
         if self.drawn:
-            draw(2, "\r%s\x1b[J" % ("\x1b[A" * (self.drawn - 1)))
-            self.drawn = 0
+            draw(2, "\r\x1b[J")
+            self.drawn = False
 
     def _keep_drawn(self) -> None:
-        pause = 1.0  # what takes less needs no lane
+        pause = 1.0  # what takes less needs no line
         while not self.closed.wait(pause):
-            self.drawing = False
-            if not self.lanes:
-                break  # the next step starts another thread
-            self.drawing, pause = True, 0.2
+            pause = 0.2
             with self.mutex:
+                if not self.steps:
+                    self.drawing = False  # the next step starts another thread
+                    break
                 self._draw()
 
     def _draw(self) -> None:
-        """A line for each workspace; if there are too many, for those at work."""
-        if self.closed.is_set() or not self.lanes:
-            return
-        columns, rows = terminal_size(2)
-        lanes, lines = list(self.lanes.items()), []
-        if len(lanes) > rows - 2:
-            lanes = [lane for lane in lanes if lane[1][1]][:max(1, rows - 2)]
-        for name, (doing, since) in lanes:
-            if since and "/s" not in doing:
-                doing += " " + human_age(time.monotonic() - since)
-            name = name.ljust(self.width)[:max(8, columns - len(doing) - 3)]
-            lines.append(f"{name}  {doing}"[:columns - 1] + "\x1b[K")
-        up = "\r" + "\x1b[A" * (self.drawn - 1)
-        draw(2, up + "\n".join(lines) + "\x1b[J")
-        self.drawn = len(lines)
+        """Show one step, a transfer first, else the latest, and how many others are at work."""
+        steps = [("/s" in doing, since, doing, name)
+                 for name, (since, doing) in list(self.steps.items())]
+        sends, since, doing, name = max(steps)
+        if not sends:
+            doing += " " + human_age(time.monotonic() - since)
+        if steps[1:]:
+            doing += f" (and {len(steps) - 1} more)"
+        draw(2, "\r" + f"{name}  {doing}"[:terminal_size(2)[0] - 1] + "\x1b[K")
+        self.drawn = True
 
 
 def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[Any] = (),
@@ -9061,7 +9052,7 @@ def command_exec(options: Options) -> Shown:
     if options.tty:
         need_terminal()
         return on_terminal(exec_workspace(options, names[0]), options, options.call)
-    rows = options.terminal.in_lanes(
+    rows = options.terminal.each(
         names, functools.partial(exec_row, options), options.parallel or 0, options.cancel)
     for at, row in enumerate(rows):
         if isinstance(row, PipeClosed):
@@ -9169,7 +9160,7 @@ def data_waits() -> bool:
 
 
 class Outlet:
-    """A sink to our stdout or stderr, in the place of a Capture; above the lanes of ``live`` it
+    """A sink to our stdout or stderr, in the place of a Capture; above the line of ``live`` it
     writes whole lines, each after the label. What the reader has not taken half a second after the
     deadline, or ``cancel``, is dropped."""
 
@@ -9246,7 +9237,7 @@ def command_new(options: Options) -> Shown:
     names = names or [project.default_workspace()]
     ref = state_to_send(options, project.repository)
     host = project._hosts_for(names[0], options.host, source)
-    done = options.terminal.in_lanes(names, lambda name: project.create(
+    done = options.terminal.each(names, lambda name: project.create(
         name, host, ref, options.root or "", not options.no_init, options.terminal, cancel,
         source), 0, cancel)
     rows, lines, code = [], [], 0
