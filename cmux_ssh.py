@@ -9971,10 +9971,8 @@ EXCLUDED = {"tty": "json detach timeout no_stdin", "all": "workspace", "no_secre
 def parse(name: str, words: list[str]) -> Options:
     """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
     if name not in VERBS:
-        import difflib
-        near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
         raise UsageError(f"There is no command {show(name)}.", "Read the help.",
-                         " ".join([*near, "-h"]))
+                         "secrets -h" if name.startswith("secrets") else "-h")
     at = words.index("--") if name == "exec" and "--" in words else len(words)
     options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
     options.verb, options.verbosity = name, options.verbose - options.quiet
@@ -10066,11 +10064,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
     try:
-        if name in ("help", "-h", "--help"):
-            name, words = command_of([*words, "-h"])
         if name == "__complete" and words[1:]:  # the first names the shell
             return complete(words[1:])
-        if name in ("", "-h", "secrets -h", "secrets --help", "--version"):
+        if name in ("", "-h", "--help", "secrets -h", "secrets --help", "--version"):
             print_text(version_text() if name == "--version" else usage(name.partition("-")[0]))
             return 0 if name else 2
         options = parse(name, words)
