@@ -9052,6 +9052,9 @@ def command_exec(options: Options) -> Shown:
     if options.tty:
         need_terminal()
         return on_terminal(exec_workspace(options, names[0]), options, options.call)
+    if options.detach:
+        job = exec_workspace(options, names[0]).start(**options.call)
+        return {"job": job, "workspace": names[0]}, job
     rows = options.terminal.each(
         names, functools.partial(exec_row, options), options.parallel or 0, options.cancel)
     for at, row in enumerate(rows):
@@ -9059,18 +9062,15 @@ def command_exec(options: Options) -> Shown:
             raise row
         if isinstance(row, CmuxError):  # it has not begun
             rows[at] = exec_failure(names[at], None, row, began)
-    first, text, warning = rows[0], "", ""
+    first, warning = rows[0], ""
     if many:
         warning = summary(rows, time.monotonic() - began)
-    elif first.get("error") and not options.json:
+    elif first["error"] and not options.json:
         err_out("{message} {hint}".format(**first["error"]).strip())
-    elif options.detach:
-        text = first.get("job", "")
     elif first["stopped"]:
         after = f"stopped after {options.timeout:g} s" if first["timed_out"] else "interrupted"
         warning = f"The command on {first['host']} was {after}; {STOPPED[first['stopped']]}."
-    code = max(int(row.get("exit_code", 0)) for row in rows)
-    return rows if many else first, text, warning, code
+    return rows if many else first, "", warning, max(row["exit_code"] for row in rows)
 
 
 def exec_row(options: Options, name: str) -> Fields:
@@ -9081,11 +9081,6 @@ def exec_row(options: Options, name: str) -> Fields:
     try:
         workspace = exec_workspace(options, name)
         host = workspace.host.name
-        if options.detach:
-            job = workspace.start(cancel=cancel, **options.call)
-            if not options.no_stdin and data_waits():  # of a slow writer
-                terminal.warn("The job does not read what came on stdin.")
-            return {"job": job, "workspace": name}
         if terminal.many:
             workspace.host.masters.connect(cancel)
             terminal.step(name, "running")
