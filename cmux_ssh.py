@@ -9695,12 +9695,7 @@ def command_tool(options: Options) -> Shown:
     arguments = options_given(options, *params)
     if "job" in params:
         arguments["job"] = job_of(options, workspace)
-    try:
-        result = call_tool(workspace, name, arguments)
-    except KeyboardInterrupt:
-        if name != "wait":
-            raise
-        raise Cancelled("What was waited for goes on.", "Look again.", "jobs")
+    result = call_tool(workspace, name, arguments)
     return (result["jobs"] if name == "jobs" else result, *tool_text(name, result))
 
 
@@ -9799,10 +9794,7 @@ def command_logs(options: Options) -> Shown:
         offset = status["next_offset"]
         more = bool(status["output"]) and offset < status["size"]
     if options.follow:
-        try:
-            end = workspace.follow(job, json_line if options.json else out, offset)
-        except KeyboardInterrupt:
-            raise Cancelled(f"The job {job} goes on.", "Look again.", f"logs -f {job}")
+        end = workspace.follow(job, json_line if options.json else out, offset)
         if options.json:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
     out.end()
@@ -10074,7 +10066,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             options.terminal.close()
     except KeyboardInterrupt:
-        return fail(name, words, Cancelled("Interrupted."))
+        error = Cancelled("Interrupted.")
+        if name in ("wait", "logs"):
+            error = Cancelled("Interrupted; the job goes on.", "Look again.", "jobs")
+        return fail(name, words, error)
     except Exception as error:
         known = expected(error)
         if known is None:

@@ -8192,7 +8192,7 @@ def test_the_first_of_several_jobs_is_told(repo):
     child = repo.start(f"logs -f {slow}")
     assert child.stdout.readline() == b"on\n"
     child.send_signal(SIGINT)
-    refused(child.end(), 130, "goes on", f"logs -f {slow}")
+    refused(child.end(), 130, "goes on", "jobs")
     for job, words in ((slow, "on\n"), (other, "in two\n")):  # each is found without -w
         assert repo.ok(f"stop {job}").text == f"{job}  stopped 143: its processes have ended\n"
         assert repo.cli(f"wait {job}").code == 143 and repo.cli(f"logs {job}").text.startswith(words)
