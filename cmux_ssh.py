@@ -9321,11 +9321,14 @@ def command_completion(options: Options) -> Shown:
     return None, COMPLETIONS[options.shell] % own
 
 
-def complete(words: Sequence[str]) -> int:
-    """For the scripts below: print what the last word can become."""
-    for word in sorted(candidates(words[:-1], words[-1])):
-        if word.startswith(words[-1]):
-            print_text(word)
+def complete(line: Sequence[str]) -> int:
+    """For the scripts below: print what the last word of a command line can become; nothing where
+    the line calls another program."""
+    words = line[1:] if re.match(r"(.*/)?python[^/]*\Z", line[0]) else line
+    if words[1:] and os.path.basename(words[0]) == PROGRAM:
+        for word in sorted(candidates(words[1:-1], words[-1])):
+            if word.startswith(words[-1]):
+                print_text(word)
     return 0
 
 
@@ -9368,30 +9371,25 @@ def values_of(name: str, directory: str) -> Iterable[str]:
 
 def config_hosts() -> list[str]:
     """The hosts in the user's ssh config, without patterns."""
-    rows: list[str] = []
-    path = os.path.expanduser("~/.ssh/config")
-    with contextlib.suppress(OSError), open(path, errors="replace") as stream:
-        rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
-    return [name for name in re.split(r"[\s=]+", " ".join(rows))
-            if name.isprintable() and not re.search(r"[*?!\"']|^$", name)]
+    hosts: list[str] = []
+    with contextlib.suppress(OSError), open(
+            os.path.expanduser("~/.ssh/config"), errors="replace") as stream:
+        for line in stream:
+            key, *names = re.split(r"[\s=]+", line.strip())
+            hosts += names if key.lower() == "host" else []
+    return [name for name in hosts if re.match(r"[\w.@:-]+\Z", name)]
 
 
 # Both scripts run only the program that made them, never the file named on the line, which may be
 # anybody's. zsh runs bash's script through bashcompinit. `-o default`: else file names.
 COMPLETIONS = {"bash": r"""_cmux_ssh() {
-  local at=1 IFS=$' \t\n'
-  COMPREPLY=()
-  [[ ${COMP_WORDS[0]##*/} != python* ]] || at=2
-  [[ ${COMP_WORDS[at-1]##*/} == cmux_ssh.py && $COMP_CWORD -ge $at ]] || return 0
-  COMPREPLY=($(%s __complete bash "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
+  local IFS=$' \t\n'
+  COMPREPLY=($(%s __complete "${COMP_WORDS[@]:0:$((COMP_CWORD+1))}" 2>/dev/null))
 }
 complete -o default -F _cmux_ssh cmux_ssh.py python3
 """, "fish": r"""function __cmux_ssh
-  set -l words (commandline -opc)
   set -l word (commandline -ct)
-  string match -qr '(^|/)python[^/]*$' -- $words[1]; and set -e words[1]
-  string match -qr '(^|/)cmux_ssh\.py$' -- $words[1]; or return 1
-  set -g __cmux_ssh_words (%s __complete fish $words[2..-1] "$word" 2>/dev/null)
+  set -g __cmux_ssh_words (%s __complete (commandline -opc) "$word" 2>/dev/null)
   test -n "$__cmux_ssh_words"
 end
 complete -c cmux_ssh.py -n __cmux_ssh -f -a '$__cmux_ssh_words'
@@ -10051,8 +10049,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
     try:
-        if name == "__complete" and words[1:]:  # the first names the shell
-            return complete(words[1:])
+        if name == "__complete" and words:
+            return complete(words)
         if name in ("", "-h", "--help", "secrets -h", "secrets --help", "--version"):
             print_text(version_text() if name == "--version" else usage(name.partition("-")[0]))
             return 0 if name else 2
