@@ -6063,7 +6063,7 @@ def test_the_step_at_work_has_a_live_line(repo, line):
     repo.write("big", os.urandom(12 << 20))
     repo.save(".cmux/init", b"#!/bin/sh\nprintf 'one\\033[2J\\007\\rred\\n'; sleep 2; printf two\n", 0o755)
     line.rate = 4e6
-    seen = repo.terminal("new -H far a b").talk(rb"[ab]  waiting for the archive \d", b"", rb"[ab]  sending [\d.]+ MB[^\r]* \(and 1 more\)", b"", rb"[ab]  init hook \d+s")
+    seen = repo.terminal("new -H far a b").talk(rb"[ab]  sending [\d.]+ MB[^\r]* \(and 1 more\)", b"", rb"[ab]  init hook \d+s")
     shown = sorted(filter(None, seen.lines()))
     assert shown[:2] == ["a  far:%s" % repo.path("a"), "a | red^[[2J^G"] and shown[2:4] == ["a | two", "b  far:%s" % repo.path("b")]
     assert len(shown) == 6
