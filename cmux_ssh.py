@@ -9579,23 +9579,17 @@ def command_secrets_set(options: Options) -> Shown:
 
 def secret_value(name: str) -> bytes:
     """The value of a secret, from stdin or a person who types it."""
-    typed, pipe = os.isatty(0), "| " + as_typed("secrets set " + name)
-    value, fits = b"", True
-    if typed:
+    value, pipe = b"", "| " + as_typed("secrets set " + name)
+    if os.isatty(0):
         import getpass
-        try:
+        with contextlib.suppress(EOFError, UnicodeDecodeError):
             value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
-            fits = len(value) < 4095
-        except EOFError:
-            pass
-        except UnicodeDecodeError:
-            fits = False
-    else:
-        value = read_all(0, SECRET_MAX + 2)
-    if not fits:
-        raise UsageError("A terminal passes on text, and less than 4095 bytes of a line.",
-                         f"Pipe it: ... {pipe}")
-    if not value and (typed or stdin_is_null()):
+        if not 0 < len(value) < 4095:  # a terminal cuts longer lines
+            raise UsageError("A value that is typed is text of 1 to 4094 bytes.",
+                             f"Pipe any other: ... {pipe}")
+        return value
+    value = read_all(0, SECRET_MAX + 2)
+    if not value and stdin_is_null():
         raise UsageError(f"No value was given for {name} on stdin.",
                          f"For an empty one: printf '' {pipe}")
     return value
