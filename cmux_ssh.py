@@ -5194,7 +5194,7 @@ class Report:
         """Something good to know that is no fault."""
 
     def warn(self, text: str | CmuxError) -> None:
-        """Something the user should know; an error has a hint, too."""
+        """Something the user should know; an error also in quiet mode."""
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
@@ -7353,9 +7353,10 @@ class Project:
             end = result.status
             if end:
                 why = " Is its directory on a noexec file system?" if end == 126 else ""
-                report.warn(f"The init hook of {name} failed with status {end}.{why}")
+                report.warn(RemoteFailed(
+                    f"The init hook of {name} failed with status {end}.{why}"))
         except HostError as error:
-            report.warn(f"The init hook of {name} was cut off: {error}")
+            report.warn(RemoteFailed(f"The init hook of {name} was cut off: {error}"))
         finally:
             self._update(name, init=end)
 
@@ -8858,8 +8859,8 @@ class Terminal(Report):
             self.warn(text)
 
     def warn(self, text: str | CmuxError) -> None:
-        if self.verbosity >= 0:
-            words = advised(text) if isinstance(text, CmuxError) else text
+        words = advised(text) if isinstance(text, CmuxError) else text
+        if words is not text or self.verbosity >= 0:
             self.put(lambda: err_out(words))
 
     def step(self, what: str, doing: str) -> None:
@@ -9237,16 +9238,12 @@ def command_new(options: Options) -> Shown:
         source), 0, cancel)
     rows, lines, code = [], [], 0
     for name, made in zip(names, done):
-        if isinstance(made, Cancelled):
-            made = Cancelled(f"{name}: {made}")
         if isinstance(made, CmuxError):
             rows.append({"name": name, "error": error_fields(made)})
             code = max(code, report_error(made))
             continue
         rows.append(made.describe())
         lines.append(f"{name}  {made.host.name}:{made.path}")
-        if options.verbosity < 0 and made.state == "init failed":  # not reported above
-            report_error(RemoteFailed(f"The init hook of {name} failed."))
     return rows, lines, "", code
 
 

@@ -3076,7 +3076,7 @@ def test_an_init_hook_runs_once_and_undoes_nothing(repo):
     assert first.code == 0 and first.out.endswith(b"output\n") and "init hook of e failed with status 9" in first.said
     assert repo.cli("new f -H box --json").json[0]["state"] == "init failed"
     quiet = repo.ok("new g -H box -q")
-    assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of g failed.\n"
+    assert quiet.out == b"" and quiet.said == "cmux_ssh.py: The init hook of g failed with status 9.\n" == repo.exec("true", options="-q -w q").said.replace("of q", "of g")
     with Mcp(repo, "-w h -H box") as client:
         assert "init hook of h failed with status 9" in client("exec", command="true")
     assert "hook of i failed" in repo.cli("batch -w i -H box", stdin=b'{"tool": "jobs"}').said
