@@ -9407,19 +9407,13 @@ def command_list(options: Options) -> Shown:
             if not options.all_projects:
                 raise
             report_error(error)
-    rows = View(options.host, *projects).rows(3 if options.verbosity >= 0 else 0)
-    text = listing(options, "NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
+    rows = View(options.host, *projects).rows(3)
+    text = table("NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
         {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
          "age": age(row["created"]), "base": row["base"][:10]} for row in rows])
     where = f" on {' or '.join(options.host)}" if options.host else " yet"
     return rows, text, "" if text else as_called(
         f"No workspaces{where}. Make one", "new NAME -H HOST")
-
-
-def listing(options: Options, heads: str, rows: Sequence[Fields]) -> str:
-    if options.verbosity >= 0:
-        return table(heads, rows)
-    return "\n".join(row["name"] for row in rows)
 
 
 def human_age(seconds: float) -> str:
@@ -9646,7 +9640,7 @@ def command_secrets_list(options: Options) -> Shown:
         scope, _, workspace = where.partition(" ")
         rows.append({"name": name, "scope": scope, "workspace": workspace or None,
                      "kind": "command" if "command" in entry else "value"})
-    return rows, listing(options, "NAME SCOPE WORKSPACE KIND", rows)
+    return rows, table("NAME SCOPE WORKSPACE KIND", rows)
 
 
 def command_secrets_rm(options: Options) -> Shown:
