@@ -9943,8 +9943,7 @@ def parse(name: str, words: list[str]) -> Options:
     if name not in VERBS:
         raise UsageError(f"There is no command {show(name)}.", "Read the help.",
                          "secrets -h" if name.startswith("secrets") else "-h")
-    at = words.index("--") if name == "exec" and "--" in words else len(words)
-    options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
+    options = parser_of(VERBS[name]).parse_args(words)
     options.verb, options.verbosity = name, options.verbose - options.quiet
     options.terminal = Terminal(options.verbosity, name)
     if NAME in VERBS[name].line and options.name:
@@ -9959,10 +9958,8 @@ def parse(name: str, words: list[str]) -> Options:
     if name not in ("batch", "mcp") and len(options.workspace) == 1:
         CALLED["workspace"] = " -w " + quote(options.workspace[0])
     if name == "exec":
-        if tail and options.command:
-            raise UsageError(f"exec: {show(options.command[0])} stands before `--`.",
-                             "Write: exec [options] -- CMD...")
-        options.command += tail
+        if options.command[:1] == ["--"]:
+            del options.command[0]
         if not options.command:
             raise UsageError("exec: no command was given.",
                              "Give one.", "exec -- make test")

@@ -1268,6 +1268,7 @@ def test_the_environment_is_as_promised(shared):
 def test_one_argument_is_a_line_and_several_an_argv(shared):
     assert shared.exec('a=(x y); [[ ${a[1]} == y ]] && echo "$BASH_VERSION"').out.strip(), "the host has bash"
     assert shared.exec("echo", "$HOME; *").out == b"$HOME; *\n"
+    assert shared.cli("exec -w main /bin/echo -n -- x").out == b"-- x", "the words of a command, after its first"
     for words in ("-e", "-c", "+x", "--version", "no-such-command-here", "no-such-command-here x"):  # a line is no option of its shell
         assert shared.exec(*words.split(), stdin=b"echo read from stdin\n").ended[:2] == (127, b""), words
 
