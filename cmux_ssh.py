@@ -60,7 +60,6 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
 import codecs
 import contextlib
 import errno
-import fcntl
 import functools
 import itertools
 import json
@@ -77,6 +76,13 @@ import types
 import warnings
 import weakref
 from shlex import quote
+
+try:
+    import fcntl
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("cmux_ssh.py: Windows is not supported natively. Use it inside WSL.")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command line
@@ -10020,9 +10026,6 @@ def version_text() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Expected failures are reported on stderr."""
     name, words = command_of(sys.argv[1:] if arguments is None else arguments)
-    if os.name != "posix":
-        err_out("Windows is not supported natively. Use it inside WSL.")
-        return 2
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
     try:

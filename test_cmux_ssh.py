@@ -1171,6 +1171,12 @@ def test_no_module_beside_the_program_is_imported(tmp_path):
         assert subprocess.run([sys.executable, *words, "--version"], cwd=where, capture_output=True).stdout.startswith(b"cmux_ssh.py ")
 
 
+def test_native_windows_is_told_of_wsl():
+    code = f"import runpy, sys; sys.modules['fcntl'] = None; runpy.run_path({str(PROGRAM)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == 1 and b"WSL" in done.stderr and done.stderr.count(b"\n") == 1
+
+
 @promise(10)
 @compat
 def test_version_names_itself_and_its_digest():
