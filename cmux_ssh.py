@@ -9332,16 +9332,15 @@ def complete(line: Sequence[str]) -> int:
 
 def candidates(before: Sequence[str], last: str) -> Iterable[str]:
     """What may follow the words ``before``."""
-    valued = {flag: arg.name for verb in VERBS.values() for arg in line_args(verb)
-              for flag in arg.flags if arg.valued}
     (name, _), directory = command_of(before), "."
+    known = line_args(VERBS[name]) if name in VERBS else COMMON
+    valued = {flag: arg.name for arg in known for flag in arg.flags if arg.valued}
     for flag, word in zip(before, before[1:]):
         directory = os.path.expanduser(word) if flag == "-C" else directory
     if "--" in before:  # words of the remote command
         return []
     if before and before[-1] in valued:
         return values_of(valued[before[-1]], directory)
-    known = line_args(VERBS[name]) if name in VERBS else COMMON
     if last.startswith("-"):
         return [flag for arg in known for flag in arg.flags]
     if name not in VERBS:

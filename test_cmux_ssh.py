@@ -7749,7 +7749,7 @@ def offered(repo, shell, lines, cwd, path=""):
 OFFERED = {  # exactly, in bash; with a bar between, at least
     "{} ''": "new|rm|secrets", "{} rm ''": "two main", "{} rm main ''": "two main", "{} rm --f": "--force --forget",
     "{} secrets ''": "set import list rm", "{} secrets rm ''": "KEY", "{} exec -w ''": "two main", "{} -C src rm ''": "two main", "{} exec -- --": "",
-    "{} exec -H ''": "alpha beta", "{} doctor b": "beta", "{} pull ''": "two main", "{} logs ''": "j0123abcd", "{} new ''": "", "{} list -": "--all-projects|--json|-C", "python3 other.py ''": "", "python3 {} pull -w ''": "two main", "python3 {} secrets rm ''": "KEY"}
+    "{} exec -H ''": "alpha beta", "{} doctor b": "beta", "{} pull ''": "two main", "{} logs ''": "j0123abcd", "{} new ''": "", "{} list -": "--all-projects|--json|-C", "{} exec -n --deta": "--detach", "python3 other.py ''": "", "python3 {} pull -w ''": "two main", "python3 {} secrets rm ''": "KEY"}
 
 
 @each("shell", ["bash", "zsh", "fish"])
