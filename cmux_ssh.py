@@ -9084,7 +9084,6 @@ def exec_row(options: Options, name: str) -> Fields:
         workspace = exec_workspace(options, name)
         host = workspace.host.name
         if terminal.many:
-            workspace.host.masters.connect(cancel)
             terminal.step(name, "running")
         else:
             terminal.pause()
@@ -9683,9 +9682,7 @@ def command_tool(options: Options) -> Shown:
 
 
 def command_write(options: Options) -> Shown:
-    workspace = the_workspace(options)
-    absolute(workspace, options.path)  # before 100 MB are read for a path that cannot be
-    return workspace.write(options.path, read_all(0, READ_MAX * 10)), ""
+    return the_workspace(options).write(options.path, read_all(0, READ_MAX * 10)), ""
 
 
 def command_cp(options: Options) -> Shown:
