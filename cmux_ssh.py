@@ -9087,10 +9087,11 @@ def exec_row(options: Options, name: str) -> Fields:
             terminal.step(name, "running")
         else:
             terminal.pause()
-        source = None if options.no_stdin or terminal.many else open_stdin()
+        none = options.no_stdin or terminal.many or os.isatty(0) or stdin_is_null()
         out.deadline = err.deadline = Deadline(options.timeout)
-        outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=cancel,
-                                timeout=options.timeout, **options.call)
+        outcome = workspace.run(
+            stdout=out, stderr=err, source=None if none else Source(0), cancel=cancel,
+            timeout=options.timeout, **options.call)
         result = exec_result(workspace, outcome, out, err, began)
         return json_fields(dict(result.as_dict(), error=None))
     except PipeClosed:
@@ -9198,14 +9199,6 @@ class Outlet:
 
 def stdin_is_null() -> bool:
     return os.path.samestat(os.fstat(0), os.stat(os.devnull))
-
-
-def open_stdin() -> Source | None:
-    """Our stdin for the command; None for a terminal, /dev/null, and a pipe that has ended."""
-    if os.isatty(0) or stdin_is_null():
-        return None
-    ended = not poll_once(0, 0).get(0, select.POLLIN) & select.POLLIN
-    return None if ended else Source(0)
 
 
 def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
