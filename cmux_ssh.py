@@ -8817,19 +8817,17 @@ class Terminal(Report):
 
     current: Terminal | None = None  # of this process
 
-    def __init__(self, verbosity: int, verb: str = "") -> None:
+    def __init__(self, verbosity: int) -> None:
         self.verbosity, self.many = verbosity, False
         person = verbosity >= 0 and os.isatty(2)
-        self.notes = person or verb in ("new", "push") or verbosity > 0
+        self.notes = person or verbosity > 0
         self.redraws = person and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
         self.steps: dict[str, tuple[float, str]] = {}  # of each workspace at work: since when, what
         self.width, self.drawn, self.drawing = 0, False, False
         self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
-        Masters.tell, Masters.alert = self.note, self.warn
-        # The output of these is for programs.
-        Lock.tell = self.note if verb in ("exec", "batch", "mcp") else self.warn
+        Masters.tell, Masters.alert, Lock.tell = self.note, self.warn, self.note
 
     def each(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
              cancel: Cancel) -> list[Any]:
@@ -9935,7 +9933,7 @@ def parse(name: str, words: list[str]) -> Options:
                          "secrets -h" if name.startswith("secrets") else "-h")
     options = parser_of(VERBS[name]).parse_args(words)
     options.verb, options.verbosity = name, options.verbose - options.quiet
-    options.terminal = Terminal(options.verbosity, name)
+    options.terminal = Terminal(options.verbosity)
     if NAME in VERBS[name].line and options.name:
         options.workspace.append(options.name)
     flags = {arg.name: arg.flags[0] for arg in line_args(VERBS[name]) if arg.flags}
