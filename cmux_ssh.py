@@ -8841,8 +8841,7 @@ class Terminal(Report):
             finally:
                 if name in self.sinks:
                     self.sinks[name].end()
-                with self.mutex:
-                    self.steps.pop(name, None)
+                self.steps.pop(name, None)
         try:
             return in_parallel([functools.partial(one, name) for name in names], at_once, cancel)
         finally:
@@ -8868,11 +8867,10 @@ class Terminal(Report):
             self.put(lambda: err_out(words))
 
     def step(self, what: str, doing: str) -> None:
-        with self.mutex:
-            self.steps[what] = time.monotonic(), doing
-            if self.redraws and not self.drawing:
-                self.drawing = True
-                threading.Thread(target=self._keep_drawn, daemon=True).start()
+        self.steps[what] = time.monotonic(), doing
+        if self.redraws and not self.drawing:
+            self.drawing = True
+            threading.Thread(target=self._keep_drawn, daemon=True).start()
 
     def progress(self, what: str, done: int, total: Callable[[], int] | None = None,
                  doing: str = "sending") -> None:
@@ -8917,17 +8915,19 @@ class Terminal(Report):
     def _keep_drawn(self) -> None:
         pause = 1.0  # what takes less needs no line
         while not self.closed.wait(pause):
-            pause = 0.2
+            self.drawing = False
+            if not self.steps:
+                break  # the next step starts another thread
+            self.drawing, pause = True, 0.2
             with self.mutex:
-                if not self.steps:
-                    self.drawing = False  # the next step starts another thread
-                    break
                 self._draw()
 
     def _draw(self) -> None:
         """Show one step, a transfer first, else the latest, and how many others are at work."""
         steps = [("/s" in doing, since, doing, name)
                  for name, (since, doing) in list(self.steps.items())]
+        if self.closed.is_set() or not steps:
+            return
         sends, since, doing, name = max(steps)
         if not sends:
             doing += " " + human_age(time.monotonic() - since)
