@@ -60,7 +60,6 @@ if __name__ == "__main__" and not (sys.flags.isolated or getattr(sys.flags, "saf
 import codecs
 import contextlib
 import errno
-import fcntl
 import functools
 import itertools
 import json
@@ -77,6 +76,13 @@ import types
 import warnings
 import weakref
 from shlex import quote
+
+try:
+    import fcntl
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("cmux_ssh.py: Windows is not supported natively. Use it inside WSL.")
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs 7 ms at start-up, on every call of the command line
@@ -4963,7 +4969,7 @@ class Report:
         """Something good to know that is no fault."""
 
     def warn(self, text: str | CmuxError) -> None:
-        """Something the user should know; an error has a hint, too."""
+        """Something the user should know; an error also in quiet mode."""
 
     def progress(self, what: str, done: int, total: int = 0, doing: str = "sending") -> None:
         """``done`` bytes were moved for workspace ``what``; ``total``: an estimate of all, or 0."""
@@ -7111,9 +7117,10 @@ class Project:
             end = result.status
             if end:
                 why = " Is its directory on a noexec file system?" if end == 126 else ""
-                report.warn(f"The init hook of {name} failed with status {end}.{why}")
+                report.warn(RemoteFailed(
+                    f"The init hook of {name} failed with status {end}.{why}"))
         except HostError as error:
-            report.warn(f"The init hook of {name} was cut off: {error}")
+            report.warn(RemoteFailed(f"The init hook of {name} was cut off: {error}"))
         finally:
             self._update(name, init=end)
 
@@ -8563,55 +8570,46 @@ if TYPE_CHECKING:
     Shown = Any  # what a command returns: its exit code, or a tuple for render()
 
 class Terminal(Report):
-    """What a person sees on stderr during work: a lane for each workspace, redrawn in place on a
-    terminal. Other output goes above them, by put(), or takes them away first, by pause()."""
+    """What a person sees on stderr during work: on a terminal one line about it, redrawn in place.
+    Other output goes above that, by put(), or takes it away first, by pause()."""
 
     current: Terminal | None = None  # of this process
 
-    def __init__(self, verbosity: int, verb: str = "") -> None:
+    def __init__(self, verbosity: int) -> None:
         self.verbosity, self.many = verbosity, False
         person = verbosity >= 0 and os.isatty(2)
-        self.notes = person or verb in ("new", "push") or verbosity > 0
+        self.notes = person or verbosity > 0
         self.redraws = person and os.environ.get("TERM", "dumb") != "dumb"
         self.mutex, self.closed = threading.RLock(), threading.Event()
-        self.lanes: dict[str, tuple[str, float]] = {}  # the step, and when it began (0: no work)
-        self.width, self.drawn, self.drawing = 0, 0, False
+        self.steps: dict[str, tuple[float, str]] = {}  # of each workspace at work: since when, what
+        self.width, self.drawn, self.drawing = 0, False, False
         self.sinks: dict[str, Outlet] = {}  # for the output of init hooks
         Terminal.current = self
-        Masters.tell, Masters.alert = self.note, self.warn
-        # The output of these is for programs.
-        Lock.tell = self.note if verb in ("exec", "batch", "mcp") else self.warn
+        Masters.tell, Masters.alert, Lock.tell = self.note, self.warn, self.note
 
-    def in_lanes(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
-                 cancel: Cancel) -> list[Any]:
-        """in_parallel() of ``work(name)`` for each: a Workspace, or a row of exec."""
+    def each(self, names: Sequence[str], work: Callable[[str], Any], at_once: int,
+             cancel: Cancel) -> list[Any]:
+        """in_parallel() of ``work(name)`` for each workspace."""
         self.many |= len(names) > 1
-        self.lanes, self.width = dict.fromkeys(names, ("waiting", 0.0)), max(map(len, names))
+        self.width = max(map(len, names))
 
-        def lane(name: str) -> Any:
-            code = 1
+        def one(name: str) -> Any:
             try:
-                made = work(name)
-                code = made.get("exit_code", 0) if isinstance(made, dict) else 0
-                return made
+                return work(name)
             finally:
                 if name in self.sinks:
                     self.sinks[name].end()
-                if self.many:
-                    self.lanes[name] = f"failed ({code})" if code else "done", 0.0
+                self.steps.pop(name, None)
         try:
-            return in_parallel([functools.partial(lane, name) for name in names], at_once, cancel)
+            return in_parallel([functools.partial(one, name) for name in names], at_once, cancel)
         finally:
             self.close()
 
     def put(self, write: Callable[[], None]) -> None:
-        """Print something above the lanes."""
+        """Print something above the line."""
         with self.mutex:
-            drawn = self.drawn
             self.clear()
             write()
-            if drawn and self.many:
-                self._draw()
 
     def say(self, text: str) -> None:
         if self.verbosity > 0:
@@ -8622,27 +8620,28 @@ class Terminal(Report):
             self.warn(text)
 
     def warn(self, text: str | CmuxError) -> None:
-        if self.verbosity >= 0:
-            words = advised(text) if isinstance(text, CmuxError) else text
+        words = advised(text) if isinstance(text, CmuxError) else text
+        if words is not text or self.verbosity >= 0:
             self.put(lambda: err_out(words))
 
     def step(self, what: str, doing: str) -> None:
-        self.lanes[what] = doing, time.monotonic()
+        self.steps[what] = time.monotonic(), doing
         if self.redraws and not self.drawing:
             self.drawing = True
             threading.Thread(target=self._keep_drawn, daemon=True).start()
 
     def progress(self, what: str, done: int, total: int = 0, doing: str = "sending") -> None:
-        was, now = self.lanes.get(what, ("", 0.0)), time.monotonic()
-        if not was[0].startswith(doing):
+        now = time.monotonic()
+        since, was = self.steps.get(what, (now, ""))
+        if not was.startswith(doing):
             self.step(what, doing)
-        elif self.redraws and now - was[1] >= 1:  # sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52s left
-            rate = done / (now - was[1])
+        elif self.redraws and now - since >= 1:  # sending 3.2 MB of ~60.1 MB, 1.1 MB/s, ~52s left
+            rate = done / (now - since)
             size, left = human_size(done), ""
             if total > done > 0:
                 size += f" of ~{human_size(total)}"
                 left = f", ~{human_age((total - done) / rate)} left"
-            self.lanes[what] = (f"{doing} {size}, {human_size(rate)}/s{left}", was[1])
+            self.steps[what] = since, f"{doing} {size}, {human_size(rate)}/s{left}"
 
     def output(self, data: bytes, what: str) -> None:
         if self.verbosity >= 0:
@@ -8659,7 +8658,7 @@ class Terminal(Report):
         """Draw nothing until the next step."""
         with self.mutex:
             self.clear()
-            self.lanes.clear()
+            self.steps.clear()
 
     def close(self) -> None:
         self.closed.set()  # threads may go on reporting
@@ -8667,35 +8666,32 @@ class Terminal(Report):
 
     def clear(self) -> None:
         if self.drawn:
-            draw(2, "\r%s\x1b[J" % ("\x1b[A" * (self.drawn - 1)))
-            self.drawn = 0
+            draw(2, "\r\x1b[J")
+            self.drawn = False
 
     def _keep_drawn(self) -> None:
-        pause = 1.0  # what takes less needs no lane
+        pause = 1.0  # what takes less needs no line
         while not self.closed.wait(pause):
             self.drawing = False
-            if not self.lanes:
+            if not self.steps:
                 break  # the next step starts another thread
             self.drawing, pause = True, 0.2
             with self.mutex:
                 self._draw()
 
     def _draw(self) -> None:
-        """A line for each workspace; if there are too many, for those at work."""
-        if self.closed.is_set() or not self.lanes:
+        """Show one step, a transfer first, else the latest, and how many others are at work."""
+        steps = [("/s" in doing, since, doing, name)
+                 for name, (since, doing) in list(self.steps.items())]
+        if self.closed.is_set() or not steps:
             return
-        columns, rows = terminal_size(2)
-        lanes, lines = list(self.lanes.items()), []
-        if len(lanes) > rows - 2:
-            lanes = [lane for lane in lanes if lane[1][1]][:max(1, rows - 2)]
-        for name, (doing, since) in lanes:
-            if since and "/s" not in doing:
-                doing += " " + human_age(time.monotonic() - since)
-            name = name.ljust(self.width)[:max(8, columns - len(doing) - 3)]
-            lines.append(f"{name}  {doing}"[:columns - 1] + "\x1b[K")
-        up = "\r" + "\x1b[A" * (self.drawn - 1)
-        draw(2, up + "\n".join(lines) + "\x1b[J")
-        self.drawn = len(lines)
+        sends, since, doing, name = max(steps)
+        if not sends:
+            doing += " " + human_age(time.monotonic() - since)
+        if steps[1:]:
+            doing += f" (and {len(steps) - 1} more)"
+        draw(2, "\r" + f"{name}  {doing}"[:terminal_size()[0] - 1] + "\x1b[K")
+        self.drawn = True
 
 
 def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[Any] = (),
@@ -8719,16 +8715,11 @@ def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[A
     return True
 
 
-def terminal_size(fd: int) -> tuple[int, int]:
-    """Columns and rows. (shutil would take 3 ms of each start.)"""
-    size = 0, 0
-    with contextlib.suppress(OSError):
-        size = os.get_terminal_size(fd)
-    return size[0] or 80, size[1] or 24
-
-
-def page_width() -> int:
-    return max(0, number(os.environ.get("COLUMNS", ""))) or terminal_size(1)[0]
+def terminal_size() -> tuple[int, int]:
+    """Columns and lines, of $COLUMNS and $LINES or stdout."""
+    import shutil
+    columns, lines = shutil.get_terminal_size()
+    return columns or 80, lines or 24  # Python 3.9 and 3.10 may have 0 of a terminal
 
 
 def draw(fd: int, text: str) -> None:
@@ -8818,25 +8809,25 @@ def command_exec(options: Options) -> Shown:
     if options.tty:
         need_terminal()
         return on_terminal(exec_workspace(options, names[0]), options, options.call)
-    rows = options.terminal.in_lanes(
+    if options.detach:
+        job = exec_workspace(options, names[0]).start(**options.call)
+        return {"job": job, "workspace": names[0]}, job
+    rows = options.terminal.each(
         names, functools.partial(exec_row, options), options.parallel or 0, options.cancel)
     for at, row in enumerate(rows):
         if isinstance(row, PipeClosed):
             raise row
         if isinstance(row, CmuxError):  # it has not begun
             rows[at] = exec_failure(names[at], None, row, began)
-    first, text, warning = rows[0], "", ""
+    first, warning = rows[0], ""
     if many:
         warning = summary(rows, time.monotonic() - began)
-    elif first.get("error") and not options.json:
+    elif first["error"] and not options.json:
         err_out("{message} {hint}".format(**first["error"]).strip())
-    elif options.detach:
-        text = first.get("job", "")
     elif first["stopped"]:
         after = f"stopped after {options.timeout:g} s" if first["timed_out"] else "interrupted"
         warning = f"The command on {first['host']} was {after}; {STOPPED[first['stopped']]}."
-    code = max(int(row.get("exit_code", 0)) for row in rows)
-    return rows if many else first, text, warning, code
+    return rows if many else first, "", warning, max(row["exit_code"] for row in rows)
 
 
 def exec_row(options: Options, name: str) -> Fields:
@@ -8847,20 +8838,15 @@ def exec_row(options: Options, name: str) -> Fields:
     try:
         workspace = exec_workspace(options, name)
         host = workspace.host.name
-        if options.detach:
-            job = workspace.start(cancel=cancel, **options.call)
-            if not options.no_stdin and data_waits():  # of a slow writer
-                terminal.warn("The job does not read what came on stdin.")
-            return {"job": job, "workspace": name}
         if terminal.many:
-            workspace.host.masters.connect(cancel)
             terminal.step(name, "running")
         else:
             terminal.pause()
-        source = None if options.no_stdin or terminal.many else open_stdin()
+        none = options.no_stdin or terminal.many or os.isatty(0) or stdin_is_null()
         out.deadline = err.deadline = Deadline(options.timeout)
-        outcome = workspace.run(stdout=out, stderr=err, source=source, cancel=cancel,
-                                timeout=options.timeout, **options.call)
+        outcome = workspace.run(
+            stdout=out, stderr=err, source=None if none else Source(0), cancel=cancel,
+            timeout=options.timeout, **options.call)
         result = exec_result(workspace, outcome, out, err, began)
         return json_fields(dict(result.as_dict(), error=None))
     except PipeClosed:
@@ -8926,7 +8912,7 @@ def data_waits() -> bool:
 
 
 class Outlet:
-    """A sink to our stdout or stderr, in the place of a Capture; above the lanes of ``live`` it
+    """A sink to our stdout or stderr, in the place of a Capture; above the line of ``live`` it
     writes whole lines, each after the label. What the reader has not taken half a second after the
     deadline, or ``cancel``, is dropped."""
 
@@ -8970,14 +8956,6 @@ def stdin_is_null() -> bool:
     return os.path.samestat(os.fstat(0), os.stat(os.devnull))
 
 
-def open_stdin() -> Source | None:
-    """Our stdin for the command; None for a terminal, /dev/null, and a pipe that has ended."""
-    if os.isatty(0) or stdin_is_null():
-        return None
-    ended = not poll_once(0, 0).get(0, select.POLLIN) & select.POLLIN
-    return None if ended else Source(0)
-
-
 def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
     values: dict[str, str] = {}
     for pair in pairs or []:
@@ -9003,21 +8981,17 @@ def command_new(options: Options) -> Shown:
     names = names or [project.default_workspace()]
     ref = state_to_send(options, project.repository)
     host = project._hosts_for(names[0], options.host, source)
-    done = options.terminal.in_lanes(names, lambda name: project.create(
+    done = options.terminal.each(names, lambda name: project.create(
         name, host, ref, options.root or "", not options.no_init, options.terminal, cancel,
         source), 0, cancel)
     rows, lines, code = [], [], 0
     for name, made in zip(names, done):
-        if isinstance(made, Cancelled):
-            made = Cancelled(f"{name}: {made}")
         if isinstance(made, CmuxError):
             rows.append({"name": name, "error": error_fields(made)})
             code = max(code, report_error(made))
             continue
         rows.append(made.describe())
         lines.append(f"{name}  {made.host.name}:{made.path}")
-        if options.verbosity < 0 and made.state == "init failed":  # not reported above
-            report_error(RemoteFailed(f"The init hook of {name} failed."))
     return rows, lines, "", code
 
 
@@ -9025,7 +8999,7 @@ def table(heads: str, rows: Iterable[Fields]) -> str:
     """A line for each row, of its members named like ``heads``; None is a dash. What does not fit
     the terminal is cut off."""
     names = heads.split()
-    width = page_width() if os.isatty(1) else 1 << 16
+    width = terminal_size()[0] if os.isatty(1) else 1 << 16
     cells = [names, *(["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
                        for value in (row.get(name.lower(), "") for name in names)]
                       for row in rows)]
@@ -9078,7 +9052,7 @@ def command_top(options: Options) -> Shown:
         while True:
             rows = top_rows(view, project, TOP_EVERY)[1].split("\n")
             lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "", *rows]
-            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:terminal_size(1)[1] - 1])
+            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:terminal_size()[1] - 1])
             draw(1, f"\x1b[H{shown}\x1b[J")
             time.sleep(TOP_EVERY)
     except KeyboardInterrupt:
@@ -9092,26 +9066,28 @@ def command_completion(options: Options) -> Shown:
     return None, COMPLETIONS[options.shell] % own
 
 
-def complete(words: Sequence[str]) -> int:
-    """For the scripts below: print what the last word can become."""
-    for word in sorted(candidates(words[:-1], words[-1])):
-        if word.startswith(words[-1]):
-            print_text(word)
+def complete(line: Sequence[str]) -> int:
+    """For the scripts below: print what the last word of a command line can become; nothing where
+    the line calls another program."""
+    words = line[1:] if re.match(r"(.*/)?python[^/]*\Z", line[0]) else line
+    if words[1:] and os.path.basename(words[0]) == PROGRAM:
+        for word in sorted(candidates(words[1:-1], words[-1])):
+            if word.startswith(words[-1]):
+                print_text(word)
     return 0
 
 
 def candidates(before: Sequence[str], last: str) -> Iterable[str]:
     """What may follow the words ``before``."""
-    valued = {flag: arg.name for verb in VERBS.values() for arg in line_args(verb)
-              for flag in arg.flags if arg.valued}
     (name, _), directory = command_of(before), "."
+    known = line_args(VERBS[name]) if name in VERBS else COMMON
+    valued = {flag: arg.name for arg in known for flag in arg.flags if arg.valued}
     for flag, word in zip(before, before[1:]):
         directory = os.path.expanduser(word) if flag == "-C" else directory
     if "--" in before:  # words of the remote command
         return []
     if before and before[-1] in valued:
         return values_of(valued[before[-1]], directory)
-    known = line_args(VERBS[name]) if name in VERBS else COMMON
     if last.startswith("-"):
         return [flag for arg in known for flag in arg.flags]
     if name not in VERBS:
@@ -9139,30 +9115,25 @@ def values_of(name: str, directory: str) -> Iterable[str]:
 
 def config_hosts() -> list[str]:
     """The hosts in the user's ssh config, without patterns."""
-    rows: list[str] = []
-    path = os.path.expanduser("~/.ssh/config")
-    with contextlib.suppress(OSError), open(path, errors="replace") as stream:
-        rows = re.findall(r"(?im)^[ \t]*host[ \t=](.*)", stream.read(STATE_MAX))
-    return [name for name in re.split(r"[\s=]+", " ".join(rows))
-            if name.isprintable() and not re.search(r"[*?!\"']|^$", name)]
+    hosts: list[str] = []
+    with contextlib.suppress(OSError), open(
+            os.path.expanduser("~/.ssh/config"), errors="replace") as stream:
+        for line in stream:
+            key, *names = re.split(r"[\s=]+", line.strip())
+            hosts += names if key.lower() == "host" else []
+    return [name for name in hosts if re.match(r"[\w.@:-]+\Z", name)]
 
 
 # Both scripts run only the program that made them, never the file named on the line, which may be
 # anybody's. zsh runs bash's script through bashcompinit. `-o default`: else file names.
 COMPLETIONS = {"bash": r"""_cmux_ssh() {
-  local at=1 IFS=$' \t\n'
-  COMPREPLY=()
-  [[ ${COMP_WORDS[0]##*/} != python* ]] || at=2
-  [[ ${COMP_WORDS[at-1]##*/} == cmux_ssh.py && $COMP_CWORD -ge $at ]] || return 0
-  COMPREPLY=($(%s __complete bash "${COMP_WORDS[@]:$at:$((COMP_CWORD-at+1))}" 2>/dev/null))
+  local IFS=$' \t\n'
+  COMPREPLY=($(%s __complete "${COMP_WORDS[@]:0:$((COMP_CWORD+1))}" 2>/dev/null))
 }
 complete -o default -F _cmux_ssh cmux_ssh.py python3
 """, "fish": r"""function __cmux_ssh
-  set -l words (commandline -opc)
   set -l word (commandline -ct)
-  string match -qr '(^|/)python[^/]*$' -- $words[1]; and set -e words[1]
-  string match -qr '(^|/)cmux_ssh\.py$' -- $words[1]; or return 1
-  set -g __cmux_ssh_words (%s __complete fish $words[2..-1] "$word" 2>/dev/null)
+  set -g __cmux_ssh_words (%s __complete (commandline -opc) "$word" 2>/dev/null)
   test -n "$__cmux_ssh_words"
 end
 complete -c cmux_ssh.py -n __cmux_ssh -f -a '$__cmux_ssh_words'
@@ -9183,19 +9154,13 @@ def command_list(options: Options) -> Shown:
             if not options.all_projects:
                 raise
             report_error(error)
-    rows = View(options.host, *projects).rows(3 if options.verbosity >= 0 else 0)
-    text = listing(options, "NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
+    rows = View(options.host, *projects).rows(3)
+    text = table("NAME HOST STATE BEHIND CHANGED JOBS AGE BASE", [
         {**row, "name": f"{row['project']}/" * options.all_projects + row["name"],
          "age": age(row["created"]), "base": row["base"][:10]} for row in rows])
     where = f" on {' or '.join(options.host)}" if options.host else " yet"
     return rows, text, "" if text else as_called(
         f"No workspaces{where}. Make one", "new NAME -H HOST")
-
-
-def listing(options: Options, heads: str, rows: Sequence[Fields]) -> str:
-    if options.verbosity >= 0:
-        return table(heads, rows)
-    return "\n".join(row["name"] for row in rows)
 
 
 def human_age(seconds: float) -> str:
@@ -9352,23 +9317,17 @@ def command_secrets_set(options: Options) -> Shown:
 
 def secret_value(name: str) -> bytes:
     """The value of a secret, from stdin or a person who types it."""
-    typed, pipe = os.isatty(0), "| " + as_typed("secrets set " + name)
-    value, fits = b"", True
-    if typed:
+    value, pipe = b"", "| " + as_typed("secrets set " + name)
+    if os.isatty(0):
         import getpass
-        try:
+        with contextlib.suppress(EOFError, UnicodeDecodeError):
             value = encoded(getpass.getpass(f"Value of {name} (hidden): "))
-            fits = len(value) < 4095
-        except EOFError:
-            pass
-        except UnicodeDecodeError:
-            fits = False
-    else:
-        value = read_all(0, SECRET_MAX + 2)
-    if not fits:
-        raise UsageError("A terminal passes on text, and less than 4095 bytes of a line.",
-                         f"Pipe it: ... {pipe}")
-    if not value and (typed or stdin_is_null()):
+        if not 0 < len(value) < 4095:  # a terminal cuts longer lines
+            raise UsageError("A value that is typed is text of 1 to 4094 bytes.",
+                             f"Pipe any other: ... {pipe}")
+        return value
+    value = read_all(0, SECRET_MAX + 2)
+    if not value and stdin_is_null():
         raise UsageError(f"No value was given for {name} on stdin.",
                          f"For an empty one: printf '' {pipe}")
     return value
@@ -9428,7 +9387,7 @@ def command_secrets_list(options: Options) -> Shown:
         scope, _, workspace = where.partition(" ")
         rows.append({"name": name, "scope": scope, "workspace": workspace or None,
                      "kind": "command" if "command" in entry else "value"})
-    return rows, listing(options, "NAME SCOPE WORKSPACE KIND", rows)
+    return rows, table("NAME SCOPE WORKSPACE KIND", rows)
 
 
 def command_secrets_rm(options: Options) -> Shown:
@@ -9466,19 +9425,12 @@ def command_tool(options: Options) -> Shown:
     arguments = options_given(options, *params)
     if "job" in params:
         arguments["job"] = job_of(options, workspace)
-    try:
-        result = call_tool(workspace, name, arguments)
-    except KeyboardInterrupt:
-        if name != "wait":
-            raise
-        raise Cancelled("What was waited for goes on.", "Look again.", "jobs")
+    result = call_tool(workspace, name, arguments)
     return (result["jobs"] if name == "jobs" else result, *tool_text(name, result))
 
 
 def command_write(options: Options) -> Shown:
-    workspace = the_workspace(options)
-    absolute(workspace, options.path)  # before 100 MB are read for a path that cannot be
-    return workspace.write(options.path, read_all(0, READ_MAX * 10)), ""
+    return the_workspace(options).write(options.path, read_all(0, READ_MAX * 10)), ""
 
 
 def command_cp(options: Options) -> Shown:
@@ -9570,10 +9522,7 @@ def command_logs(options: Options) -> Shown:
         offset = status["next_offset"]
         more = bool(status["output"]) and offset < status["size"]
     if options.follow:
-        try:
-            end = workspace.follow(job, json_line if options.json else out, offset)
-        except KeyboardInterrupt:
-            raise Cancelled(f"The job {job} goes on.", "Look again.", f"logs -f {job}")
+        end = workspace.follow(job, json_line if options.json else out, offset)
         if options.json:
             print_json({"state": end["state"], "exit_code": end["exit_code"]})
     out.end()
@@ -9708,8 +9657,8 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
     parser = Parser(
         prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
         description=verb.text, epilog=f"example: {PROGRAM} {verb.name} {verb.example}".rstrip(),
-        formatter_class=functools.partial(
-            argparse.RawDescriptionHelpFormatter, width=page_width() - 2),
+        # Of the terminal's width it would ask shutil, which takes 3 ms of each start.
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=78),
         allow_abbrev=False)
     vars(parser)["color"] = False  # of Python 3.14; print_text() would neutralise the escapes
     for arg in line_args(verb):
@@ -9737,14 +9686,11 @@ EXCLUDED = {"tty": "json detach timeout no_stdin", "all": "workspace", "no_secre
 def parse(name: str, words: list[str]) -> Options:
     """The options of one command line, and its ``verb``. SystemExit(0) on -h."""
     if name not in VERBS:
-        import difflib
-        near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
         raise UsageError(f"There is no command {show(name)}.", "Read the help.",
-                         " ".join([*near, "-h"]))
-    at = words.index("--") if name == "exec" and "--" in words else len(words)
-    options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
+                         "secrets -h" if name.startswith("secrets") else "-h")
+    options = parser_of(VERBS[name]).parse_args(words)
     options.verb, options.verbosity = name, options.verbose - options.quiet
-    options.terminal = Terminal(options.verbosity, name)
+    options.terminal = Terminal(options.verbosity)
     if NAME in VERBS[name].line and options.name:
         options.workspace.append(options.name)
     flags = {arg.name: arg.flags[0] for arg in line_args(VERBS[name]) if arg.flags}
@@ -9757,10 +9703,8 @@ def parse(name: str, words: list[str]) -> Options:
     if name not in ("batch", "mcp") and len(options.workspace) == 1:
         CALLED["workspace"] = " -w " + quote(options.workspace[0])
     if name == "exec":
-        if tail and options.command:
-            raise UsageError(f"exec: {show(options.command[0])} stands before `--`.",
-                             "Write: exec [options] -- CMD...")
-        options.command += tail
+        if options.command[:1] == ["--"]:
+            del options.command[0]
         if not options.command:
             raise UsageError("exec: no command was given.",
                              "Give one.", "exec -- make test")
@@ -9818,25 +9762,20 @@ def fail(name: str, words: Sequence[str], error: CmuxError) -> int:
 
 def version_text() -> str:
     digest = "unknown"
-    with contextlib.suppress(OSError, NameError, AttributeError):
-        digest = sha256_of(globals()["__loader__"].get_data(__file__))  # of a zip, too
+    with contextlib.suppress(OSError), open(__file__, "rb") as stream:
+        digest = sha256_of(stream.read())
     return f"{PROGRAM} {__version__} (sha256 {digest})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code. Expected failures are reported on stderr."""
     name, words = command_of(sys.argv[1:] if arguments is None else arguments)
-    if os.name != "posix":
-        err_out("Windows is not supported natively. Use it inside WSL.")
-        return 2
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
     try:
-        if name in ("help", "-h", "--help"):
-            name, words = command_of([*words, "-h"])
-        if name == "__complete" and words[1:]:  # the first names the shell
-            return complete(words[1:])
-        if name in ("", "-h", "secrets -h", "secrets --help", "--version"):
+        if name == "__complete" and words:
+            return complete(words)
+        if name in ("", "-h", "--help", "secrets -h", "secrets --help", "--version"):
             print_text(version_text() if name == "--version" else usage(name.partition("-")[0]))
             return 0 if name else 2
         options = parse(name, words)
@@ -9849,7 +9788,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             options.terminal.close()
     except KeyboardInterrupt:
-        return fail(name, words, Cancelled("Interrupted."))
+        error = Cancelled("Interrupted.")
+        if name in ("wait", "logs"):
+            error = Cancelled("Interrupted; the job goes on.", "Look again.", "jobs")
+        return fail(name, words, error)
     except Exception as error:
         known = expected(error)
         if known is None:
