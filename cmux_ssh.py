@@ -6239,11 +6239,9 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
     return text if len(text) <= DIFF_MAX else text[:DIFF_MAX] + "\n[...]\n"
 
 
-_BRACKET = r"\[[!^]?\]?[^\]]*\]"
-_BRACES = (r"(?s)((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET))
 _NO_GLOB = (  # what would match nothing: an empty answer would lie
-    (r".*\[\{\].*\.\..*\[\}\]", "has a range in braces, which is not understood",
-     "Write its members out, as {1,2,3}."),
+    (r".*\{[^{}]*(,|\.\.)[^{}]*\}", "has alternatives in braces, which are not understood",
+     "Ask for each of them by itself."),
     (r".*\[[^\]]*\[:", "has a character class, which is not understood",
      "Write its characters out, as [a-z]."),
     (r"/|~([\w-]*/|\Z)|(.*/)?\.\.(/|\Z)", "is not a pattern below the workspace",
@@ -6253,74 +6251,52 @@ _NO_GLOB = (  # what would match nothing: an empty answer would lie
     (r"((\./)*\.)?\Z", "has no name in it", "For all files write '**'."))
 
 
-def glob_patterns(pattern: str) -> Iterator[str]:
-    """The patterns that one with {a,b} stands for, as in sh."""
-    braces = re.match(_BRACES, pattern)
-    if braces:
-        before, inner, after = braces.groups()
-        words = re.split(r",(?![^\[]*\])", inner)
-        for word in words if words[1:] else [f"[{{]{inner}[}}]"]:
-            yield from glob_patterns(before + word + after)
-    else:
-        yield pattern
-
-
 def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
     """A test for paths below the workspace at ``home`` that fit a pattern: a component ``**`` is
     any number of components, ``*`` of characters of one, ``[...]`` is as in sh; ``by_name``:
     without a slash it is for any depth. And a wider one for find -path, whose ``*`` crosses
     slashes."""
-    if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
-        raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
-    patterns, regexes = list(itertools.islice(glob_patterns(pattern), 101)), []
-    if patterns[100:]:
-        raise UsageError(f"{show(pattern)} stands for more than 100 patterns.",
-                         "Write fewer braces.")
-    for at, one in enumerate(patterns):
-        below = one.removeprefix(home + "/")
-        for wrong, what, hint in _NO_GLOB:
-            if re.match(wrong, below, re.S):
-                raise UsageError(f"{show(pattern)} {what}.", hint)
-        names = [name for name in below.split("/") if name not in ("", ".")]
-        names += ["**"] * below.endswith("/")
-        anywhere = by_name and one == below and not names[1:]
-        patterns[at] = "/".join(["**"] * anywhere + names)
-        runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", patterns[at])
-        runs[-1] = runs[-1] or "*"  # all files below, and not the directory's own name
-        parts = ["/".join(map(component_regex, run.split("/"))) for run in runs]
-        regexes.append(leftmost(parts, "(?:[^/]*/)*?"))
+    import fnmatch
+    below = pattern.removeprefix(home + "/")
+    for wrong, what, hint in _NO_GLOB:
+        if re.match(wrong, below, re.S):
+            raise UsageError(f"{show(pattern)} {what}.", hint)
+    names = [name for name in below.split("/") if name not in ("", ".")]
+    names += ["**"] * below.endswith("/")
+    if by_name and pattern == below and not names[1:]:
+        names.insert(0, "**")
+    if names[-1] == "**":
+        names.append("*")  # all files below, and not the directory's own name
+    regexes = [name if name == "**" else fnmatch.translate(name.replace("[^", "[!"))
+               for name in names]
     try:
-        test = re.compile(rf"(?:{'|'.join(regexes)})\Z", re.S).match
+        parts = [None if regex == "**" else re.compile(regex).match for regex in regexes]
     except re.error:
-        raise UsageError(f"{show(pattern)} is not a glob pattern.")
-    if patterns[1:]:
-        patterns = [os.path.commonprefix(patterns).partition("[")[0] + "*"]
+        parts = []
+    if not parts or "(?!)" in "".join(regexes) or len(pattern) > PATH_MAX:
+        raise UsageError(f"{show(pattern)} is not a glob pattern.",
+                         "It may be longer than any path, or have a range that is empty.")
     # ? and [...] become * too: in the C locale they stand for one byte of a character
-    return test, "./" + re.sub(r"\*\*/?|\?|\[.*\]|\\", "*", patterns[0], flags=re.S)
+    wider = re.sub(r"\*\*/?|\?|\[.*\]|\\", "*", "/".join(names), flags=re.S)
+    return lambda path: match_parts(parts, path.split("/")), "./" + wider
 
 
-def component_regex(part: str) -> str:
-    runs = [""]  # of what stands between the stars
-    for word in re.findall(rf"{_BRACKET}|.", part, re.S):
-        inner = re.sub(r"([\\\[\]&|~]|-(?=-))", r"\\\1", word[1:-1])
-        inner = "^" + inner[1:] if inner[:1] == "!" else inner
-        if word == "*":
-            runs.append("")
+def match_parts(parts: Sequence[Any], names: Sequence[str]) -> bool:
+    """Whether the functions match the names one by one; None matches any number of names. Only the
+    last None is ever widened: to try all ways would take hours with names made for that."""
+    part = name = start = 0
+    last = -1
+    while name < len(names):
+        if part < len(parts) and parts[part] is None:
+            last, start, part = part, name, part + 1
+        elif part < len(parts) and parts[part](names[name]):
+            part, name = part + 1, name + 1
+        elif last >= 0:
+            start += 1
+            part, name = last + 1, start
         else:
-            runs[-1] += ("[^/]" if word == "?" else re.escape(word) if inner in ("", "^")
-                         else f"(?!/)[{inner}]")
-    return leftmost(runs, "[^/]*?")
-
-
-def leftmost(runs: Sequence[str], gap: str) -> str:
-    """A regex of the runs with gaps between them. Each run stays at the first place where it
-    matches: to try all places would take hours with a name made for that."""
-    middle = "".join(f"(?=(?P<at{at}>{gap}{run}))(?P=at{at})"
-                     for run, at in zip(runs[1:-1], _GROUPS))
-    return runs[0] + middle + (gap + runs[-1]) * bool(runs[1:])
-
-
-_GROUPS = itertools.count()
+            return False
+    return part == len(parts)
 
 
 # What grep prints of a file of which it reports nothing after the first NUL.
@@ -6780,9 +6756,9 @@ class Workspace:
 
     @logged("glob")
     def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Found:
-        """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across
-        them; ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than
-        ``limit``. ToolFailed after two minutes."""
+        """Files that match (``*``, ``?``, ``[...]`` within a component, ``**`` across them; ``.git``
+        is left out): ``paths``, sorted; ``truncated`` if there are more than ``limit``. ToolFailed
+        after two minutes."""
         test, wider = glob_test(pattern, self.path)
         data = self._search(GLOB, wider, str(SEARCH_MAX), cancel=cancel)
         names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
@@ -7787,7 +7763,7 @@ verb("cp", "copy files to or from a workspace, also what git ignores",
      Word("to", "the same, or a directory to put it in", shown="DST"),
      Flag("force", "replace what has that name"), example="fix-login:build/report .")
 verb("glob", "paths of files that match",
-     Word("pattern", "below the workspace: *, ?, [...], {a,b} within a component, ** across"),
+     Word("pattern", "below the workspace: *, ?, [...] within a component, ** across"),
      Count("limit", "at most so many (default: 1000)", least=1),
      example="'src/**/*.py'", tool=Workspace.glob, reads=True)
 verb("grep", "lines that match an extended regular expression",

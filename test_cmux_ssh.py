@@ -5510,7 +5510,7 @@ def test_grep_says_when_a_nul_hides_the_rest(shared):
 
 def test_brackets_of_a_glob_are_as_in_sh(shared, area):
     rows = [("x[a&&b]", "x&", "xc"), ("x[a||b]", "x|", "xc"), ("[!]a]x", "bx", "]x"), ("[]a]x", "]x", "bx"), ("[a-c]x", "bx", "-x"), ("[^a]x", "bx", "ax"),
-        ("[[]x", "[x", "]x"), ("[!-x]", "5", "x"), ("[!-x]", "a", "-"), ("x[--0]", "x.", "x1"), ("[a--]", "-", "b")]
+        ("[[]x", "[x", "]x"), ("[!-x]", "5", "x"), ("[!-x]", "a", "-"), ("x[--0]", "x.", "x1")]
     for _, yes, no in rows:
         area.put(yes, b""), area.put(no, b"")
     own = Agent(shared)
@@ -5534,8 +5534,8 @@ TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b
     ("src/**/c.py", ["src/deep/er/c.py"]), ("**/er/*", ["src/deep/er/c.py"]),
     ("[[]x].py", ["[x].py"]), ("na[ïi]ve.py", ["naïve.py"]),
     ("./src/*.py", ["src/a.py", "src/b.py"]), (".*", [".dot"]), ("*x?y*", ["x\ny.py"]), ("[b]ack?slash.py", ["back\\slash.py"]),
-    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []), ("**/{a,[bc]}.{py,txt}", ["a.py", "b.txt", "src/a.py", "src/b.py", "src/deep/er/c.py"]),
-    ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
+    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []),
+    ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
 ], ids=ascii)
 def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expected):
     for name, data in TREE.items():
@@ -5548,7 +5548,7 @@ def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expe
 
 @each("pattern, words", [
     ("/etc/**", "Write it relative to the workspace, as 'src/**/*.py'"), ("~/**", "relative to the workspace"), ("~root/x", "relative"), ("~", "relative"), ("../**", "relative"), ("a/../../b", "relative"),
-    ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("a{b}" * 9999, "shorter"), ("/", "relative"), ("././.", "'**'")])
+    ("{src,lib}/**", "each"), ("{1..3}.py", "each"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("**/" * 9999, "longer"), ("/", "relative"), ("././.", "'**'")])
 def test_a_pattern_without_a_match_is_refused(talker, pattern, words):
     for tool, arguments in (("glob", {"pattern": pattern}), ("grep", {"pattern": "x", "glob": pattern})):
         error = talker.answer(talker.post(tool, arguments))["error"]
@@ -5558,8 +5558,8 @@ def test_a_pattern_without_a_match_is_refused(talker, pattern, words):
 def test_the_files_of_a_grep_are_chosen_as_by_glob(talker, workspace, area):
     for name in ("a.py", "b.ts", "sub/c.py", "d.md", "{e}.py", "[f,g].py"):
         area.put(name, b"found-19\n")
-    for glob, names in (("*.{py,ts}", ["[f,g].py", "a.py", "b.ts", "sub/c.py", "{e}.py"]), (f"{workspace}/{area.name}/*.{{py,ts}}", ["[f,g].py", "a.py", "b.ts", "{e}.py"]), ("*{e}.*", ["{e}.py"]),
-            (f"{{{area.name}/sub/**,b.ts}}", ["b.ts", "sub/c.py"]), (f"{workspace}/a.py", []), ("{d,[a,]}.*", ["a.py", "d.md"]), ("?f,g].{py,x}", ["[f,g].py"])):
+    for glob, names in (("*.[pt][ys]", ["[f,g].py", "a.py", "b.ts", "sub/c.py", "{e}.py"]), (f"{workspace}/{area.name}/*.py", ["[f,g].py", "a.py", "{e}.py"]), ("*{e}.*", ["{e}.py"]),
+            (f"{area.name}/sub/**", ["sub/c.py"]), (f"{workspace}/a.py", []), ("?f,g].py", ["[f,g].py"])):
         assert sorted(m["path"] for m in talker("grep", pattern="found-19", glob=glob)["matches"]) == [area.p(name) for name in names], glob
 
 
