@@ -5214,6 +5214,8 @@ class Warnings(Report):
     def warn(self, text: str | CmuxError) -> None:
         self.texts.append(str(text))
 
+    note = warn
+
 
 class Upload:
     """One commit on its way to one host."""
@@ -6450,7 +6452,7 @@ class Verb:
     reads = False  # it changes nothing
     destroys = False  # it may destroy work
     tool: Any = None  # the function of a tool, called with a workspace
-    manage: Any = None  # of one for --manage, called with a project
+    manage: Any = None  # of one for --manage: of a project, a report, a cancel
 
     def __init__(self, name: str, text: str, *args: Arg, **settings: Any) -> None:
         self.name, self.text, self.args, self.settings = name, text, args, settings
@@ -7628,33 +7630,29 @@ class View:
             self.asked.discard(op)
 
 
-def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
+def manage_pull(project: Project, report: Report, cancel: Cancel, workspace: str,
+                branch: str = "") -> Fields:
     if branch and not branch.startswith("cmux/"):  # a model must not move the user's own
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
                          "Leave branch out, or choose one that does.")
     return project.pull(workspace, branch, cancel=cancel).as_dict()
 
 
-def manage_rm(project: Project, cancel: Cancel | None, workspace: str, force: bool = False,
-              forget: bool = False) -> Fields:
+def manage_rm(project: Project, report: Report | None, cancel: Cancel | None, workspace: str,
+              force: bool = False, forget: bool = False) -> Fields:
     if not project.remove(workspace, force, forget, cancel):
         raise project._missing(workspace, make=False)
     return {"removed": workspace}
 
 
-def manage_new(project: Project, host: Hosts = (), **given: Any) -> Fields:
-    report = Warnings()
-    made = project.create(host=host, report=report, **given)
-    return dict(made.describe(), notes=report.texts)
-
-
-def manage_push(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
-    report = Warnings()
+def manage_push(project: Project, report: Report, cancel: Cancel, workspace: str,
+                force: bool = False) -> Fields:
     pushed = project.push(workspace, force=force, report=report, cancel=cancel)
-    return dict(project.workspace(workspace).describe(), pushed=pushed, notes=report.texts)
+    return dict(project.workspace(workspace).describe(), pushed=pushed)
 
 
-def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = False) -> Fields:
+def manage_diff(project: Project, report: Report, cancel: Cancel, workspace: str,
+                stat: bool = False) -> Fields:
     kept = Capture()
     for line in project.diff(workspace, stat, cancel=cancel):
         kept(encoded(line + "\n"))
@@ -7781,17 +7779,18 @@ verb("new", "create workspaces, in parallel, from a local commit",
      line=[REF, Texts("names", "default: the branch's name", word="*", shown="NAME"), *DIRTY,
            Text("root", "where on the host (default: ~/cmux)", shown="DIR"),
            Flag("no_init", "do not run .cmux/init")], example="fix-login fix-logout -H my-server",
-     manage=manage_new)
+     manage=lambda project, report, cancel, **given: project.create(
+         report=report, cancel=cancel, **given).describe())
 verb("list", "this project's workspaces",
      line=[Flag("all_projects", "of every project of this machine")],
      example="--json", lacks="w", reads=True,
-     manage=lambda project, cancel: {"workspaces": View((), project).rows(TOP_PATIENCE)})
+     manage=lambda project, *_: {"workspaces": View((), project).rows(TOP_PATIENCE)})
 verb("fork", "a new workspace, made on the host with the content of another",
      NEW_NAME, json=[ONE_WORKSPACE], example="-w fix-login second-try",
-     manage=lambda project, cancel, workspace, name: project.fork(
+     manage=lambda project, report, cancel, workspace, name: project.fork(
          project.workspace(workspace), name, cancel).describe())
 verb("rename", "give a workspace another name", NEW_NAME, json=[ONE_WORKSPACE],
-     example="-w fix-login login", manage=lambda project, cancel, workspace, name:
+     example="-w fix-login login", manage=lambda project, report, cancel, workspace, name:
      project.rename(project.workspace(workspace), name, cancel).describe())
 verb("rm", "delete workspaces; refuses work that has not been pulled",
      Flag("force", "also with work that exists nowhere else, and jobs that run"),
@@ -8105,9 +8104,9 @@ class Call:
     def __init__(self, number: str | int, tool: Verb, params: Fields, size: int,
                  reply: Callable[[Fields], None]) -> None:
         self.number, self.tool, self.reply, self.bytes = number, tool, reply, size
-        self.arguments = understood(tool, params.get("arguments"))
+        self.arguments = params.get("arguments") or {}
         self.token = params.get("_meta", {}).get("progressToken")
-        self.id, self.doing = "r" + os.urandom(4).hex(), "waiting"
+        self.id = "r" + os.urandom(4).hex()
         self.op = ""  # the id of its workspace
         self.cancel, self.cancelled = Cancel(), False  # cancelled: by the client
         self.done = threading.Event()
@@ -8147,11 +8146,11 @@ class McpServer:
         self.write, self.writing, self.ending = write, threading.Lock(), Cancel()
         self.closed = False  # nobody reads the answers any more
         self.project, self.workspace, self.host = project, workspace, host
-        self.op = ""  # the id of the workspace, as last seen
+        entry = project._entries().get(workspace, {})
+        self.op = entry.get("op", "")  # the id of the workspace, as last seen
         self.soft, self.tools = soft, TOOLS
-        place = ", ".join(host) or self._host_of(workspace) or "configured for it"
-        self.instructions = MCP_INSTRUCTIONS.format(
-            name=workspace, host=place[:36], soft=soft)
+        place = ", ".join(host) or entry.get("host") or "configured for it"
+        self.instructions = MCP_INSTRUCTIONS.format(name=workspace, host=place[:36], soft=soft)
         if manage:
             self.instructions += MCP_MANAGE_INSTRUCTIONS
             other = Text("workspace", f"another workspace than {workspace}")
@@ -8285,7 +8284,7 @@ class McpServer:
             if asked:
                 self.send(method="notifications/progress", params={
                     "progressToken": call.token, "progress": round(seconds, 1),
-                    "message": f"{call.doing} for {seconds:.0f} s"})
+                    "message": f"{seconds:.0f} s"})
         ended = call.done.is_set()
         text, failed = call.answer if ended else self._attempt(self._keep, call)
         if not call.cancelled:
@@ -8295,7 +8294,6 @@ class McpServer:
 
     def _work(self, call: Call) -> None:
         self.slots.acquire()
-        call.doing = "running"
         call.answer = self._attempt(self._perform, call)
         call.cancel.close()
         call.done.set()
@@ -8320,8 +8318,9 @@ class McpServer:
             hint = f"{hint.rstrip('.')}: {', '.join(steps)}"
         try:
             text, hint = map(Veil(self.project, self.op).clean, (str(failure), hint))
-        except CmuxError as unread:  # without the secrets nothing of the host's can be shown
-            return advised(unread), True
+        except CmuxError as unread:
+            return ("It may have been done, but what the host sent is not shown, for the secrets "
+                    f"in it cannot be masked: {advised(unread)}"), True
         if isinstance(failure, (UsageError, ToolFailed, WorkspaceMissing, WorkspaceExists)):
             return f"{text} {hint}".strip(), True
         return "\n".join([*fenced([text]), hint]).strip(), True
@@ -8332,14 +8331,15 @@ class McpServer:
         ended = [one.id for one in list(self.kept.values()) if one.done.is_set()]
         for name in ended[:max(0, len(self.kept) - MCP_KEPT)]:  # the oldest make room
             self.kept.pop(name, None)
-        return self._shown(call, dict(
-            call.logs(0), note=f"{call.doing}; it goes on while this server lives"))
+        return self._shown(call, dict(call.logs(0), note="it goes on while this server lives"))
 
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
         tool, most = call.tool, self.soft * 0.9  # what waits answers before the soft timeout
-        self._bind()
         arguments, kept = dict(tool.check(call.arguments)), list(self.kept.values())
+        entries = self.project._entries()
+        names = {entry["op"]: name for name, entry in entries.items()}
+        self.workspace = names.get(self.op, self.workspace)  # it may have been renamed
         if not tool.reads and tool.name != "stop" and MCP_KEPT <= sum(
                 not one.done.is_set() for one in kept):
             raise ToolFailed(f"{MCP_KEPT} calls go on already.", "See jobs, and stop some.")
@@ -8350,50 +8350,38 @@ class McpServer:
         elif tool.name == "wait":
             arguments["timeout"] = min(arguments.get("timeout", most), most)
         elif tool.name == "new":
-            arguments["host"] = self._host_of(self.workspace)
-            with contextlib.suppress(UsageError):
-                arguments["host"] = self.project._hosts_for("", self.host)
-        target: Any = self.project
+            own = self.host or entries.get(self.workspace, {}).get("host", ())
+            arguments["host"] = () if "source" in arguments else own
+        report = Warnings()
         if tool.tool:
             name, jobs = arguments.pop("workspace", ""), arguments.get("job", [])
             jobs = [jobs] if isinstance(jobs, str) else jobs
             if any(job.startswith("r") for job in jobs):
                 return self._on_kept(call, jobs, arguments)
-            target = self._workspace(call, name)
-            call.op = target.op
-        call.result.update(tool.handler(target, cancel=call.cancel, **arguments))
+            workspace = self._workspace(call, name, report)
+            call.result.update(tool.handler(workspace, cancel=call.cancel, **arguments))
+        else:
+            call.result.update(tool.handler(self.project, report, call.cancel, **arguments))
+        if report.texts:
+            call.result["notes"] = report.texts
         if tool.name == "jobs":
             call.result["jobs"] += [
                 dict(one.status(), command=str(one.arguments.get("command", one.tool.name))[:200])
                 for one in kept if one.op == call.op]
         return self._shown(call, call.result)
 
-    def _host_of(self, name: str) -> str:
-        return str(self.project._entries().get(name, {}).get("host", ""))
-
-    def _bind(self) -> None:
-        """Follow the workspace this is bound to: it may have been renamed."""
-        entries = self.project._entries()
-        names = {entry["op"]: name for name, entry in entries.items()}
-        self.workspace = names.get(self.op, self.workspace)
-        self.op = entries.get(self.workspace, {}).get("op", self.op)
-
-    def _workspace(self, call: Call, name: str) -> Workspace:
+    def _workspace(self, call: Call, name: str, report: Report) -> Workspace:
         """The workspace of a call. Only the one bound to is made if need be, not that of a mistyped
         name. Its making outlives this call, or a client with a timeout of its own would begin a
         long upload again and again."""
         own = name in ("", self.workspace)
-        name, host = (self.workspace, self.host) if own else (name, ())
-        entry = self.project._entries().get(name) if own else self.project._entry(name)
-        if entry and entry.get("init") != "pending":
-            return self.project.existing(name, host)  # renamed this instant: missing, not made
-        call.doing = f"the workspace {name} is being made"
-        report = Warnings()
-        found = self.project.ensure(name, host, report, self.ending)
-        call.doing = "running"
-        made = f"the workspace {found.name} is new, of commit {found.base[:10]}."
-        call.result["made"] = " ".join([made, *report.texts])
-        self._bind()  # it may be new
+        if not own:
+            self.project._entry(name)
+        found = self.project.ensure(self.workspace if own else name, self.host if own else (),
+                                    report, self.ending)
+        call.op = found.op
+        if own:
+            self.op = found.op
         return found
 
     def _on_kept(self, call: Call, names: Sequence[str], arguments: Fields) -> str:
@@ -8423,13 +8411,7 @@ class McpServer:
     def _shown(self, call: Call, result: Fields) -> str:
         """A result as text: facts, then what the host sent, between lines that it cannot forge."""
         tool, running = call.tool.tool_name, result.get("state", "running") == "running"
-        try:
-            veil = Veil(self.project, call.op or self.op)
-        except CmuxError as error:  # without the secrets: what was done, and nothing of the host's
-            if call.tool.reads:
-                raise
-            job = f"job: {result['job']}\n" if "job" in result else ""
-            return f"{job}It was done, but what the host sent is not shown: {advised(error)}"
+        veil = Veil(self.project, call.op or self.op)
         if "next_offset" in result:  # of a job's output what may begin a secret waits for more
             data, end = result["output"], result["next_offset"]
             held = veil.unsure(data) if running or end < result["size"] else 0
@@ -8463,16 +8445,6 @@ class McpServer:
             facts += fenced(body)
         return "\n".join(facts) or "\n".join(
             f"{key}: none" for key in MCP_BODIES if key in result)
-
-
-def understood(tool: Verb, given: Any) -> Any:
-    """The arguments. Models mix `name` and `workspace` up: where a tool has only one of them, it is
-    taken for that."""
-    both = {"name", "workspace"}
-    own = both & {arg.name for arg in tool.params}
-    if len(own) == 1 and isinstance(given, dict) and not own & set(given):
-        return {min(own) if key in both else key: value for key, value in given.items()}
-    return {} if given is None else given
 
 
 def described(tool: Verb) -> Fields:
@@ -9438,7 +9410,7 @@ def command_rm(options: Options) -> Shown:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
             if host:
                 project._check_place(name, host, options.host)
-            manage_rm(project, None, name, options.force, options.forget)
+            manage_rm(project, None, None, name, options.force, options.forget)
             removed.append(name)
             if options.forget:
                 options.terminal.warn(f"The files of {name} stay on {host}.")
@@ -9498,7 +9470,8 @@ def command_push(options: Options) -> Shown:
 
 def command_fork(options: Options) -> Shown:
     source = existing_workspace(options)
-    made = VERBS[options.verb].handler(source.project, None, source.name, options.name)
+    made = VERBS[options.verb].handler(
+        source.project, None, None, source.name, options.name)
     return made, ["%(name)s  %(host)s:%(path)s" % made]
 
 
