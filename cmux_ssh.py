@@ -1740,13 +1740,12 @@ operation() {
 # WRITE: stdin becomes the file, by a rename beside it, and only when it has this sum (as cksum
 # prints it: checksum and size); with old, only when the file still has that sum. Makes parents, but
 # not home, the workspace. Replies created or replaced.
-# The lock makes compare and rename one step. Its name is the cksum of the path; the client sends
-# that of a path without links: three processes less. The temporary file is this process's own: an
-# attempt whose connection was lost may still run. cp (for mode and owner) is tried again: GNU's
-# gives up on a file that the rename of another writer replaces under it.
+# The lock makes compare and rename one step; its name is the cksum of the path. The temporary file
+# is this process's own: an attempt whose connection was lost may still run. cp (for mode and owner)
+# is tried again: GNU's gives up on a file that the rename of another writer replaces under it.
 WRITE = LOCKED + r"""
 operation() {
-  file=$1 locks=$2/.cmux/locks op=$3 sum=$4 old=$5 home=$6 lock=$7 tries=0
+  file=$1 locks=$2/.cmux/locks op=$3 sum=$4 old=$5 home=$6 tries=0
   while [ -L "$file" ]; do
     link=$(readlink "$file"; echo x); link=${link%?x}
     case $link in /*) file=$link;; *) file=${file%/*}/$link;; esac
@@ -1763,7 +1762,7 @@ operation() {
   if [ ! -d "${folder:-/}" ]; then [ -d "$home" ] || return 37; mkdir -p "$folder" || return 3; fi
   [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
   file=${PWD%/}/$name new=${PWD%/}/.cmux-$op-$$.tmp
-  [ "$file" = "$1" ] || lock=$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -)
+  lock=$(printf '%s\n' "$file" | cksum | tr ' ' -)
   write_aside; result=$?
   rm -f "$new"
   return $result
@@ -1888,17 +1887,17 @@ operation() {
   done
 }
 """
-# LOGS: waits for `more` output or the `end` of a job, the first of several; then a line as JOBS'
-# and its output from offset.
+# LOGS: waits for output after offset or, with most 0, for the end of a job, the first of several;
+# then a line as JOBS' and its output from offset.
 LOGS = JOB_STATE + r"""
 operation() {
-  offset=$1 most=$2 tenths=$3 what=$4 _cmux_tries=0; shift 4 # directories of jobs
+  offset=$1 most=$2 tenths=$3 _cmux_tries=0; shift 3 # directories of jobs
   for job; do [ -d "$job" ] || return 38; done
   while :; do
     for job; do
       state=$(job_state "$job"); output_size "$job" # in this order: what ended has its last size
       [ "$state" = running ] || break 2
-      [ "$what" != more ] || [ "$size" -le "$offset" ] || break 2
+      [ "$most" = 0 ] || [ "$size" -le "$offset" ] || break 2
     done
     [ $_cmux_tries -lt "$tenths" ] || break
     _pause 0.1
@@ -1938,21 +1937,16 @@ operation() {
 # What the shell on the terminal runs first, the path in octal digits: every login shell reads them
 # alike. Not `. FIFO`: bash 3.2 (macOS) reads nothing of it.
 TAKEOVER = """exec sh -c 'eval "$(cat "$(printf "%s")")"'"""
-# PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of one
-# file, probe.
+# PROBE root op: facts about the host, a word and its value a line.
 PROBE = OPEN_ROOT + r"""
 operation() {
   echo "system $(uname -sm)"; echo "shell ${SHELL:-unknown}"
-  open_root "$1" || { echo "readonly $1"; return 0; }
+  open_root "$1" && mkdir ".cmux/stage/$2" && rmdir ".cmux/stage/$2" || {
+    echo "readonly $root"; return 0; }
   echo "root $root"
-  stage=.cmux/stage/$2; mkdir -p "$stage" || { echo "readonly $root"; return 0; }
-  if _has tar; then
-    ( cd "$stage" && tar -xmof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
-  fi
-  cat >/dev/null; rm -rf "$stage"
+  if _has tar; then echo "tar $(tar --version | head -n 1)"; fi
   if _has git; then echo "git $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
-  set -- $(df -Pi . | tail -n 1); echo "inodes $4"
   [ -z "$fresh" ] || { cd /; rmdir "$root"/.cmux/* "$root/.cmux" "$root"; }
 }
 """
@@ -6702,9 +6696,8 @@ class Workspace:
         as cksum prints it, or FileChanged is raised. Returns ``created``, ``size`` (bytes),
         ``sha256``."""
         where, data = absolute(self, path), encoded(content)
-        lock = Cksum(encoded(where + "\n")).line().replace(" ", "-")
         reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), Cksum(data).line(), old,
-                           self.path, lock, about=path, data=data, once=True, cancel=cancel)
+                           self.path, about=path, data=data, once=True, cancel=cancel)
         return {"created": reply.stdout == b"created\n", "size": len(data),
                 "sha256": sha256_of(data)}
 
@@ -6892,7 +6885,7 @@ class Workspace:
         if offset < 0 or not jobs:
             raise UsageError("No job was named, or the offset is below 0.")
         reply = self._tool(LOGS, offset, limit, int(min(wait, 30) * 10),
-                           "more" if limit else "end", *(job_directory(self, one) for one in jobs),
+                           *(job_directory(self, one) for one in jobs),
                            about=" or ".join(jobs), cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         row = parse_job(head.decode("latin-1"))
@@ -7605,9 +7598,8 @@ class View:
             if seconds and workspace.op not in self.asked:
                 self.asked.add(workspace.op)
                 threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
-        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
-        while self.asked and not patience.over():
-            time.sleep(0.02)
+        wait_until(lambda: not self.asked, seconds)
+        late = f"The host has not answered within {seconds} s."
         return [(workspace, self.seen.get(workspace.op, {"error": late})) for workspace in found]
 
     def rows(self, seconds: float) -> list[Fields]:
@@ -8617,31 +8609,25 @@ def explain(config: SSHConfig, words: str, said: bytes) -> HostError:
 
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
-    import tarfile
-    entry = tarfile.TarInfo("probe")
-    entry.size = 3
-    archive = entry.tobuf(tarfile.USTAR_FORMAT) + b"ok\n".ljust(512, b"\0") + bytes(1024)
-    with spool(archive) as stream:
-        reply = host._call(PROBE, root, os.urandom(8).hex(), source=Source(stream.fileno()))
-    facts = dict.fromkeys("system shell free inodes root".split(), "unknown")
+    reply = host._call(PROBE, root, os.urandom(8).hex())
+    facts = dict.fromkeys("system shell free root".split(), "unknown")
     facts.update((word, rest[:200]) for word, _, rest in (
         line.partition(" ") for line in reversed(reply.lines()[:50])))
     yield "ok", "system", f"{facts['system']}, login shell {facts['shell']}"
     if "readonly" in facts or reply.status:
         yield ("bad", "directory",
-               f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
+               f"{facts.get('readonly', '~/cmux')} cannot be written: {reply.said()}",
                "Make it writable, or choose another with new --root DIR.")
         return
     for what, state, lack in (
-            ("tar", "bad", "the host has none that extracts"),
+            ("tar", "bad", "the host has none"),
             ("git there", "fix", "the host has none: workspaces have no commits")):
         program = what.split()[0]
         yield ("ok" if program in facts else state, what, facts.get(program, lack) or "found",
                f"Install {program} on the host.")
-    free, inodes = (number(facts[key]) for key in ("free", "inodes"))
+    free = number(facts["free"])
     size = human_size(free * 1024) if free >= 0 else "unknown"
-    yield ("fix" if 0 <= free < 512 * 1024 or 0 <= inodes < 10000 else "ok", "disk",
-           f"{size} free, {facts['inodes']} inodes in {facts['root']}",
+    yield ("fix" if 0 <= free < 512 * 1024 else "ok", "disk", f"{size} free in {facts['root']}",
            "Choose another place with new --root DIR, or free some.", "gc")
 
 

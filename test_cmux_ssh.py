@@ -3241,8 +3241,8 @@ def test_what_is_not_sent_is_said_each_time(repo):
     for words in ("new -H box four", "push -w one", "push --force -w two", "batch -w seven -H box", "exec -w eight -H box true"):
         assert f"{files} (--dirty sends them)." in repo.cli(words, stdin=b'{"tool": "jobs"}').said, words
     with Mcp(repo, "-w five -H box --manage") as client:
-        assert files in client("exec", command="true").partition("is new, ")[2]
-        assert files in client("workspace_new", workspace="six") and files in client("workspace_push", workspace="one", force=True)
+        assert files in client("exec", command="true")
+        assert files in client("workspace_new", name="six") and files in client("workspace_push", workspace="one", force=True)
     assert (repo.dir / ".git/index").read_bytes() == before
     repo.git("checkout -q a.bin")
     assert "Not sent: 1 LFS file" in repo.cli("push -w one --dirty").said
