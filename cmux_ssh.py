@@ -6234,10 +6234,8 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
 
 
 _NO_GLOB = (  # what would match nothing: an empty answer would lie
-    (r".*\{[^{}]*(,|\.\.)[^{}]*\}", "has alternatives in braces, which are not understood",
-     "Ask for each of them by itself."),
-    (r".*\[[^\]]*\[:", "has a character class, which is not understood",
-     "Write its characters out, as [a-z]."),
+    (r".*(\{[^{}]*(,|\.\.)[^{}]*\}|\[[^\]]*\[:)", "has braces or a class, which are not understood",
+     "Ask for each word in braces by itself, and write the characters of a class out, as [a-z]."),
     (r"/|~([\w-]*/|\Z)|(.*/)?\.\.(/|\Z)", "is not a pattern below the workspace",
      "Write it relative to the workspace, as 'src/**/*.py'; elsewhere find files by a command."),
     (r"(\./)*!", "would leave files out, which a pattern cannot do",
@@ -7871,24 +7869,30 @@ def advised(error: CmuxError) -> str:
 # injected reader and writer. Promises: bounded memory; every result is delivered, whatever else
 # fails; one bug is raised, not swallowed.
 
-def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int, cancel: Cancel) -> list[Any]:
-    """Run each job in a thread, ``at_once`` (0: all) at a time; the value or CmuxError of each, in
-    order. On KeyboardInterrupt it sets ``cancel``, and waits for what runs."""
-    results: list[Any] = [Cancelled("Not begun.")] * len(jobs)
+def in_parallel(jobs: Iterable[Callable[[], Any]], at_once: int, cancel: Cancel) -> dict[int, Any]:
+    """Run the jobs in ``at_once`` threads, each taken when a thread is free; the value (unless that
+    is None) or CmuxError of each, by its number. On KeyboardInterrupt it sets ``cancel``, and waits
+    for what runs."""
+    results: dict[int, Any] = {}
     bugs: list[BaseException] = []
-    waiting, ended = enumerate(jobs), threading.Event()
-    left = [None] * min(at_once or len(jobs), len(jobs))  # one for each thread
+    numbered, taking, ended = enumerate(jobs), threading.Lock(), threading.Event()
+    left = [None] * at_once  # one for each thread
 
     def work() -> None:
-        for index, job in waiting:
-            if cancel.is_set:
-                break
+        index, job = 0, None  # type: int, Any
+        while not cancel.is_set:
             try:
-                results[index] = job()
+                with taking:
+                    index, job = next(numbered, (index, None))
+                if job is None:
+                    break
+                value = job()
             except BaseException as error:
-                results[index] = expected(error)
-                if results[index] is None:
+                value = expected(error)
+                if value is None:
                     bugs.append(error)
+            if value is not None:
+                results[index] = value
         left.pop()
         if not left:
             ended.set()
@@ -7917,28 +7921,21 @@ class Batch:
                  write: Callable[[bytes], object], report: Report) -> None:
         self.project, self.workspace, self.host, self.write = project, workspace, host, write
         self.report, self.cancel, self.failed = report, Cancel(), False
-        self.reading, self.writing = threading.Lock(), threading.Lock()
+        self.writing = threading.Lock()
 
     def run(self, lines: Iterator[bytes], at_once: int) -> int:
         """Run all lines, ``at_once`` at a time, each read when a thread is free; 0, or 1 if any
         call failed. KeyboardInterrupt ends what runs first."""
-        numbered = enumerate(lines, 1)
-
-        def work() -> None:
-            while True:
-                with self.reading:
-                    number, line = next(numbered, (0, b""))
-                if not number:
-                    return
-                if line.strip():
-                    self._answer(number, line)
-        for failure in filter(None, in_parallel([work] * at_once, 0, self.cancel)):
+        jobs = (functools.partial(self._answer, *row) for row in enumerate(lines, 1))
+        for failure in in_parallel(jobs, at_once, self.cancel).values():
             raise failure
         if self.cancel.is_set:
             raise KeyboardInterrupt
         return int(self.failed)
 
     def _answer(self, number: int, line: bytes) -> None:
+        if not line.strip():
+            return
         answer: Fields = {"id": None, "ok": True, "line": number}  # the number if it is no JSON
         try:
             call = strict_json(line)
@@ -8054,14 +8051,14 @@ class Veil:
         self.masks = project._masks()
 
     def clean(self, data: bytes | str, key: str = "") -> str:
-        """The text of a result's ``key``: output of a job may begin within a secret."""
+        """The text of a result's ``key``: output of a job may begin and end within a secret."""
         plain = encoded(re.sub(_ESCAPES, "", as_text(mask(encoded(data), self.masks))))
         plain = mask(plain, self.masks)  # grep --color puts its codes into the middle of a secret
         pieces = re.split(_CUT, plain)  # text, cut, text, cut, ..., text
         for at in range(0, len(pieces), 2):
             if at or key == "output":
                 pieces[at] = self._edge(pieces[at], True)
-            if at < len(pieces) - 1:
+            if at < len(pieces) - 1 or key == "output":
                 pieces[at] = self._edge(pieces[at], False)
         plain = b"".join(pieces)
         if key in ("stdout", "stderr", "output"):  # of a progress line only the last state
@@ -8075,13 +8072,6 @@ class Veil:
                  if len(data) > 3 and (value[-4:] if first else value[:4]) in data]
         size, shown = max(sizes, default=(0, b""))
         return data if size < 4 else shown + data[size:] if first else data[:-size] + shown
-
-    def unsure(self, data: bytes) -> int:
-        """How many bytes at the end may begin a secret or a character."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(data[-3:])
-        return max(len(decoder.getstate()[0]),
-                   *(overlap(data, value, False) for value, _ in self.masks), 0)
 
 
 class ProtocolError(Exception):
@@ -8404,11 +8394,12 @@ class McpServer:
         """A result as text: facts, then what the host sent, between lines that it cannot forge."""
         tool, running = call.tool.tool_name, result.get("state", "running") == "running"
         veil = Veil(self.project, call.op or self.op)
-        if "next_offset" in result:  # of a job's output what may begin a secret waits for more
-            data, end = result["output"], result["next_offset"]
-            held = veil.unsure(data) if running or end < result["size"] else 0
-            if held < MCP_ROOM:  # else a secret is longer than a page
-                result.update(output=data[:len(data) - held], next_offset=end - held)
+        if "next_offset" in result and (running or result["next_offset"] < result["size"]):
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            decoder.decode(result["output"][-3:])
+            half = len(decoder.getstate()[0])  # of a character, which waits for the rest
+            result["output"] = result["output"][:len(result["output"]) - half]
+            result["next_offset"] -= half
         notes, body, room = [], [], MCP_ROOM  # type: list[str], list[str], int
         for key in filter(result.__contains__, MCP_BODIES):
             value = result[key]
@@ -8764,7 +8755,9 @@ class Terminal(Report):
                 if self.many:
                     self.lanes[name] = f"failed ({code})" if code else "done", 0.0
         try:
-            return in_parallel([functools.partial(lane, name) for name in names], at_once, cancel)
+            results = in_parallel((functools.partial(lane, name) for name in names),
+                                  at_once or len(names), cancel)
+            return [results.get(at, Cancelled("Not begun.")) for at in range(len(names))]
         finally:
             self.close()
 

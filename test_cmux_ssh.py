@@ -7024,7 +7024,7 @@ def test_mcp_a_secret_cut_by_a_page_is_masked(site, repo):
     with Mcp(repo, "-H box --soft-timeout 1") as client:
         text = client("exec", command='printf %s "${TOKEN%??????}"; sleep 3; printf %s "uvwxyz!"; sleep 60')
         job = job_of(text)
-        assert "abcdef" not in text and "next_offset: 0" in text
+        assert "abcdef" not in text
         until(lambda: "[secret TOKEN]!" in client("logs", job=job, offset=0, wait=1))
 
 
