@@ -161,9 +161,9 @@ TOP_EVERY = 2  # between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
 MCP_SOFT = 45  # desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
-MCP_CALLS = 256  # that are not answered yet: two threads each; an eighth of them runs
-MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
-MCP_LOG_MAX = 2 * MIB  # of output kept of each of them, which hosts may flood
+MCP_CALLS = 128  # that have not ended: two threads each; and twice as many that only read or stop
+MCP_AT_ONCE = 32  # of those that are not answered yet
+MCP_LOG_MAX = MIB  # of the output of each, which hosts may flood
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
 KEEPER_PAUSE = 0.001  # after an operation: what its caller does with the result comes first
@@ -8012,6 +8012,7 @@ def read_lines(fd: int, cancel: Cancel | None = None) -> Iterator[bytes]:
 MCP_VERSIONS = (  # newest first; the first is the stateless one
     "2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 MCP_META = "io.modelcontextprotocol/"
+MCP_MESSAGE = {"jsonrpc": re.compile(r"2\.0\Z"), "method": str, "id?": (str, int)}
 MCP_INSTRUCTIONS = (  # the first paragraph fits into the 512 characters that some clients show
     "These tools work in the workspace {name} on the remote host {host}, a copy of this project; "
     "nothing they do touches the user's own machine. exec runs commands; read, write, edit, glob, "
@@ -8139,7 +8140,7 @@ class McpServer:
             self.tools = {name: Verb(tool.name, tool.text, *tool.args, other, **tool.settings)
                           for name, tool in TOOLS.items()}
             self.tools.update(MANAGE_TOOLS)
-        self.slots = threading.Semaphore(MCP_CALLS // 8)
+        self.slots = threading.Semaphore(MCP_AT_ONCE)
         self.calls: set[Call] = set()  # not answered yet
         self.kept: dict[str, Call] = {}  # answered with a job
 
@@ -8180,21 +8181,17 @@ class McpServer:
         number = None
         try:
             message = strict_json(line)
-            message = message if isinstance(message, dict) else {}
-            method, asked = message.get("method"), message.get("id")
-            params = message.get("params", {})
-            if method is None and ("result" in message or "error" in message):
+            if fits(message, {"result": object}) or fits(message, {"error": object}):
                 return  # an answer; we never ask
-            ours = message.get("jsonrpc") == "2.0"
-            number = asked if ours and type(asked) in (str, int) else None
-            if not ours or not isinstance(method, str) or "id" in message and number is None:
+            if not fits(message, MCP_MESSAGE) or isinstance(message.get("id"), bool):
                 raise ProtocolError(-32600, "A line is not one message of JSON-RPC 2.0, or its id "
                                     "is neither text nor a whole number.")
+            number, method, params = map(message.get, ("id", "method", "params"))
             if number is not None:
-                self._request(number, method, params, len(line))
-            elif method == "notifications/cancelled" and isinstance(params, dict):
+                self._request(number, method, {} if params is None else params, len(line))
+            elif method == "notifications/cancelled" and fits(params, {"requestId": object}):
                 for call in list(self.calls):
-                    if call.number == params.get("requestId"):
+                    if call.number == params["requestId"]:
                         call.cancelled = True
                         call.cancel.set()
         except Exception as error:  # no input ends the server
@@ -8244,9 +8241,13 @@ class McpServer:
         name = str(params.get("name"))
         if name not in self.tools:
             raise ProtocolError(-32602, f"There is no tool {show(name)}.")
-        calls, call = list(self.calls), Call(number, self.tools[name], params, size, reply)
-        if len(calls) >= MCP_CALLS or sum(one.bytes for one in calls) > 4 * BATCH_LINE_MAX:
-            return call.respond("Too many calls wait: call again when some have ended.", True)
+        tool = self.tools[name]
+        call = Call(number, tool, params, size, reply)
+        going = [one.bytes for one in [*list(self.calls), *list(self.kept.values())]
+                 if not one.done.is_set()]
+        most = MCP_CALLS * 2 if tool.reads or tool.name == "stop" else MCP_CALLS
+        if len(going) >= most or sum(going) > 4 * BATCH_LINE_MAX:
+            return call.respond("Too many calls have not ended: see jobs, and stop some.", True)
         self.calls.add(call)
         try:
             for act in (self._serve, self._work):
@@ -8311,20 +8312,16 @@ class McpServer:
         """The answer for a call that goes on."""
         self.kept[call.id] = call
         ended = [one.id for one in list(self.kept.values()) if one.done.is_set()]
-        for name in ended[:max(0, len(self.kept) - MCP_KEPT)]:  # the oldest make room
+        for name in ended[:max(0, len(self.kept) - MCP_CALLS)]:  # the oldest make room
             self.kept.pop(name, None)
         return self._shown(call, dict(call.logs(0), note="it goes on while this server lives"))
 
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
         tool, most = call.tool, self.soft * 0.9  # what waits answers before the soft timeout
-        arguments, kept = dict(tool.check(call.arguments)), list(self.kept.values())
-        entries = self.project._entries()
+        arguments, entries = dict(tool.check(call.arguments)), self.project._entries()
         names = {entry["op"]: name for name, entry in entries.items()}
         self.workspace = names.get(self.op, self.workspace)  # it may have been renamed
-        if not tool.reads and tool.name != "stop" and MCP_KEPT <= sum(
-                not one.done.is_set() for one in kept):
-            raise ToolFailed(f"{MCP_KEPT} calls go on already.", "See jobs, and stop some.")
         if tool.name == "exec":
             arguments["tee"] = call.take
         elif tool.name == "logs":
@@ -8349,7 +8346,7 @@ class McpServer:
         if tool.name == "jobs":
             call.result["jobs"] += [
                 dict(one.status(), command=str(one.arguments.get("command", one.tool.name))[:200])
-                for one in kept if one.op == call.op]
+                for one in list(self.kept.values()) if one.op == call.op]
         return self._shown(call, call.result)
 
     def _workspace(self, call: Call, name: str, report: Report) -> Workspace:

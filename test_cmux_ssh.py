@@ -6980,8 +6980,9 @@ def test_mcp_answers_calls_as_they_finish(client):
 @each("line, code", [
     (b"garbage", -32700), (b"\xff\xfe{}", -32700), (b"NaN", -32700), (b"[" * 100000, -32700), (b'{"jsonrpc":"2.0"', -32700), (b"3", -32600), (b"{}", -32600), (b"[]", -32600), (b'[{"jsonrpc":"2.0","id":"p","method":"ping"}]', -32600), (b'{"jsonrpc":"1.0","id":1,"method":"ping"}', -32600),
     *((b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % wrong, -32600) for wrong in (b"null", b"1.5", b"true", b"[]")),
+    (b'{"jsonrpc":"2.0","id":"x","method":3}', -32600), (b'{"jsonrpc":"2.0","id":"x"}', -32600),
     *((b'{"jsonrpc":"2.0","id":"g"%s}' % rest, code) for rest, code in (
-        (b',"method":3', -32600), (b"", -32600), (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
+        (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
         (b',"method":"tools/call","params":{"name":["x"]}', -32602), (b',"method":"tools/call","params":{"_meta":3}', -32602))),
     (b'"' + b"x" * (17 << 20), -32700)], ids=lambda value: str(value)[:40])
 def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
