@@ -7879,14 +7879,12 @@ def in_parallel(jobs: Iterable[Callable[[], Any]], at_once: int, cancel: Cancel)
     left = [None] * at_once  # one for each thread
 
     def work() -> None:
-        index, job = 0, None  # type: int, Any
-        while not cancel.is_set:
+        index, job, value = 0, True, None  # type: int, Any, Any
+        while job:
             try:
                 with taking:
                     index, job = next(numbered, (index, None))
-                if job is None:
-                    break
-                value = job()
+                value = job and job()
             except BaseException as error:
                 value = expected(error)
                 if value is None:
@@ -8743,6 +8741,7 @@ class Terminal(Report):
         def lane(name: str) -> Any:
             code = 1
             try:
+                cancel.check()
                 made = work(name)
                 code = made.get("exit_code", 0) if isinstance(made, dict) else 0
                 return made
@@ -8754,7 +8753,7 @@ class Terminal(Report):
         try:
             results = in_parallel((functools.partial(lane, name) for name in names),
                                   at_once or len(names), cancel)
-            return [results.get(at, Cancelled("Not begun.")) for at in range(len(names))]
+            return [results[at] for at in range(len(names))]
         finally:
             self.close()
 
