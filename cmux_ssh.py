@@ -1717,7 +1717,7 @@ TOOL_STATUS = {
     34: "The host does not take the pattern: {said}.",
     35: "The content for {path} did not arrive whole.", 36: "{path} changed meanwhile.",
     40: "{path} exists already in the workspace; to replace it: --force.",
-    38: "There is no job {path}: see jobs.", 39: "A name in {path} is longer than 255 bytes.",
+    38: "There is no job {path}: see jobs.",
 }
 
 # READ: "0 all\n" and the whole file, cut after most + 1 bytes; or, of a larger file where lines
@@ -1758,7 +1758,6 @@ operation() {
   fi
   folder=${file%/*} name=${file##*/}
   case $name in ""|.|..) return 31;; esac
-  [ ${#name} -lt 256 ] || return 39
   if [ ! -d "${folder:-/}" ]; then [ -d "$home" ] || return 37; mkdir -p "$folder" || return 3; fi
   [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
   file=${PWD%/}/$name new=${PWD%/}/.cmux-$op-$$.tmp
@@ -6205,12 +6204,9 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         if count == found == 1 and data.find(old) != data.rfind(old):
             found = 2  # they overlap: which one is meant?
         if found != count:
-            places = itertools.islice(re.finditer(b"(?=%s)" % re.escape(old), data), 10)
-            lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
-            where = f" (at lines {lines})" * bool(lines)
             raise ToolFailed(
-                f"{which} occurs {found} time{'s' * (found != 1)} in {show(path)}{where}, not "
-                f"{count}; nothing was changed.",
+                f"{which} occurs {found} time{'s' * (found != 1)} in {show(path)}, not {count}; "
+                "nothing was changed.",
                 "Give more context, or the right count." if found else
                 "Read the file again: whitespace and line ends must match exactly.")
         if len(data) + found * (len(new) - len(old)) > READ_MAX:
@@ -8261,11 +8257,9 @@ class McpServer:
         began, late = time.monotonic(), Deadline(self.soft)
         asked = isinstance(call.token, (str, int))
         while not call.done.wait(late.capped(2 if asked else 3600)) and not late.over():
-            seconds = time.monotonic() - began
             if asked:
                 self.send(method="notifications/progress", params={
-                    "progressToken": call.token, "progress": round(seconds, 1),
-                    "message": f"{seconds:.0f} s"})
+                    "progressToken": call.token, "progress": round(time.monotonic() - began, 1)})
         ended = call.done.is_set()
         text, failed = call.answer if ended else self._attempt(self._keep, call)
         if not call.cancelled:
