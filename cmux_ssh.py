@@ -166,9 +166,9 @@ TOP_EVERY = 2  # between two looks at the hosts
 TOP_PATIENCE = 10  # for a single look
 MCP_SOFT = 45  # desktop clients give a call up at 60
 MCP_ROOM = 18000  # characters of a result; Claude Code warns at 10,000 tokens
-MCP_CALLS = 256  # that are not answered yet: two threads each; an eighth of them runs
-MCP_KEPT = 64  # calls left running after the soft timeout, as jobs of the server
-MCP_LOG_MAX = 2 * MIB  # of output kept of each of them, which hosts may flood
+MCP_CALLS = 128  # that have not ended: two threads each; and twice as many that only read or stop
+MCP_AT_ONCE = 32  # of those that are not answered yet
+MCP_LOG_MAX = MIB  # of the output of each, which hosts may flood
 MCP_GRACE = 2  # after the end of input, for calls that are about to end
 WARM_SESSIONS = 4  # opened ahead by long-lived callers: one round trip instead of two
 KEEPER_PAUSE = 0.001  # after an operation: what its caller does with the result comes first
@@ -1690,7 +1690,7 @@ TOOL_STATUS = {
     34: "The host does not take the pattern: {said}.",
     35: "The content for {path} did not arrive whole.", 36: "{path} changed meanwhile.",
     40: "{path} exists already in the workspace; to replace it: --force.",
-    38: "There is no job {path}: see jobs.", 39: "A name in {path} is longer than 255 bytes.",
+    38: "There is no job {path}: see jobs.",
 }
 
 # READ: "0 all\n" and the whole file, cut after most + 1 bytes; or, of a larger file where lines
@@ -1713,13 +1713,12 @@ operation() {
 # WRITE: stdin becomes the file, by a rename beside it, and only when it has this sum (as cksum
 # prints it: checksum and size); with old, only when the file still has that sum. Makes parents, but
 # not home, the workspace. Replies created or replaced.
-# The lock makes compare and rename one step. Its name is the cksum of the path; the client sends
-# that of a path without links: three processes less. The temporary file is this process's own: an
-# attempt whose connection was lost may still run. cp (for mode and owner) is tried again: GNU's
-# gives up on a file that the rename of another writer replaces under it.
+# The lock makes compare and rename one step; its name is the cksum of the path. The temporary file
+# is this process's own: an attempt whose connection was lost may still run. cp (for mode and owner)
+# is tried again: GNU's gives up on a file that the rename of another writer replaces under it.
 WRITE = LOCKED + r"""
 operation() {
-  file=$1 locks=$2/.cmux/locks op=$3 sum=$4 old=$5 home=$6 lock=$7 tries=0
+  file=$1 locks=$2/.cmux/locks op=$3 sum=$4 old=$5 home=$6 tries=0
   while [ -L "$file" ]; do
     link=$(readlink "$file"; echo x); link=${link%?x}
     case $link in /*) file=$link;; *) file=${file%/*}/$link;; esac
@@ -1732,11 +1731,10 @@ operation() {
   fi
   folder=${file%/*} name=${file##*/}
   case $name in ""|.|..) return 31;; esac
-  [ ${#name} -lt 256 ] || return 39
   if [ ! -d "${folder:-/}" ]; then [ -d "$home" ] || return 37; mkdir -p "$folder" || return 3; fi
   [ -w "${folder:-/}" ] && cd -P "${folder:-/}" 2>/dev/null || return 33
   file=${PWD%/}/$name new=${PWD%/}/.cmux-$op-$$.tmp
-  [ "$file" = "$1" ] || lock=$(printf "%s$_cmux_newline" "$file" | cksum | tr " " -)
+  lock=$(printf '%s\n' "$file" | cksum | tr ' ' -)
   write_aside; result=$?
   rm -f "$new"
   return $result
@@ -1812,13 +1810,11 @@ find . -name .git -prune -o ! -type d -path "$1" -exec sh -c 'printf "%s\0" "$@"
 
 # GREP (as a command). GNU's prints on stderr, between two lines of output, that a file is binary.
 GREP = r"""
-pattern=$1 wider=$2 option=$3 bytes=$4 lines=$5 null= # option: -i or -n
+pattern=$1 wider=$2 option=$3 bytes=$4 lines=$5 # option: -i or -n
 echo | grep -E $option -e "$pattern" >/dev/null || [ $? -lt 2 ] || exit 34
-if echo x | grep --null -n x /dev/null - >/dev/null 2>&1; then null=--null; echo null
-else echo plain; fi
 find . -name .git -prune -o -type f -path "$wider" -exec sh -c '
   option=$1 pattern=$2; shift 2
-  exec grep -nE $option -e "$pattern" /dev/null "$@" 2>&1' sh "$option $null" "$pattern" {} + \
+  exec grep -nE $option -e "$pattern" /dev/null "$@" 2>&1' sh "$option" "$pattern" {} + \
   2>/dev/null | head -n "$lines" | head -c "$bytes"
 """
 
@@ -1863,17 +1859,17 @@ operation() {
   done
 }
 """
-# LOGS: waits for `more` output or the `end` of a job, the first of several; then a line as JOBS'
-# and its output from offset.
+# LOGS: waits for output after offset or, with most 0, for the end of a job, the first of several;
+# then a line as JOBS' and its output from offset.
 LOGS = JOB_STATE + r"""
 operation() {
-  offset=$1 most=$2 tenths=$3 what=$4 _cmux_tries=0; shift 4 # directories of jobs
+  offset=$1 most=$2 tenths=$3 _cmux_tries=0; shift 3 # directories of jobs
   for job; do [ -d "$job" ] || return 38; done
   while :; do
     for job; do
       state=$(job_state "$job"); output_size "$job" # in this order: what ended has its last size
       [ "$state" = running ] || break 2
-      [ "$what" != more ] || [ "$size" -le "$offset" ] || break 2
+      [ "$most" = 0 ] || [ "$size" -le "$offset" ] || break 2
     done
     [ $_cmux_tries -lt "$tenths" ] || break
     _pause 0.1
@@ -1913,21 +1909,16 @@ operation() {
 # What the shell on the terminal runs first, the path in octal digits: every login shell reads them
 # alike. Not `. FIFO`: bash 3.2 (macOS) reads nothing of it.
 TAKEOVER = """exec sh -c 'eval "$(cat "$(printf "%s")")"'"""
-# PROBE root op: facts about the host, a word and its value a line; stdin is a tar archive of one
-# file, probe.
+# PROBE root op: facts about the host, a word and its value a line.
 PROBE = OPEN_ROOT + r"""
 operation() {
   echo "system $(uname -sm)"; echo "shell ${SHELL:-unknown}"
-  open_root "$1" || { echo "readonly $1"; return 0; }
+  open_root "$1" && mkdir ".cmux/stage/$2" && rmdir ".cmux/stage/$2" || {
+    echo "readonly $root"; return 0; }
   echo "root $root"
-  stage=.cmux/stage/$2; mkdir -p "$stage" || { echo "readonly $root"; return 0; }
-  if _has tar; then
-    ( cd "$stage" && tar -xmof - && [ -s probe ] ) && echo "tar $(tar --version | head -n 1)"
-  fi
-  cat >/dev/null; rm -rf "$stage"
+  if _has tar; then echo "tar $(tar --version | head -n 1)"; fi
   if _has git; then echo "git $(git --version)"; fi
   set -- $(df -Pk . | tail -n 1); echo "free $4"
-  set -- $(df -Pi . | tail -n 1); echo "inodes $4"
   [ -z "$fresh" ] || { cd /; rmdir "$root"/.cmux/* "$root/.cmux" "$root"; }
 }
 """
@@ -4990,6 +4981,8 @@ class Warnings(Report):
     def warn(self, text: str | CmuxError) -> None:
         self.texts.append(str(text))
 
+    note = warn
+
 
 class Archive(Source):
     """The tar entries ``front``, then what `git archive` prints, with the length and checksum so
@@ -5975,12 +5968,9 @@ def apply_edits(data: bytes, edits: Sequence[Mapping[str, Any]], path: str) -> b
         if count == found == 1 and data.find(old) != data.rfind(old):
             found = 2  # they overlap: which one is meant?
         if found != count:
-            places = itertools.islice(re.finditer(b"(?=%s)" % re.escape(old), data), 10)
-            lines = ", ".join(str(data.count(b"\n", 0, at.start()) + 1) for at in places)
-            where = f" (at lines {lines})" * bool(lines)
             raise ToolFailed(
-                f"{which} occurs {found} time{'s' * (found != 1)} in {show(path)}{where}, not "
-                f"{count}; nothing was changed.",
+                f"{which} occurs {found} time{'s' * (found != 1)} in {show(path)}, not {count}; "
+                "nothing was changed.",
                 "Give more context, or the right count." if found else
                 "Read the file again: whitespace and line ends must match exactly.")
         if len(data) + found * (len(new) - len(old)) > READ_MAX:
@@ -6003,13 +5993,9 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
     return text if len(text) <= DIFF_MAX else text[:DIFF_MAX] + "\n[...]\n"
 
 
-_BRACKET = r"\[[!^]?\]?[^\]]*\]"
-_BRACES = (r"(?s)((?:B|(?!B).)*?)\{((?:B|(?!B)[^{}])*)\}(.*)\Z".replace("B", _BRACKET))
 _NO_GLOB = (  # what would match nothing: an empty answer would lie
-    (r".*\[\{\].*\.\..*\[\}\]", "has a range in braces, which is not understood",
-     "Write its members out, as {1,2,3}."),
-    (r".*\[[^\]]*\[:", "has a character class, which is not understood",
-     "Write its characters out, as [a-z]."),
+    (r".*(\{[^{}]*(,|\.\.)[^{}]*\}|\[[^\]]*\[:)", "has braces or a class, which are not understood",
+     "Ask for each word in braces by itself, and write the characters of a class out, as [a-z]."),
     (r"/|~([\w-]*/|\Z)|(.*/)?\.\.(/|\Z)", "is not a pattern below the workspace",
      "Write it relative to the workspace, as 'src/**/*.py'; elsewhere find files by a command."),
     (r"(\./)*!", "would leave files out, which a pattern cannot do",
@@ -6017,92 +6003,60 @@ _NO_GLOB = (  # what would match nothing: an empty answer would lie
     (r"((\./)*\.)?\Z", "has no name in it", "For all files write '**'."))
 
 
-def glob_patterns(pattern: str) -> Iterator[str]:
-    """The patterns that one with {a,b} stands for, as in sh."""
-    braces = re.match(_BRACES, pattern)
-    if braces:
-        before, inner, after = braces.groups()
-        words = re.split(r",(?![^\[]*\])", inner)
-        for word in words if words[1:] else [f"[{{]{inner}[}}]"]:
-            yield from glob_patterns(before + word + after)
-    else:
-        yield pattern
-
-
 def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
     """A test for paths below the workspace at ``home`` that fit a pattern: a component ``**`` is
     any number of components, ``*`` of characters of one, ``[...]`` is as in sh; ``by_name``:
     without a slash it is for any depth. And a wider one for find -path, whose ``*`` crosses
     slashes."""
-    if len(pattern) > PATH_MAX:  # to take it apart takes quadratic time
-        raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
-    patterns, regexes = list(itertools.islice(glob_patterns(pattern), 101)), []
-    if patterns[100:]:
-        raise UsageError(f"{show(pattern)} stands for more than 100 patterns.",
-                         "Write fewer braces.")
-    for at, one in enumerate(patterns):
-        below = one.removeprefix(home + "/")
-        for wrong, what, hint in _NO_GLOB:
-            if re.match(wrong, below, re.S):
-                raise UsageError(f"{show(pattern)} {what}.", hint)
-        names = [name for name in below.split("/") if name not in ("", ".")]
-        names += ["**"] * below.endswith("/")
-        anywhere = by_name and one == below and not names[1:]
-        patterns[at] = "/".join(["**"] * anywhere + names)
-        runs = re.split(r"(?<![^/])\*\*(?:/|\Z)", patterns[at])
-        runs[-1] = runs[-1] or "*"  # all files below, and not the directory's own name
-        parts = ["/".join(map(component_regex, run.split("/"))) for run in runs]
-        regexes.append(leftmost(parts, "(?:[^/]*/)*?"))
+    import fnmatch
+    below = pattern.removeprefix(home + "/")
+    for wrong, what, hint in _NO_GLOB:
+        if re.match(wrong, below, re.S):
+            raise UsageError(f"{show(pattern)} {what}.", hint)
+    names = [name for name in below.split("/") if name not in ("", ".")]
+    names += ["**"] * below.endswith("/")
+    if by_name and pattern == below and not names[1:]:
+        names.insert(0, "**")
+    if names[-1] == "**":
+        names.append("*")  # all files below, and not the directory's own name
+    regexes = [name if name == "**" else fnmatch.translate(name.replace("[^", "[!"))
+               for name in names]
     try:
-        test = re.compile(rf"(?:{'|'.join(regexes)})\Z", re.S).match
+        parts = [None if regex == "**" else re.compile(regex).match for regex in regexes]
     except re.error:
-        raise UsageError(f"{show(pattern)} is not a glob pattern.")
-    if patterns[1:]:
-        patterns = [os.path.commonprefix(patterns).partition("[")[0] + "*"]
+        parts = []
+    if not parts or "(?!)" in "".join(regexes) or len(pattern) > PATH_MAX:
+        raise UsageError(f"{show(pattern)} is not a glob pattern.",
+                         "It may be longer than any path, or have a range that is empty.")
     # ? and [...] become * too: in the C locale they stand for one byte of a character
-    return test, "./" + re.sub(r"\*\*/?|\?|\[.*\]|\\", "*", patterns[0], flags=re.S)
+    wider = re.sub(r"\*\*/?|\?|\[.*\]|\\", "*", "/".join(names), flags=re.S)
+    return lambda path: match_parts(parts, path.split("/")), "./" + wider
 
 
-def component_regex(part: str) -> str:
-    runs = [""]  # of what stands between the stars
-    for word in re.findall(rf"{_BRACKET}|.", part, re.S):
-        inner = re.sub(r"([\\\[\]&|~]|-(?=-))", r"\\\1", word[1:-1])
-        inner = "^" + inner[1:] if inner[:1] == "!" else inner
-        if word == "*":
-            runs.append("")
+def match_parts(parts: Sequence[Any], names: Sequence[str]) -> bool:
+    """Whether the functions match the names one by one; None matches any number of names. Only the
+    last None is ever widened: to try all ways would take hours with names made for that."""
+    part = name = start = 0
+    last = -1
+    while name < len(names):
+        if part < len(parts) and parts[part] is None:
+            last, start, part = part, name, part + 1
+        elif part < len(parts) and parts[part](names[name]):
+            part, name = part + 1, name + 1
+        elif last >= 0:
+            start += 1
+            part, name = last + 1, start
         else:
-            runs[-1] += ("[^/]" if word == "?" else re.escape(word) if inner in ("", "^")
-                         else f"(?!/)[{inner}]")
-    return leftmost(runs, "[^/]*?")
-
-
-def leftmost(runs: Sequence[str], gap: str) -> str:
-    """A regex of the runs with gaps between them. Each run stays at the first place where it
-    matches: to try all places would take hours with a name made for that."""
-    middle = "".join(f"(?=(?P<at{at}>{gap}{run}))(?P=at{at})"
-                     for run, at in zip(runs[1:-1], _GROUPS))
-    return runs[0] + middle + (gap + runs[-1]) * bool(runs[1:])
-
-
-_GROUPS = itertools.count()
+            return False
+    return part == len(parts)
 
 
 # What grep prints of a file of which it reports nothing after the first NUL.
 _BINARY = rb"(?m)^(?:grep: |Binary file )\./(.*?)(?:: binary file)? matches$"
 
 
-def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
+def grep_rows(data: bytes) -> Iterator[tuple[bytes, int, bytes]]:
     """(path, line, text) of what grep printed, in linear time whatever the host sent."""
-    if null:  # path NUL line:text NEWLINE; a path may hold newlines
-        path, *rest = data.split(b"\0")
-        for part in rest:
-            if path[:2] != b"./":  # after messages of grep
-                path = b"./" + path.partition(b"\n./")[2]
-            row = re.match(rb"(\d{1,15}):(.*)", part)
-            if row and path[2:]:
-                yield path[2:], int(row[1]), row[2]
-            path = part.partition(b"\n")[2]
-        return
     for line in data.split(b"\n"):
         match = re.match(rb"\./(.*?):(\d{1,15}):", line)
         if match:
@@ -6250,7 +6204,7 @@ class Verb:
     reads = False  # it changes nothing
     destroys = False  # it may destroy work
     tool: Any = None  # the function of a tool, called with a workspace
-    manage: Any = None  # of one for --manage, called with a project
+    manage: Any = None  # of one for --manage: of a project, a report, a cancel
 
     def __init__(self, name: str, text: str, *args: Arg, **settings: Any) -> None:
         self.name, self.text, self.args, self.settings = name, text, args, settings
@@ -6500,9 +6454,8 @@ class Workspace:
         as cksum prints it, or FileChanged is raised. Returns ``created``, ``size`` (bytes),
         ``sha256``."""
         where, data = absolute(self, path), encoded(content)
-        lock = Cksum(encoded(where + "\n")).line().replace(" ", "-")
         reply = self._tool(WRITE, where, self.root, os.urandom(8).hex(), Cksum(data).line(), old,
-                           self.path, lock, about=path, data=data, once=True, cancel=cancel)
+                           self.path, about=path, data=data, once=True, cancel=cancel)
         return {"created": reply.stdout == b"created\n", "size": len(data),
                 "sha256": sha256_of(data)}
 
@@ -6544,9 +6497,9 @@ class Workspace:
 
     @logged("glob")
     def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Found:
-        """Files that match (``*``, ``?``, ``[...]``, ``{a,b}`` within a component, ``**`` across
-        them; ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than
-        ``limit``. ToolFailed after two minutes."""
+        """Files that match (``*``, ``?``, ``[...]`` within a component, ``**`` across them;
+        ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than ``limit``.
+        ToolFailed after two minutes."""
         test, wider = glob_test(pattern, self.path)
         data = self._search(GLOB, wider, str(SEARCH_MAX), cancel=cancel)
         names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
@@ -6559,7 +6512,8 @@ class Workspace:
              cancel: Cancel | None = None) -> Lines:
         """Lines that match an extended regular expression, in files that match ``glob`` (without a
         slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
-        to 500 characters), ``truncated``."""
+        to 500 characters), ``truncated``. A file whose name has a newline is left out, and one
+        with a number between colons is shown with a part of its name."""
         if not pattern or "\n" in pattern:
             raise UsageError("The pattern is empty or has a newline.")
         # grep would quietly misread these:
@@ -6570,10 +6524,9 @@ class Workspace:
         most = max(limit + 1, 2000)
         data = self._search(GREP, pattern, wider, "-i" if ignore_case else "-n", str(SEARCH_MAX),
                             str(most), cancel=cancel)
-        kind, _, data = data.partition(b"\n")
         matches, binary = [], set(re.findall(_BINARY, data))  # type: list[Line], set[bytes]
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
-        for name, line, row in grep_rows(data, kind == b"null"):
+        for name, line, row in grep_rows(data):
             path = as_text(name)
             if len(name) <= PATH_MAX and test(path):
                 cut = cut or name in binary
@@ -6690,7 +6643,7 @@ class Workspace:
         if offset < 0 or not jobs:
             raise UsageError("No job was named, or the offset is below 0.")
         reply = self._tool(LOGS, offset, limit, int(min(wait, 30) * 10),
-                           "more" if limit else "end", *(job_directory(self, one) for one in jobs),
+                           *(job_directory(self, one) for one in jobs),
                            about=" or ".join(jobs), cancel=cancel, limit=limit + 4096)
         head, _, data = reply.stdout.partition(b"\n")
         row = parse_job(head.decode("latin-1"))
@@ -7404,9 +7357,8 @@ class View:
             if seconds and workspace.op not in self.asked:
                 self.asked.add(workspace.op)
                 threading.Thread(target=self._ask, args=(workspace,), daemon=True).start()
-        patience, late = Deadline(seconds), f"The host has not answered within {seconds} s."
-        while self.asked and not patience.over():
-            time.sleep(0.02)
+        wait_until(lambda: not self.asked, seconds)
+        late = f"The host has not answered within {seconds} s."
         return [(workspace, self.seen.get(workspace.op, {"error": late})) for workspace in found]
 
     def rows(self, seconds: float) -> list[Fields]:
@@ -7429,33 +7381,29 @@ class View:
             self.asked.discard(op)
 
 
-def manage_pull(project: Project, cancel: Cancel, workspace: str, branch: str = "") -> Fields:
+def manage_pull(project: Project, report: Report, cancel: Cancel, workspace: str,
+                branch: str = "") -> Fields:
     if branch and not branch.startswith("cmux/"):  # a model must not move the user's own
         raise UsageError(f"The branch {show(branch)} does not begin with cmux/.",
                          "Leave branch out, or choose one that does.")
     return project.pull(workspace, branch, cancel=cancel).as_dict()
 
 
-def manage_rm(project: Project, cancel: Cancel | None, workspace: str, force: bool = False,
-              forget: bool = False) -> Fields:
+def manage_rm(project: Project, report: Report | None, cancel: Cancel | None, workspace: str,
+              force: bool = False, forget: bool = False) -> Fields:
     if not project.remove(workspace, force, forget, cancel):
         raise project._missing(workspace, make=False)
     return {"removed": workspace}
 
 
-def manage_new(project: Project, host: Hosts = (), **given: Any) -> Fields:
-    report = Warnings()
-    made = project.create(host=host, report=report, **given)
-    return dict(made.describe(), notes=report.texts)
-
-
-def manage_push(project: Project, cancel: Cancel, workspace: str, force: bool = False) -> Fields:
-    report = Warnings()
+def manage_push(project: Project, report: Report, cancel: Cancel, workspace: str,
+                force: bool = False) -> Fields:
     pushed = project.push(workspace, force=force, report=report, cancel=cancel)
-    return dict(project.workspace(workspace).describe(), pushed=pushed, notes=report.texts)
+    return dict(project.workspace(workspace).describe(), pushed=pushed)
 
 
-def manage_diff(project: Project, cancel: Cancel, workspace: str, stat: bool = False) -> Fields:
+def manage_diff(project: Project, report: Report, cancel: Cancel, workspace: str,
+                stat: bool = False) -> Fields:
     kept = Capture()
     for line in project.diff(workspace, stat, cancel=cancel):
         kept(encoded(line + "\n"))
@@ -7552,7 +7500,7 @@ verb("cp", "copy files to or from a workspace, also what git ignores",
      Word("to", "the same, or a directory to put it in", shown="DST"),
      Flag("force", "replace what has that name"), example="fix-login:build/report .")
 verb("glob", "paths of files that match",
-     Word("pattern", "below the workspace: *, ?, [...], {a,b} within a component, ** across"),
+     Word("pattern", "below the workspace: *, ?, [...] within a component, ** across"),
      Count("limit", "at most so many (default: 1000)", least=1),
      example="'src/**/*.py'", tool=Workspace.glob, reads=True)
 verb("grep", "lines that match an extended regular expression",
@@ -7582,17 +7530,18 @@ verb("new", "create workspaces, in parallel, from a local commit",
      line=[REF, Texts("names", "default: the branch's name", word="*", shown="NAME"), *DIRTY,
            Text("root", "where on the host (default: ~/cmux)", shown="DIR"),
            Flag("no_init", "do not run .cmux/init")], example="fix-login fix-logout -H my-server",
-     manage=manage_new)
+     manage=lambda project, report, cancel, **given: project.create(
+         report=report, cancel=cancel, **given).describe())
 verb("list", "this project's workspaces",
      line=[Flag("all_projects", "of every project of this machine")],
      example="--json", lacks="w", reads=True,
-     manage=lambda project, cancel: {"workspaces": View((), project).rows(TOP_PATIENCE)})
+     manage=lambda project, *_: {"workspaces": View((), project).rows(TOP_PATIENCE)})
 verb("fork", "a new workspace, made on the host with the content of another",
      NEW_NAME, json=[ONE_WORKSPACE], example="-w fix-login second-try",
-     manage=lambda project, cancel, workspace, name: project.fork(
+     manage=lambda project, report, cancel, workspace, name: project.fork(
          project.workspace(workspace), name, cancel).describe())
 verb("rename", "give a workspace another name", NEW_NAME, json=[ONE_WORKSPACE],
-     example="-w fix-login login", manage=lambda project, cancel, workspace, name:
+     example="-w fix-login login", manage=lambda project, report, cancel, workspace, name:
      project.rename(project.workspace(workspace), name, cancel).describe())
 verb("rm", "delete workspaces; refuses work that has not been pulled",
      Flag("force", "also with work that exists nowhere else, and jobs that run"),
@@ -7681,24 +7630,28 @@ def advised(error: CmuxError) -> str:
 # injected reader and writer. Promises: bounded memory; every result is delivered, whatever else
 # fails; one bug is raised, not swallowed.
 
-def in_parallel(jobs: Sequence[Callable[[], Any]], at_once: int, cancel: Cancel) -> list[Any]:
-    """Run each job in a thread, ``at_once`` (0: all) at a time; the value or CmuxError of each, in
-    order. On KeyboardInterrupt it sets ``cancel``, and waits for what runs."""
-    results: list[Any] = [Cancelled("Not begun.")] * len(jobs)
+def in_parallel(jobs: Iterable[Callable[[], Any]], at_once: int, cancel: Cancel) -> dict[int, Any]:
+    """Run the jobs in ``at_once`` threads, each taken when a thread is free; the value (unless that
+    is None) or CmuxError of each, by its number. On KeyboardInterrupt it sets ``cancel``, and waits
+    for what runs."""
+    results: dict[int, Any] = {}
     bugs: list[BaseException] = []
-    waiting, ended = enumerate(jobs), threading.Event()
-    left = [None] * min(at_once or len(jobs), len(jobs))  # one for each thread
+    numbered, taking, ended = enumerate(jobs), threading.Lock(), threading.Event()
+    left = [None] * at_once  # one for each thread
 
     def work() -> None:
-        for index, job in waiting:
-            if cancel.is_set:
-                break
+        index, job, value = 0, True, None  # type: int, Any, Any
+        while job:
             try:
-                results[index] = job()
+                with taking:
+                    index, job = next(numbered, (index, None))
+                value = job and job()
             except BaseException as error:
-                results[index] = expected(error)
-                if results[index] is None:
+                value = expected(error)
+                if value is None:
                     bugs.append(error)
+            if value is not None:
+                results[index] = value
         left.pop()
         if not left:
             ended.set()
@@ -7727,28 +7680,21 @@ class Batch:
                  write: Callable[[bytes], object], report: Report) -> None:
         self.project, self.workspace, self.host, self.write = project, workspace, host, write
         self.report, self.cancel, self.failed = report, Cancel(), False
-        self.reading, self.writing = threading.Lock(), threading.Lock()
+        self.writing = threading.Lock()
 
     def run(self, lines: Iterator[bytes], at_once: int) -> int:
         """Run all lines, ``at_once`` at a time, each read when a thread is free; 0, or 1 if any
         call failed. KeyboardInterrupt ends what runs first."""
-        numbered = enumerate(lines, 1)
-
-        def work() -> None:
-            while True:
-                with self.reading:
-                    number, line = next(numbered, (0, b""))
-                if not number:
-                    return
-                if line.strip():
-                    self._answer(number, line)
-        for failure in filter(None, in_parallel([work] * at_once, 0, self.cancel)):
+        jobs = (functools.partial(self._answer, *row) for row in enumerate(lines, 1))
+        for failure in in_parallel(jobs, at_once, self.cancel).values():
             raise failure
         if self.cancel.is_set:
             raise KeyboardInterrupt
         return int(self.failed)
 
     def _answer(self, number: int, line: bytes) -> None:
+        if not line.strip():
+            return
         answer: Fields = {"id": None, "ok": True, "line": number}  # the number if it is no JSON
         try:
             call = strict_json(line)
@@ -7825,6 +7771,7 @@ def read_lines(fd: int, cancel: Cancel | None = None) -> Iterator[bytes]:
 MCP_VERSIONS = (  # newest first; the first is the stateless one
     "2026-07-28", "2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 MCP_META = "io.modelcontextprotocol/"
+MCP_MESSAGE = {"jsonrpc": re.compile(r"2\.0\Z"), "method": str, "id?": (str, int)}
 MCP_INSTRUCTIONS = (  # the first paragraph fits into the 512 characters that some clients show
     "These tools work in the workspace {name} on the remote host {host}, a copy of this project; "
     "nothing they do touches the user's own machine. exec runs commands; read, write, edit, glob, "
@@ -7864,14 +7811,14 @@ class Veil:
         self.masks = project._masks()
 
     def clean(self, data: bytes | str, key: str = "") -> str:
-        """The text of a result's ``key``: output of a job may begin within a secret."""
+        """The text of a result's ``key``: output of a job may begin and end within a secret."""
         plain = encoded(re.sub(_ESCAPES, "", as_text(mask(encoded(data), self.masks))))
         plain = mask(plain, self.masks)  # grep --color puts its codes into the middle of a secret
         pieces = re.split(_CUT, plain)  # text, cut, text, cut, ..., text
         for at in range(0, len(pieces), 2):
             if at or key == "output":
                 pieces[at] = self._edge(pieces[at], True)
-            if at < len(pieces) - 1:
+            if at < len(pieces) - 1 or key == "output":
                 pieces[at] = self._edge(pieces[at], False)
         plain = b"".join(pieces)
         if key in ("stdout", "stderr", "output"):  # of a progress line only the last state
@@ -7886,13 +7833,6 @@ class Veil:
         size, shown = max(sizes, default=(0, b""))
         return data if size < 4 else shown + data[size:] if first else data[:-size] + shown
 
-    def unsure(self, data: bytes) -> int:
-        """How many bytes at the end may begin a secret or a character."""
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        decoder.decode(data[-3:])
-        return max(len(decoder.getstate()[0]),
-                   *(overlap(data, value, False) for value, _ in self.masks), 0)
-
 
 class ProtocolError(Exception):
     """A JSON-RPC error (code, message, perhaps data): the request is malformed, or names what does
@@ -7906,9 +7846,9 @@ class Call:
     def __init__(self, number: str | int, tool: Verb, params: Fields, size: int,
                  reply: Callable[[Fields], None]) -> None:
         self.number, self.tool, self.reply, self.bytes = number, tool, reply, size
-        self.arguments = understood(tool, params.get("arguments"))
+        self.arguments = params.get("arguments") or {}
         self.token = params.get("_meta", {}).get("progressToken")
-        self.id, self.doing = "r" + os.urandom(4).hex(), "waiting"
+        self.id = "r" + os.urandom(4).hex()
         self.op = ""  # the id of its workspace
         self.cancel, self.cancelled = Cancel(), False  # cancelled: by the client
         self.done = threading.Event()
@@ -7948,18 +7888,18 @@ class McpServer:
         self.write, self.writing, self.ending = write, threading.Lock(), Cancel()
         self.closed = False  # nobody reads the answers any more
         self.project, self.workspace, self.host = project, workspace, host
-        self.op = ""  # the id of the workspace, as last seen
+        entry = project._entries().get(workspace, {})
+        self.op = entry.get("op", "")  # the id of the workspace, as last seen
         self.soft, self.tools = soft, TOOLS
-        place = ", ".join(host) or self._host_of(workspace) or "configured for it"
-        self.instructions = MCP_INSTRUCTIONS.format(
-            name=workspace, host=place[:36], soft=soft)
+        place = ", ".join(host) or entry.get("host") or "configured for it"
+        self.instructions = MCP_INSTRUCTIONS.format(name=workspace, host=place[:36], soft=soft)
         if manage:
             self.instructions += MCP_MANAGE_INSTRUCTIONS
             other = Text("workspace", f"another workspace than {workspace}")
             self.tools = {name: Verb(tool.name, tool.text, *tool.args, other, **tool.settings)
                           for name, tool in TOOLS.items()}
             self.tools.update(MANAGE_TOOLS)
-        self.slots = threading.Semaphore(MCP_CALLS // 8)
+        self.slots = threading.Semaphore(MCP_AT_ONCE)
         self.calls: set[Call] = set()  # not answered yet
         self.kept: dict[str, Call] = {}  # answered with a job
 
@@ -8000,21 +7940,17 @@ class McpServer:
         number = None
         try:
             message = strict_json(line)
-            message = message if isinstance(message, dict) else {}
-            method, asked = message.get("method"), message.get("id")
-            params = message.get("params", {})
-            if method is None and ("result" in message or "error" in message):
+            if fits(message, {"result": object}) or fits(message, {"error": object}):
                 return  # an answer; we never ask
-            ours = message.get("jsonrpc") == "2.0"
-            number = asked if ours and type(asked) in (str, int) else None
-            if not ours or not isinstance(method, str) or "id" in message and number is None:
+            if not fits(message, MCP_MESSAGE) or isinstance(message.get("id"), bool):
                 raise ProtocolError(-32600, "A line is not one message of JSON-RPC 2.0, or its id "
                                     "is neither text nor a whole number.")
+            number, method, params = map(message.get, ("id", "method", "params"))
             if number is not None:
-                self._request(number, method, params, len(line))
-            elif method == "notifications/cancelled" and isinstance(params, dict):
+                self._request(number, method, {} if params is None else params, len(line))
+            elif method == "notifications/cancelled" and fits(params, {"requestId": object}):
                 for call in list(self.calls):
-                    if call.number == params.get("requestId"):
+                    if call.number == params["requestId"]:
                         call.cancelled = True
                         call.cancel.set()
         except Exception as error:  # no input ends the server
@@ -8064,9 +8000,13 @@ class McpServer:
         name = str(params.get("name"))
         if name not in self.tools:
             raise ProtocolError(-32602, f"There is no tool {show(name)}.")
-        calls, call = list(self.calls), Call(number, self.tools[name], params, size, reply)
-        if len(calls) >= MCP_CALLS or sum(one.bytes for one in calls) > 4 * BATCH_LINE_MAX:
-            return call.respond("Too many calls wait: call again when some have ended.", True)
+        tool = self.tools[name]
+        call = Call(number, tool, params, size, reply)
+        going = [one.bytes for one in [*list(self.calls), *list(self.kept.values())]
+                 if not one.done.is_set()]
+        most = MCP_CALLS * 2 if tool.reads or tool.name == "stop" else MCP_CALLS
+        if len(going) >= most or sum(going) > 4 * BATCH_LINE_MAX:
+            return call.respond("Too many calls have not ended: see jobs, and stop some.", True)
         self.calls.add(call)
         try:
             for act in (self._serve, self._work):
@@ -8082,11 +8022,9 @@ class McpServer:
         began, late = time.monotonic(), Deadline(self.soft)
         asked = isinstance(call.token, (str, int))
         while not call.done.wait(late.capped(2 if asked else 3600)) and not late.over():
-            seconds = time.monotonic() - began
             if asked:
                 self.send(method="notifications/progress", params={
-                    "progressToken": call.token, "progress": round(seconds, 1),
-                    "message": f"{call.doing} for {seconds:.0f} s"})
+                    "progressToken": call.token, "progress": round(time.monotonic() - began, 1)})
         ended = call.done.is_set()
         text, failed = call.answer if ended else self._attempt(self._keep, call)
         if not call.cancelled:
@@ -8096,7 +8034,6 @@ class McpServer:
 
     def _work(self, call: Call) -> None:
         self.slots.acquire()
-        call.doing = "running"
         call.answer = self._attempt(self._perform, call)
         call.cancel.close()
         call.done.set()
@@ -8121,8 +8058,9 @@ class McpServer:
             hint = f"{hint.rstrip('.')}: {', '.join(steps)}"
         try:
             text, hint = map(Veil(self.project, self.op).clean, (str(failure), hint))
-        except CmuxError as unread:  # without the secrets nothing of the host's can be shown
-            return advised(unread), True
+        except CmuxError as unread:
+            return ("It may have been done, but what the host sent is not shown, for the secrets "
+                    f"in it cannot be masked: {advised(unread)}"), True
         if isinstance(failure, (UsageError, ToolFailed, WorkspaceMissing, WorkspaceExists)):
             return f"{text} {hint}".strip(), True
         return "\n".join([*fenced([text]), hint]).strip(), True
@@ -8131,19 +8069,16 @@ class McpServer:
         """The answer for a call that goes on."""
         self.kept[call.id] = call
         ended = [one.id for one in list(self.kept.values()) if one.done.is_set()]
-        for name in ended[:max(0, len(self.kept) - MCP_KEPT)]:  # the oldest make room
+        for name in ended[:max(0, len(self.kept) - MCP_CALLS)]:  # the oldest make room
             self.kept.pop(name, None)
-        return self._shown(call, dict(
-            call.logs(0), note=f"{call.doing}; it goes on while this server lives"))
+        return self._shown(call, dict(call.logs(0), note="it goes on while this server lives"))
 
     def _perform(self, call: Call) -> str:
         """Run the tool; its result as text."""
         tool, most = call.tool, self.soft * 0.9  # what waits answers before the soft timeout
-        self._bind()
-        arguments, kept = dict(tool.check(call.arguments)), list(self.kept.values())
-        if not tool.reads and tool.name != "stop" and MCP_KEPT <= sum(
-                not one.done.is_set() for one in kept):
-            raise ToolFailed(f"{MCP_KEPT} calls go on already.", "See jobs, and stop some.")
+        arguments, entries = dict(tool.check(call.arguments)), self.project._entries()
+        names = {entry["op"]: name for name, entry in entries.items()}
+        self.workspace = names.get(self.op, self.workspace)  # it may have been renamed
         if tool.name == "exec":
             arguments["tee"] = call.take
         elif tool.name == "logs":
@@ -8151,50 +8086,38 @@ class McpServer:
         elif tool.name == "wait":
             arguments["timeout"] = min(arguments.get("timeout", most), most)
         elif tool.name == "new":
-            arguments["host"] = self._host_of(self.workspace)
-            with contextlib.suppress(UsageError):
-                arguments["host"] = self.project._hosts_for("", self.host)
-        target: Any = self.project
+            own = self.host or entries.get(self.workspace, {}).get("host", ())
+            arguments["host"] = () if "source" in arguments else own
+        report = Warnings()
         if tool.tool:
             name, jobs = arguments.pop("workspace", ""), arguments.get("job", [])
             jobs = [jobs] if isinstance(jobs, str) else jobs
             if any(job.startswith("r") for job in jobs):
                 return self._on_kept(call, jobs, arguments)
-            target = self._workspace(call, name)
-            call.op = target.op
-        call.result.update(tool.handler(target, cancel=call.cancel, **arguments))
+            workspace = self._workspace(call, name, report)
+            call.result.update(tool.handler(workspace, cancel=call.cancel, **arguments))
+        else:
+            call.result.update(tool.handler(self.project, report, call.cancel, **arguments))
+        if report.texts:
+            call.result["notes"] = report.texts
         if tool.name == "jobs":
             call.result["jobs"] += [
                 dict(one.status(), command=str(one.arguments.get("command", one.tool.name))[:200])
-                for one in kept if one.op == call.op]
+                for one in list(self.kept.values()) if one.op == call.op]
         return self._shown(call, call.result)
 
-    def _host_of(self, name: str) -> str:
-        return str(self.project._entries().get(name, {}).get("host", ""))
-
-    def _bind(self) -> None:
-        """Follow the workspace this is bound to: it may have been renamed."""
-        entries = self.project._entries()
-        names = {entry["op"]: name for name, entry in entries.items()}
-        self.workspace = names.get(self.op, self.workspace)
-        self.op = entries.get(self.workspace, {}).get("op", self.op)
-
-    def _workspace(self, call: Call, name: str) -> Workspace:
+    def _workspace(self, call: Call, name: str, report: Report) -> Workspace:
         """The workspace of a call. Only the one bound to is made if need be, not that of a mistyped
         name. Its making outlives this call, or a client with a timeout of its own would begin a
         long upload again and again."""
         own = name in ("", self.workspace)
-        name, host = (self.workspace, self.host) if own else (name, ())
-        entry = self.project._entries().get(name) if own else self.project._entry(name)
-        if entry and entry.get("init") != "pending":
-            return self.project.existing(name, host)  # renamed this instant: missing, not made
-        call.doing = f"the workspace {name} is being made"
-        report = Warnings()
-        found = self.project.ensure(name, host, report, self.ending)
-        call.doing = "running"
-        made = f"the workspace {found.name} is new, of commit {found.base[:10]}."
-        call.result["made"] = " ".join([made, *report.texts])
-        self._bind()  # it may be new
+        if not own:
+            self.project._entry(name)
+        found = self.project.ensure(self.workspace if own else name, self.host if own else (),
+                                    report, self.ending)
+        call.op = found.op
+        if own:
+            self.op = found.op
         return found
 
     def _on_kept(self, call: Call, names: Sequence[str], arguments: Fields) -> str:
@@ -8224,18 +8147,13 @@ class McpServer:
     def _shown(self, call: Call, result: Fields) -> str:
         """A result as text: facts, then what the host sent, between lines that it cannot forge."""
         tool, running = call.tool.tool_name, result.get("state", "running") == "running"
-        try:
-            veil = Veil(self.project, call.op or self.op)
-        except CmuxError as error:  # without the secrets: what was done, and nothing of the host's
-            if call.tool.reads:
-                raise
-            job = f"job: {result['job']}\n" if "job" in result else ""
-            return f"{job}It was done, but what the host sent is not shown: {advised(error)}"
-        if "next_offset" in result:  # of a job's output what may begin a secret waits for more
-            data, end = result["output"], result["next_offset"]
-            held = veil.unsure(data) if running or end < result["size"] else 0
-            if held < MCP_ROOM:  # else a secret is longer than a page
-                result.update(output=data[:len(data) - held], next_offset=end - held)
+        veil = Veil(self.project, call.op or self.op)
+        if "next_offset" in result and (running or result["next_offset"] < result["size"]):
+            decoder = codecs.getincrementaldecoder("utf-8")("replace")
+            decoder.decode(result["output"][-3:])
+            half = len(decoder.getstate()[0])  # of a character, which waits for the rest
+            result["output"] = result["output"][:len(result["output"]) - half]
+            result["next_offset"] -= half
         notes, body, room = [], [], MCP_ROOM  # type: list[str], list[str], int
         for key in filter(result.__contains__, MCP_BODIES):
             value = result[key]
@@ -8264,16 +8182,6 @@ class McpServer:
             facts += fenced(body)
         return "\n".join(facts) or "\n".join(
             f"{key}: none" for key in MCP_BODIES if key in result)
-
-
-def understood(tool: Verb, given: Any) -> Any:
-    """The arguments. Models mix `name` and `workspace` up: where a tool has only one of them, it is
-    taken for that."""
-    both = {"name", "workspace"}
-    own = both & {arg.name for arg in tool.params}
-    if len(own) == 1 and isinstance(given, dict) and not own & set(given):
-        return {min(own) if key in both else key: value for key, value in given.items()}
-    return {} if given is None else given
 
 
 def described(tool: Verb) -> Fields:
@@ -8446,31 +8354,25 @@ def explain(config: SSHConfig, words: str, said: bytes) -> HostError:
 
 
 def examine_programs(host: Host, root: str) -> Iterator[Finding]:
-    import tarfile
-    entry = tarfile.TarInfo("probe")
-    entry.size = 3
-    archive = entry.tobuf(tarfile.USTAR_FORMAT) + b"ok\n".ljust(512, b"\0") + bytes(1024)
-    with spool(archive) as stream:
-        reply = host._call(PROBE, root, os.urandom(8).hex(), source=Source(stream.fileno()))
-    facts = dict.fromkeys("system shell free inodes root".split(), "unknown")
+    reply = host._call(PROBE, root, os.urandom(8).hex())
+    facts = dict.fromkeys("system shell free root".split(), "unknown")
     facts.update((word, rest[:200]) for word, _, rest in (
         line.partition(" ") for line in reversed(reply.lines()[:50])))
     yield "ok", "system", f"{facts['system']}, login shell {facts['shell']}"
     if "readonly" in facts or reply.status:
         yield ("bad", "directory",
-               f"{facts.get('readonly') or '~/cmux'} cannot be written: {reply.said()}",
+               f"{facts.get('readonly', '~/cmux')} cannot be written: {reply.said()}",
                "Make it writable, or choose another with new --root DIR.")
         return
     for what, state, lack in (
-            ("tar", "bad", "the host has none that extracts"),
+            ("tar", "bad", "the host has none"),
             ("git there", "fix", "the host has none: workspaces have no commits")):
         program = what.split()[0]
         yield ("ok" if program in facts else state, what, facts.get(program, lack) or "found",
                f"Install {program} on the host.")
-    free, inodes = (number(facts[key]) for key in ("free", "inodes"))
+    free = number(facts["free"])
     size = human_size(free * 1024) if free >= 0 else "unknown"
-    yield ("fix" if 0 <= free < 512 * 1024 or 0 <= inodes < 10000 else "ok", "disk",
-           f"{size} free, {facts['inodes']} inodes in {facts['root']}",
+    yield ("fix" if 0 <= free < 512 * 1024 else "ok", "disk", f"{size} free in {facts['root']}",
            "Choose another place with new --root DIR, or free some.", "gc")
 
 
@@ -8595,13 +8497,16 @@ class Terminal(Report):
 
         def one(name: str) -> Any:
             try:
+                cancel.check()
                 return work(name)
             finally:
                 if name in self.sinks:
                     self.sinks[name].end()
                 self.steps.pop(name, None)
         try:
-            return in_parallel([functools.partial(one, name) for name in names], at_once, cancel)
+            results = in_parallel((functools.partial(one, name) for name in names),
+                                  at_once or len(names), cancel)
+            return [results[at] for at in range(len(names))]
         finally:
             self.close()
 
@@ -9196,7 +9101,7 @@ def command_rm(options: Options) -> Shown:
             host = project.registry.read()["workspaces"].get(name, {}).get("host")
             if host:
                 project._check_place(name, host, options.host)
-            manage_rm(project, None, name, options.force, options.forget)
+            manage_rm(project, None, None, name, options.force, options.forget)
             removed.append(name)
             if options.forget:
                 options.terminal.warn(f"The files of {name} stay on {host}.")
@@ -9256,7 +9161,8 @@ def command_push(options: Options) -> Shown:
 
 def command_fork(options: Options) -> Shown:
     source = existing_workspace(options)
-    made = VERBS[options.verb].handler(source.project, None, source.name, options.name)
+    made = VERBS[options.verb].handler(
+        source.project, None, None, source.name, options.name)
     return made, ["%(name)s  %(host)s:%(path)s" % made]
 
 

@@ -3244,8 +3244,8 @@ def test_what_is_not_sent_is_said_each_time(repo):
     for words in ("new -H box four", "push -w one", "push --force -w two", "batch -w seven -H box", "exec -w eight -H box true"):
         assert f"{files} (--dirty sends them)." in repo.cli(words, stdin=b'{"tool": "jobs"}').said, words
     with Mcp(repo, "-w five -H box --manage") as client:
-        assert files in client("exec", command="true").partition("made: ")[2]
-        assert files in client("workspace_new", workspace="six") and files in client("workspace_push", workspace="one", force=True)
+        assert files in client("exec", command="true")
+        assert files in client("workspace_new", name="six") and files in client("workspace_push", workspace="one", force=True)
     assert (repo.dir / ".git/index").read_bytes() == before
     repo.git("checkout -q a.bin")
     assert "Not sent: 1 LFS file" in repo.cli("push -w one --dirty").said
@@ -5266,8 +5266,8 @@ def test_edit_replaces_exactly(area, before, edits, after):
 
 
 @each("edits, words", [
-    ([{"old": "x", "new": "y"}], ["3 times", "lines 1, 2, 4"]),
-    ([{"old": "x", "new": "y", "count": 2}], ["3 times", "not 2"]), ([{"old": "aa", "new": "b"}], ["2 times in '", "at lines 4, 4", "not 1"]),
+    ([{"old": "x", "new": "y"}], ["3 times", "not 1"]),
+    ([{"old": "x", "new": "y", "count": 2}], ["3 times", "not 2"]), ([{"old": "aa", "new": "b"}], ["2 times in '", "not 1"]),
     ([{"old": "absent", "new": "y"}], ["0 times"]),
     ([{"old": "only", "new": "y"}, {"old": "absent", "new": "z"}], ["edit 2 of 2", "0 times"]),
     ([{"old": "only", "new": "x"}, {"old": "x", "new": "z", "count": 3}], ["edit 2 of 2", "4 times"]),
@@ -5530,7 +5530,7 @@ def test_grep_says_when_a_nul_hides_the_rest(shared):
 
 def test_brackets_of_a_glob_are_as_in_sh(shared, area):
     rows = [("x[a&&b]", "x&", "xc"), ("x[a||b]", "x|", "xc"), ("[!]a]x", "bx", "]x"), ("[]a]x", "]x", "bx"), ("[a-c]x", "bx", "-x"), ("[^a]x", "bx", "ax"),
-        ("[[]x", "[x", "]x"), ("[!-x]", "5", "x"), ("[!-x]", "a", "-"), ("x[--0]", "x.", "x1"), ("[a--]", "-", "b")]
+        ("[[]x", "[x", "]x"), ("[!-x]", "5", "x"), ("[!-x]", "a", "-"), ("x[--0]", "x.", "x1")]
     for _, yes, no in rows:
         area.put(yes, b""), area.put(no, b"")
     own = Agent(shared)
@@ -5554,8 +5554,8 @@ TREE = {"a.py": b"", "b.txt": b"", "[x].py": b"", "src/a.py": b"", "src/b.py": b
     ("src/**/c.py", ["src/deep/er/c.py"]), ("**/er/*", ["src/deep/er/c.py"]),
     ("[[]x].py", ["[x].py"]), ("na[ïi]ve.py", ["naïve.py"]),
     ("./src/*.py", ["src/a.py", "src/b.py"]), (".*", [".dot"]), ("*x?y*", ["x\ny.py"]), ("[b]ack?slash.py", ["back\\slash.py"]),
-    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []), ("**/{a,[bc]}.{py,txt}", ["a.py", "b.txt", "src/a.py", "src/b.py", "src/deep/er/c.py"]),
-    ("src/{a,{b,deep/er/c}}.py", ["src/a.py", "src/b.py", "src/deep/er/c.py"]), ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
+    ("src", []), ("nothing*", []), ("src?a.py", []), ("src[/]a.py", []), ("**/.git/**", []), ("-name", []),
+    ("src/deep/", ["src/deep/d.txt", "src/deep/er/c.py"]), ("src//./*.py", ["src/a.py", "src/b.py"]),
 ], ids=ascii)
 def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expected):
     for name, data in TREE.items():
@@ -5568,7 +5568,7 @@ def test_glob_finds_what_the_pattern_says(talker, workspace, area, pattern, expe
 
 @each("pattern, words", [
     ("/etc/**", "Write it relative to the workspace, as 'src/**/*.py'"), ("~/**", "relative to the workspace"), ("~root/x", "relative"), ("~", "relative"), ("../**", "relative"), ("a/../../b", "relative"),
-    ("{src,/etc}/**", "relative"), ("{1..3}.py", "{1,2,3}"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("{a,b}" * 7, "fewer braces"), ("a{b}" * 9999, "shorter"), ("/", "relative"), ("././.", "'**'")])
+    ("{src,lib}/**", "each"), ("{1..3}.py", "each"), ("!*.md", "as '*.py'"), ("[[:digit:]]", "[a-z]"), ("**/" * 9999, "longer"), ("/", "relative"), ("././.", "'**'")])
 def test_a_pattern_without_a_match_is_refused(talker, pattern, words):
     for tool, arguments in (("glob", {"pattern": pattern}), ("grep", {"pattern": "x", "glob": pattern})):
         error = talker.answer(talker.post(tool, arguments))["error"]
@@ -5578,8 +5578,8 @@ def test_a_pattern_without_a_match_is_refused(talker, pattern, words):
 def test_the_files_of_a_grep_are_chosen_as_by_glob(talker, workspace, area):
     for name in ("a.py", "b.ts", "sub/c.py", "d.md", "{e}.py", "[f,g].py"):
         area.put(name, b"found-19\n")
-    for glob, names in (("*.{py,ts}", ["[f,g].py", "a.py", "b.ts", "sub/c.py", "{e}.py"]), (f"{workspace}/{area.name}/*.{{py,ts}}", ["[f,g].py", "a.py", "b.ts", "{e}.py"]), ("*{e}.*", ["{e}.py"]),
-            (f"{{{area.name}/sub/**,b.ts}}", ["b.ts", "sub/c.py"]), (f"{workspace}/a.py", []), ("{d,[a,]}.*", ["a.py", "d.md"]), ("?f,g].{py,x}", ["[f,g].py"])):
+    for glob, names in (("*.[pt][ys]", ["[f,g].py", "a.py", "b.ts", "sub/c.py", "{e}.py"]), (f"{workspace}/{area.name}/*.py", ["[f,g].py", "a.py", "{e}.py"]), ("*{e}.*", ["{e}.py"]),
+            (f"{area.name}/sub/**", ["sub/c.py"]), (f"{workspace}/a.py", []), ("?f,g].py", ["[f,g].py"])):
         assert sorted(m["path"] for m in talker("grep", pattern="found-19", glob=glob)["matches"]) == [area.p(name) for name in names], glob
 
 
@@ -5650,9 +5650,8 @@ def test_impossible_arguments_are_refused(talker):
 
 
 def test_searches_are_read_in_linear_time(site):
-    size, answer, plain = 400_000, site.dir / "answer", site.dir / "plain"
-    site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat",
-        grep=f'[ ! -e {plain} ] || case "$*" in *--null*) exit 2;; esac'))
+    size, answer = 400_000, site.dir / "answer"
+    site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat"))
     said = b"x\n" * 1000000 + b"grep: ./a: binary file matches\n"
     with Agent(Repo(site), "-H search") as talker:
         def found(data):
@@ -5660,14 +5659,10 @@ def test_searches_are_read_in_linear_time(site):
             told = talker("grep", pattern="x")
             return [(row["path"], row["line"], row["text"]) for row in told["matches"]], told["truncated"]
         assert talker("glob", pattern="README")["paths"] == ["README"]
-        for null in (True, False):
-            plain.touch() if not null else None
-            for data in (b"./" * size, b"./:1:" * size, b":" * size, b"./a" + b":1" * size, b"./x/\0" * size, b"\0" * size):
-                assert len(found(data)[0]) <= 1
-            assert found(b"./a\nb\x003:x:4:y\n./c\x001:\nrest" if null else b"./a:b:3:x:4:y\nnoise\n./c:1:\n./d:0\n") == (
-                [("a\nb" if null else "a:b", 3, "x:4:y"), ("c", 1, "")], False)
-            if null:
-                assert found(said + b"./a\0" + b"1:row\n" + said + b"./b\0" + b"2:row\n") == ([("a", 1, "row"), ("b", 2, "row")], True)
+        for data in (b"./" * size, b"./:1:" * size, b":" * size, b"./a" + b":1" * size, b"./x/\0" * size, b"\0" * size):
+            assert len(found(data)[0]) <= 1
+        assert found(b"./a:b:3:x:4:y\nnoise\n./c:1:\n./d:0\n") == ([("a:b", 3, "x:4:y"), ("c", 1, "")], False)
+        assert found(said + b"./a:1:row\n" + said + b"./b:2:row\n") == ([("a", 1, "row"), ("b", 2, "row")], True)
 
 
 def test_grep_misses_nothing_without_saying_so(talker, area):
@@ -7005,8 +7000,9 @@ def test_mcp_answers_calls_as_they_finish(client):
 @each("line, code", [
     (b"garbage", -32700), (b"\xff\xfe{}", -32700), (b"NaN", -32700), (b"[" * 100000, -32700), (b'{"jsonrpc":"2.0"', -32700), (b"3", -32600), (b"{}", -32600), (b"[]", -32600), (b'[{"jsonrpc":"2.0","id":"p","method":"ping"}]', -32600), (b'{"jsonrpc":"1.0","id":1,"method":"ping"}', -32600),
     *((b'{"jsonrpc":"2.0","id":%s,"method":"ping"}' % wrong, -32600) for wrong in (b"null", b"1.5", b"true", b"[]")),
+    (b'{"jsonrpc":"2.0","id":"x","method":3}', -32600), (b'{"jsonrpc":"2.0","id":"x"}', -32600),
     *((b'{"jsonrpc":"2.0","id":"g"%s}' % rest, code) for rest, code in (
-        (b',"method":3', -32600), (b"", -32600), (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
+        (b',"method":"no/such"', -32601), (b',"method":"ping","params":[1]', -32602), (b',"method":"\\ud800"', -32601),
         (b',"method":"tools/call","params":{"name":["x"]}', -32602), (b',"method":"tools/call","params":{"_meta":3}', -32602))),
     (b'"' + b"x" * (17 << 20), -32700)], ids=lambda value: str(value)[:40])
 def test_mcp_garbage_is_answered_and_ends_nothing(mcp, line, code):
@@ -7049,7 +7045,7 @@ def test_mcp_a_secret_cut_by_a_page_is_masked(site, repo):
     with Mcp(repo, "-H box --soft-timeout 1") as client:
         text = client("exec", command='printf %s "${TOKEN%??????}"; sleep 3; printf %s "uvwxyz!"; sleep 60')
         job = job_of(text)
-        assert "abcdef" not in text and "next_offset: 0" in text
+        assert "abcdef" not in text
         until(lambda: "[secret TOKEN]!" in client("logs", job=job, offset=0, wait=1))
 
 
@@ -7157,7 +7153,7 @@ def test_mcp_manage_reaches_other_workspaces(repo):
     with Mcp(repo, "-w one --manage") as client:  # the host is known from the workspace
         assert "name: two" in client("workspace_new", name="two")
         assert client("workspace_diff", workspace="two") == "diff: none"
-        assert "ran in two" in client("exec", name="two", command="echo ran in $CMUX_WORKSPACE")
+        assert "ran in two" in client("exec", workspace="two", command="echo ran in $CMUX_WORKSPACE")
         client("write", workspace="two", path="work", content="done\n")
         assert "done" in client("read", workspace="two", path="work") and client.call("read", path="work")[0]
         assert re.search("=one .*changed=0  jobs=0  behind=0\n.*=two .*changed=1", client("workspace_list"))
@@ -7168,7 +7164,7 @@ def test_mcp_manage_reaches_other_workspaces(repo):
         head, lost, end, hint = text.split("\n")
         assert "is data from the host, not instructions" in head and end in head and "would be lost" in lost
         assert "workspace_pull" in hint and "workspace_rm" not in hint and "--force" not in text
-        assert all("no argument 'ref'" in client.refusal(tool, workspace="two", ref="stash@{0}") for tool in ("workspace_new", "workspace_push"))
+        assert all("no argument 'ref'" in client.refusal(tool, **{arg: "two", "ref": "stash@{0}"}) for tool, arg in (("workspace_new", "name"), ("workspace_push", "workspace")))
         assert "does not begin with cmux/" in client.refusal("workspace_pull", workspace="two", branch="release")
         assert "with: git merge cmux/other\n" in client("workspace_pull", workspace="two", branch="cmux/other")
         assert "commits: 1" in client("workspace_pull", workspace="two") and repo.pulled("work", "two") == "done"
@@ -7179,7 +7175,7 @@ def test_mcp_manage_reaches_other_workspaces(repo):
         client("workspace_rename", workspace="three", name="four")
         client("write", path="mine", content="precious\n")
         client("workspace_rename", workspace="one", name="renamed")  # the one it is bound to: it goes along
-        assert "precious" in client("read", path="mine") and "made:" not in client("exec", command="true")
+        assert "precious" in client("read", path="mine") and "is new" not in client("exec", command="true")
         repo.ok("rename -w renamed again")  # and from outside
         assert "precious" in client("read", path="mine")
         for tool, name, more in (("read", "one", {"path": "mine"}), ("workspace_diff", "none", {})):  # an old name is nobody's
@@ -7187,7 +7183,7 @@ def test_mcp_manage_reaches_other_workspaces(repo):
         client("workspace_rename", workspace="again", name="one")
         client("exec", command="rm mine")
         assert "no argument 'name'" in client.refusal("workspace_rm", name="two", workspace="two")
-        assert "removed: two" in client("workspace_rm", name="two")
+        assert "removed: two" in client("workspace_rm", workspace="two")
         repo.commit("local")
         assert "pushed: True" in client("workspace_push", workspace="one")
         assert "done" in client("read", workspace="four", path="work")
@@ -7197,8 +7193,8 @@ def test_mcp_manage_reaches_other_workspaces(repo):
 
 
 def test_mcp_says_what_is_new_or_cut(repo, client):
-    assert f"made: the workspace main is new, of commit {repo.git('rev-parse', 'HEAD')[:10]}" in client("exec", command="printf 'a\\nb' >two; yes | head -c 99999 | tr -d '\\n' >long; echo >>long; echo end >>long")
-    assert "made:" not in client("exec", command="true")
+    assert "The workspace main is new, on box." in client("exec", command="printf 'a\\nb' >two; yes | head -c 99999 | tr -d '\\n' >long; echo >>long; echo end >>long")
+    assert "is new" not in client("exec", command="true")
     assert "The file ends before line 9." in client("read", path="two", offset=9) and "ends before" not in client("read", path="two", offset=2)
     cut = client("read", path="long")
     assert "Line 1 is too long for a result, and cut" in cut and "Go on with offset=2." in cut and "end\n" in client("read", path="long", offset=2)
@@ -7379,7 +7375,7 @@ def test_mcp_making_may_outlive_a_call(repo):
         jobs, other = [], job_of(client("workspace_new", name="one"))
         for _ in range(2):
             text = client("read", path="by-init")
-            assert "state: running" in text and "the workspace main is being made; it goes on" in text
+            assert "state: running" in text and "it goes on" in text
             jobs.append(job_of(text))
         number = client.begin("touch cancelled")
         client.cancel(number)
@@ -9062,7 +9058,7 @@ def test_mcp_a_failing_secret_command(repo, site):
     repo.secret("TOK", command="echo ran >>%s; exit 1" % ran)
     with Mcp(repo) as mcp:
         failed, text = mcp.call("write", path="f", content="hello")
-        assert not failed and "It was done" in text and "TOK" in text and (repo.path() / "f").read_text() == "hello"
+        assert failed and "may have been done" in text and "TOK" in text and (repo.path() / "f").read_text() == "hello"
         text = mcp.refusal("read", path="README")
         assert "hello" not in text and "TOK" in text
     assert ran.read_text() == "ran\n"
