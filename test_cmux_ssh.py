@@ -6885,7 +6885,8 @@ def test_mcp_agrees_on_every_older_version(mcp, asked, given):
 def test_a_forked_child_has_a_cancel_of_its_own():
     cancels = [c.Cancel() for _ in range(3)]
     last = [cancel.fileno() for cancel in cancels][-1]
-    ThreadPoolExecutor(1).submit(cancels[1]._guard.acquire).result()  # held as it forks
+    holder = ThreadPoolExecutor(1)
+    holder.submit(cancels[1]._guard.acquire).result()  # held as it forks
 
     def look():
         cancels[0].set(), cancels[1].set()
@@ -6901,6 +6902,7 @@ def test_a_forked_child_has_a_cancel_of_its_own():
             os._exit(0 if look() else 1)
         finally:
             os._exit(2)
+    holder.submit(cancels[1]._guard.release).result()  # else its end would wait for that, five minutes
     assert os.waitpid(child, 0)[1] == 0
     assert select.select(cancels[::2], [], [], 0.2)[0] == [] and not cancels[0].is_set
     cancels[0].set()
