@@ -124,7 +124,7 @@ class Process(namedtuple("Process", "pid ppid cmdline environ")):
 
 def slurp(path):
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             return file.read()
     except OSError:
         return b""
@@ -139,17 +139,17 @@ def pointer(content):
     return b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest(content).encode(), len(content))
 
 
-def processes(environ=True):
-    """Every living process of this machine that we may see; zombies have no cmdline and are left out."""
+def processes(environ=True, parents=False):
+    """Every living process of this machine that we may see; zombies have no cmdline and are left out. Somebody waits for
+    most looks: they read no more than is asked for."""
     if not os.path.isdir("/proc/self"):
         return processes_from_ps()
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         cmdline = slurp(f"/proc/{pid}/cmdline")
         if cmdline:
-            fields = slurp(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-            if len(fields) > 1 and fields[0] not in (b"Z", b"X"):
-                found.append(Process(int(pid), int(fields[1]), cmdline, slurp(f"/proc/{pid}/environ") if environ else b""))
+            fields = slurp(f"/proc/{pid}/stat").rpartition(b")")[2].split() if parents else []
+            found.append(Process(int(pid), int(fields[1]) if fields else 0, cmdline, slurp(f"/proc/{pid}/environ") if environ else b""))
     return found
 
 
@@ -162,22 +162,22 @@ def processes_from_ps():
 
 def running(command):
     """The processes that run exactly this command; not those that only name it, like the shell around it."""
-    return [p for p in processes(environ=False) if p.cmdline.replace(b"\0", b" ").strip() == command.encode()]
+    return [p for p in processes(False) if p.cmdline.replace(b"\0", b" ").strip() == command.encode()]
 
 
 def naming(text):
-    return [p for p in processes(environ=False) if text.encode() in p.cmdline and p.pid != os.getpid()]
+    return [p for p in processes(False) if text.encode() in p.cmdline and p.pid != os.getpid()]
 
 
 def descendants(pid):
-    table, family = processes(environ=False), {pid}
+    table, family = processes(False, parents=True), {pid}
     while more := {p.pid for p in table if p.ppid in family} - family:
         family |= more
     return [p for p in table if p.pid in family and p.pid != pid]
 
 
 def ancestors():
-    parents, line = {p.pid: p.ppid for p in processes(environ=False)}, [os.getpid()]
+    parents, line = {p.pid: p.ppid for p in processes(False, parents=True)}, [os.getpid()]
     while parents.get(line[-1], 0) > 0:
         line.append(parents[line[-1]])
     return line
@@ -231,7 +231,7 @@ def meanwhile(act):
 def watched(needle):
     """Each look at every command line on this machine for bytes that must stand in none: the processes found."""
     looks = []
-    with meanwhile(lambda: looks.append([p for p in processes(environ=False) if needle in p.cmdline])):
+    with meanwhile(lambda: looks.append([p for p in processes(False) if needle in p.cmdline])):
         yield looks
 
 
@@ -617,7 +617,7 @@ class Site:
     def masters(self):
         """The ssh processes of this site that hold connections open."""
         name = os.fsencode(self.dir)
-        return [p for p in processes(environ=False)
+        return [p for p in processes(False)
             if name in p.cmdline and (b"[mux]" in p.cmdline or b"\0-M\0" in p.cmdline) and b"sshd" not in p.cmdline]
 
     def strike(self, sig=SIGKILL):
@@ -7803,7 +7803,7 @@ def test_demo_shows_the_flow_and_leaves_nothing(site, length, interrupted):
     folder, runtime = site.tmp / ("t" * (length - 1 - len(str(site.tmp)))), site.dir / "run"
     folder.mkdir()
     runtime.mkdir(0o700)
-    before = {p.pid for p in processes(environ=False)}
+    before = {p.pid for p in processes(False)}
     env = site.environment({"TMPDIR": str(folder), "PYTHONPATH": str(HERE), "CMUX_SSH_HOST": "mine", "XDG_RUNTIME_DIR": str(runtime)})
     child = Child([sys.executable, "-c", DEMO], cwd=site.home, env=env, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True)
     if interrupted:
@@ -8768,7 +8768,7 @@ def test_masters_killed_or_stopped_in_the_middle(wire, verb, how):
         struck = []
 
         def strike(struck=struck):
-            for process in processes(environ=False):  # masters, and the connections that carry one stream
+            for process in processes(False):  # masters, and the connections that carry one stream
                 if os.fsencode(wire.site.dir) in process.cmdline and re.match(rb"(\S*/)?ssh[:\0 ]", process.cmdline):
                     struck.append(process.pid)
                     kill(process.pid, how)
