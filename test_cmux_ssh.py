@@ -4463,15 +4463,6 @@ def test_a_line_cut_during_pull_leaves_nothing(line, repo):
     repo.ok("pull")
 
 
-def test_only_a_large_result_gets_its_own_connection(repo, site):
-    repo.new()
-    for size in (200_000, 300_000):
-        do(repo, f"head -c {size} /dev/urandom >{size}")
-        before = site.log().count("Accepted publickey")
-        repo.ok("pull")
-        assert site.log().count("Accepted publickey") - before == (size > 262144) and repo.git(f"cat-file -s cmux/main:{size}") == str(size)
-
-
 def test_what_may_not_come_has_a_way_out(repo):
     repo.cli("new -H box main")
     do(repo, AGENT + "echo one >one; git add .; git commit -qm one; ln -s ../../x evil; git add evil; git commit -qm a; git rm -q evil; git commit -qm b; echo u >u")
