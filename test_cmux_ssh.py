@@ -6380,18 +6380,15 @@ def test_12_batch_processes_of_10_each_all_succeed(repo, site):
 
 
 def test_contract_exec(talker, workspace, area, nap):
-    ran = talker("exec", command="echo 'single' \"double\" \\$HOME `echo tick` $((6*7)) '$x' '*' ';'; cat <<'E' >&2\nmulti 'line' \"$x\"\n  kept\nE")
-    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (0, "single double $HOME tick 42 $x * ;\n", "multi 'line' \"$x\"\n  kept\n")
+    ran = talker("exec", command='printf "%s|" "$A" "$B"; pwd; cat; cat <<\'E\' >&2\nmulti "$x"\n  kept\nE', cwd="src",
+        stdin="ümläut 🐙\n", env={"A": "it's \"$x\"\n`y`", "B": ""})
+    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (0, f"it's \"$x\"\n`y`||{workspace}/src\nümläut 🐙\n", 'multi "$x"\n  kept\n')
     assert (ran["timed_out"], ran["truncated"]) == (False, False) and ran["duration"] > 0
     began = monotonic()
     ran = talker("exec", command=f"echo early; {nap}", timeout=1)
     assert (ran["exit_code"], ran["timed_out"], ran["stdout"], ran["stopped"]) == (124, True, "early\n", "confirmed")
     assert 0.9 < ran["duration"] <= monotonic() - began + 0.001 < 10  # it is rounded
-    assert talker("exec", command="cat; printf end", stdin="line one\nümläut 🐙\n")["stdout"] == "line one\nümläut 🐙\nend"
     assert talker("exec", command="cat")["stdout"] == "", "no stdin is an empty one, and does not hang"
-    assert talker("exec", command='printf "%s|" "$A" "$B"', env={"A": "it's \"$x\"\n`y`", "B": ""})["stdout"] == "it's \"$x\"\n`y`||"
-    assert talker("exec", command=["printf", "<%s>", "a b", "", "it's", "*", "\n"], cwd="src")["stdout"] == "<a b><><it's><*><\n>"
-    assert talker("exec", command=["pwd"], cwd="src")["stdout"] == f"{workspace}/src\n"
     area.put("script", b"#!/bin/sh\n", 0o644)
     denied = talker("exec", command=[f"./{area.p('script')}"])
     assert denied["exit_code"] == 126 and "ermission denied" in denied["stderr"]
