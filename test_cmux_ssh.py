@@ -876,6 +876,10 @@ class Repo:
         return {}
 
 
+def fresh(site, odd=False):
+    return Repo(site, f"{os.urandom(4).hex()}/project", odd, {"nonce": os.urandom(16)} if not odd else {})
+
+
 def tree_of(directory):
     """The files below a directory in the form of Repo.tree, without .git."""
     found = {}
@@ -953,12 +957,12 @@ def site_of(request):
 @pytest.fixture
 def repo(request):
     """A small project, different in every test, on the test's own `site` where it asks for one."""
-    return Repo(site_of(request), f"{os.urandom(4).hex()}/project", files={"nonce": os.urandom(16)})
+    return fresh(site_of(request))
 
 
 @pytest.fixture
 def odd(request):
-    return Repo(site_of(request), f"{os.urandom(4).hex()}/project", odd=True)
+    return fresh(site_of(request), odd=True)
 
 
 @shared_fixture
@@ -8453,17 +8457,20 @@ class Gate:
     """A host on which a program stands still when its arguments hold a word, before or after its work, so
     that a script of ours is caught in its middle: until the gate opens."""
 
-    def __init__(self, site, of, when="before"):
-        self.dir = site.dir / "gate"
+    def __init__(self, site):
+        self.site, self.dir = site, site.dir / "gate"
         self.dir.mkdir()
-        real = program(of)
+        self.shut("none", "")
         wait = f"if mkdir {self.dir}/reached 2>/dev/null; then while [ ! -e {self.dir}/open ]; do sleep 0.02; done; fi"
-        script(self.dir / of, f'here() {{ case " $* " in *"$(cat {self.dir}/word 2>/dev/null || echo //)"*) {wait};; esac; }}\n' + (
-            f'here "$@"; exec {real} "$@"' if when == "before" else f'{real} "$@"; r=$?; here "$@"; exit $r'))
-        self.host = site.daemon("gated", env={"PATH": f"{self.dir}:{os.environ['PATH']}"})
+        for of in ("ln", "mv", "tar"):
+            script(self.dir / of, f'here() {{ case "$*" in $(cat {self.dir}/word)) {wait};; esac; }}\n'
+                f'here before {of} "$@"; {program(of)} "$@"; r=$?; here after {of} "$@"; exit $r')
+        site.daemon("gated", env={"PATH": f"{self.dir}:{os.environ['PATH']}"})
 
-    def shut(self, word):
-        (self.dir / "word").write_text(word)
+    def shut(self, of, word, when="before"):
+        (self.dir / "open").unlink(missing_ok=True)
+        shutil.rmtree(self.dir / "reached", ignore_errors=True)
+        (self.dir / "word").write_text(f"{when} {of} *{word}*")
 
     def reached(self):
         until((self.dir / "reached").exists)
@@ -8479,6 +8486,12 @@ class Gate:
         else:
             with suppress(OSError):
                 (self.dir / "open").touch()
+
+
+@shared_fixture
+def gate(keys):
+    with open_site(keys) as opened:
+        yield Gate(opened)
 
 
 def killed(child):
@@ -8525,15 +8538,14 @@ HALFWAY = {
 
 @each("when, verb, then", [(when, verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls for when in ("before", "after")] + [
     ("too late", "rename", "exec -w main -- true"), ("too late", "new", "rm victim"), ("too late", "push", "pull -w main"), ("too late", "rm", "new -H gated main")])
-def test_killed_while_its_script_goes_on(site, when, verb, then, repo):
+def test_killed_while_its_script_goes_on(gate, when, verb, then):
     """The script is caught around the step that counts, and goes on once the next call has come; or before it has the lock
     of the workspace's name, and then it does nothing any more."""
-    late = when == "too late"
-    gate = Gate(site, *("ln",) if late else ("mv", when))
+    late, repo = when == "too late", fresh(gate.site)
     repo.new(host="gated")
     repo.save("README", b"second\n")
     words, at, _ = HALFWAY[verb]
-    gate.shut(".by" if late else at)
+    gate.shut(*("ln", ".by") if late else ("mv", at, when))
     child = repo.start(words)
     gate.reached()
     killed(child)
@@ -8548,7 +8560,7 @@ def test_killed_while_its_script_goes_on(site, when, verb, then, repo):
     names |= {"victim"} if "victim" in then and not then.startswith("rm") else set()
     gate.ended()
     whole(repo, *names)
-    settled(site)
+    settled(gate.site)
     if late:
         assert tree_of(repo.path()) == there
     elif verb == "push" and "main" in names:
@@ -8581,10 +8593,9 @@ def test_a_pull_killed_as_it_moves_the_branch(repo, kills, site):
 
 def test_a_line_lost_while_a_workspace_is_unpacked(site, repo):
     """The call is tried again over a new connection while the first attempt still unpacks."""
-    gate = Gate(site, "tar")
-    line = site.line("far", to="gated")
+    gate, line = Gate(site), site.line("far", to="gated")
     repo.new("first", host="far")
-    gate.shut("whole.tar")
+    gate.shut("tar", "whole.tar")
     child = repo.start("new -H far second")
     gate.reached()
     line.drop()
