@@ -1702,6 +1702,9 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site, repo, agen
     ran = child.end()
     assert (ran.code, ran.err, listening) == (0, b"", []) and b"leak" not in ran.out and b"hijacked" not in ran.out
     assert b"agent=<> display=<>" in ran.out and b"not a tty" in ran.out
+    config = next(row["text"] for row in repo.ok("doctor hostile --json").json if row["what"] == "config")
+    for word in ("ForwardAgent", "ForwardX11", "SendEnv", "SetEnv", "LocalForward", "RemoteForward", "DynamicForward", "LocalCommand", "RemoteCommand"):
+        assert word in config, "doctor says what it would let out"
     assert not hostile.marker.exists() and not hostile.xauth.exists() and not (site.dir / "user-cm").exists()
     assert ssh_add(site, agent, "-L") == before and site.known_hosts.read_bytes() == known
 
@@ -7635,15 +7638,6 @@ def test_doctor_understands_an_ssh_before_8_7(repo, site):
         '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')
     found = repo.ok("doctor box --json")
     assert {row["state"] for row in found.json} == {"ok"} and "by publickey" in next(row["text"] for row in found.json if row["what"] == "connect")
-
-
-def test_doctor_says_what_the_config_would_let_out(site):
-    Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
-    found = site.cli("doctor hostile --json")
-    config = next(row["text"] for row in found.json if row["what"] == "config")
-    assert found.code == 0
-    for word in ("ForwardAgent", "ForwardX11", "SendEnv", "SetEnv", "LocalForward", "RemoteForward", "DynamicForward", "LocalCommand", "RemoteCommand"):
-        assert word in config
 
 
 def without_tar(site):
