@@ -1281,11 +1281,6 @@ def test_defaults_of_workspace_and_host(repo, site):
     assert {row["host"] for row in repo.workspaces().values()} == {"box", "second", "third"}
 
 
-@promise(4)
-def test_exec_without_any_host_says_how_to_name_one(repo):
-    refused(repo.cli("exec -- true"), 125, "-H")
-
-
 # === exec: a stop is a stop (promise 6) ===
 
 
@@ -3082,12 +3077,15 @@ def test_an_init_hook_runs_once_and_undoes_nothing(repo):
     assert "hook of i failed" in repo.cli("batch -w i -H box", stdin=b'{"tool": "jobs"}').said
 
 
-def test_a_repository_cannot_name_its_host(repo, site):
+@promise(4)
+def test_exec_without_any_host_says_how_to_name_one(repo, site):
+    """A repository cannot name it."""
     repo.save(dict.fromkeys((".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"), b'{"host": "box"}\nhost = box\n'))
-    assert repo.cli("exec -- true").code == 125 and not site.log().count("Accepted publickey")
+    refused(repo.cli("exec -- true"), 125, "-H")
+    assert not site.log().count("Accepted publickey")
 
 
-def test_a_record_with_wrong_parts_is_left_alone(repo):
+def test_a_record_with_wrong_parts_is_left_alone_and_disturbs_no_other(repo, site):
     repo.new()
     good = json.loads(repo.record().read_text())
     entry = good["workspaces"]["main"]
