@@ -3087,6 +3087,12 @@ def test_exec_without_any_host_says_how_to_name_one(repo, site):
 
 def test_a_record_with_wrong_parts_is_left_alone_and_disturbs_no_other(repo, site):
     repo.new()
+    other = site.state / "projects" / "zz.json"
+    other.write_text("damaged")
+    other.chmod(0o600)
+    everything = repo.cli("list --all-projects")
+    assert "main" in everything.text and "is damaged" in everything.said
+    other.unlink()
     good = json.loads(repo.record().read_text())
     entry = good["workspaces"]["main"]
 
@@ -3206,15 +3212,6 @@ def test_what_was_dirty_is_not_the_agents(repo):
     do(repo, "echo 2 >second")
     repo.ok("pull")
     assert repo.pulled("second") == "2"
-
-
-def test_a_damaged_project_disturbs_no_other(repo, site):
-    repo.new()
-    other = site.state / "projects" / "zz.json"
-    other.write_text("damaged")
-    other.chmod(0o600)
-    listed = repo.cli("list --all-projects")
-    assert "main" in listed.text and "is damaged" in listed.said
 
 
 def test_what_is_not_sent_is_said_each_time(repo):
