@@ -2149,7 +2149,7 @@ def test_secrets_set_asks_without_echo(repo, typed, words):
     assert repo.exec('printf %s "$TOKEN"').out == (b"good" if words else b"typed-in-secret")
 
 
-def test_the_value_of_a_secret_is_in_no_complaint(repo, site):
+def test_a_dotenv_file_is_read_or_refused_without_a_word_of_its_values(repo, site):
     (site.dir / "dot").write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
     (site.dir / "large").write_bytes(b"A=1\n" + b"#hunter2\n" * (1 << 17))
     for line, words in (("set TOK=hunter2", "secrets set TOK"), (f"import {site.dir}/dot", "Line 2"), (f"import {site.dir}/large", "larger than"), ("set TOK", "NUL")):
@@ -2157,9 +2157,6 @@ def test_the_value_of_a_secret_is_in_no_complaint(repo, site):
         refused(said, 2, words)
         assert "hunter2" not in said.said
     assert repo.cli("secrets list").out == b""
-
-
-def test_dotenv_values_and_their_comments(repo, site):
     file = site.dir / "dot"
     file.write_bytes("A=x # c\nB= # c\nC=#x\nD='a # b' # c\nE=\"x\\ny\"\t#c\nF='x' y\r\nG=a#b  \r\nexport H = it's\n\n# no\n"
         "PLAIN=abc\nexport EXPORTED=def\nQUOTED=\"a b\\n$X\"\nSINGLE='it is $HOME \\n'\nUNI=ü\nI=".encode())
