@@ -6953,13 +6953,18 @@ def test_mcp_every_tool_works(mcp):
     assert mcp.ask("tools/call", {"name": "exec", "arguments": [1]})["result"]["isError"]
 
 
-def test_mcp_answers_calls_as_they_finish(client):
+def test_mcp_answers_calls_as_they_finish_and_says_how_far_they_are(client):
+    long = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
     slow = client.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
     for number, n in {client.begin(f"sleep 0.3; echo n{n}"): n for n in range(100)}.items():
         assert f"n{n}\n" in client.text(number)
     assert slow not in client.answers
     last = client.begin("echo >go")
     assert "exit_code: 0" in client.text(last) and "slow" in client.text(slow)
+    assert "done" in client.text(long)
+    seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
+    steps = [params["progress"] for params in seen]
+    assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
 
 
 @each("line, code", [
@@ -7071,14 +7076,6 @@ def test_mcp_no_stop_of_the_lost_is_confirmed(site):
         line.drop()
         until(lambda: "state: lost" in client("logs", job=job))
         assert "stopped: requested" in client("stop", job=job)
-
-
-def test_mcp_progress_rises_and_ends_with_the_call(client):
-    number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
-    assert "done" in client.text(number)
-    seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
-    steps = [params["progress"] for params in seen]
-    assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
 
 
 @promise(6)
