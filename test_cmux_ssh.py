@@ -7006,6 +7006,9 @@ def test_mcp_neutralises_what_the_host_says(repo, client):
     text = client.refusal("read", path=f"no-{value}")
     assert value not in text
     assert b"leak" in tree_of(repo.path())
+    repo.secret("S", b'pa$$w0rd"x\\1234')
+    text = client("exec", command="export -p; printf '%s\n' \"$S\" | sed 's/[\\\\\"]/\\\\&/g'")
+    assert "w0rd" not in text and text.count("[secret S]") == 2, "also where it is escaped"
 
 
 def test_mcp_a_secret_cut_by_a_page_is_masked(site, repo):
@@ -7016,13 +7019,6 @@ def test_mcp_a_secret_cut_by_a_page_is_masked(site, repo):
         job = job_of(text)
         assert "abcdef" not in text and "next_offset: 0" in text
         until(lambda: "[secret TOKEN]!" in client("logs", job=job, offset=0, wait=1))
-
-
-def test_mcp_masks_a_secret_that_was_escaped(repo, client):
-    repo.secret("S", b'pa$$w0rd"x\\1234')
-    script = "export -p; printf '%s\n' \"$S\" | sed 's/[\\\\\"]/\\\\&/g'"
-    text = client("exec", command=script)
-    assert "w0rd" not in text and text.count("[secret S]") == 2
 
 
 @each("pause", [":", "sleep 0.01"])
