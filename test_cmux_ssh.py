@@ -980,9 +980,9 @@ def line(site):
 
 
 @pytest.fixture(params=["box", "nogit"])
-def place(request, site):
+def place(request):
     """A host with git, and one without."""
-    return bare_host(site) if request.param == "nogit" else request.param
+    return bare_host(site_of(request)) if request.param == "nogit" else request.param
 
 
 @pytest.fixture
