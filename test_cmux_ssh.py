@@ -430,6 +430,10 @@ class Answer(namedtuple("Answer", "argv code out err seconds")):
 class Child(subprocess.Popen):
     """The program at work. A traceback is a failure whatever the test expects."""
 
+    def say(self, data):
+        self.stdin.write(data)
+        self.stdin.flush()
+
     def communicate(self, data=None, timeout=60):
         out, err = super().communicate(data, timeout)
         assert b"Traceback" not in (out or b"") + (err or b""), (self.args, out, err)
@@ -2880,8 +2884,7 @@ def test_a_failed_second_connection_makes_no_host_down(repo, line, nap):
     repo.new(host="far")
     child = repo.start("batch -j 9", stdin=PIPE)
     for commands in ([nap] * 8, ["true"]):
-        child.stdin.write(calls(commands, workspace="main"))
-        child.stdin.flush()
+        child.say(calls(commands, workspace="main"))
         nap.runs(8)
         line.refuse = True
     tried = line.connections
@@ -6118,8 +6121,7 @@ class Client:
                 self.changed.notify_all()
 
     def send(self, line):
-        self.child.stdin.write(line + b"\n")
-        self.child.stdin.flush()
+        self.child.say(line + b"\n")
 
     def answer(self, number, seconds=PATIENCE):
         with self.changed:
@@ -6296,8 +6298,7 @@ def test_batch_answers_as_they_finish(shared):
 def test_a_stopped_batch_ends_what_runs_there(shared, sig, nap):
     for ended in (False, True):
         child = shared.start("batch -w main -j 2", stdin=PIPE)
-        child.stdin.write(calls([nap] * 3))
-        child.stdin.flush()
+        child.say(calls([nap] * 3))
         if ended:  # its input
             child.stdin.close()
             child.stdin = None
@@ -6311,12 +6312,10 @@ def test_a_stopped_batch_ends_what_runs_there(shared, sig, nap):
 
 def test_a_batch_whose_reader_is_gone_stops(shared, nap):
     child = shared.start("batch -j 2", stdin=PIPE)
-    child.stdin.write(calls([nap]))
-    child.stdin.flush()
+    child.say(calls([nap]))
     nap.runs()
     child.stdout.close()
-    child.stdin.write(calls(["echo nobody reads this"]))
-    child.stdin.flush()
+    child.say(calls(["echo nobody reads this"]))
     child.wait(PATIENCE)
     nap.gone()
     child.kill()
@@ -7312,8 +7311,7 @@ def test_mcp_odd_values_everywhere(mcp, value):
 @each("how", ["eof", "term"])
 def test_mcp_neither_grows_nor_hangs_unread(repo, how, nap):
     child = repo.start("mcp -H box", stdin=PIPE)
-    child.stdin.write(request("n", "tools/call", {"name": "exec", "arguments": {"command": nap}}))
-    child.stdin.flush()
+    child.say(request("n", "tools/call", {"name": "exec", "arguments": {"command": nap}}))
     nap.runs()
     fill(child, request("N", "tools/call", {"name": "exec", "arguments": {"command": "head -c 100000 /dev/zero | tr '\\0' z"}}), 5000)
     assert peak(child.pid) < 100
