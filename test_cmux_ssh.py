@@ -1827,8 +1827,8 @@ def test_a_server_that_wants_a_password_gets_no_prompt(site):
 
 
 @promise(4)
-def test_a_promisor_repository_fetches_nothing(repo, site):
-    trap = site.dir / "trap"
+def test_a_promisor_repository_fetches_nothing(repo):
+    trap = repo.dir.parent / "trap"
     for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
             ("remote.origin.url", f"ext::sh -c touch% {trap}"), ("protocol.ext.allow", "always"),
             ("core.sshCommand", f"touch {trap}"), ("remote.origin.uploadpack", f"touch {trap};")):
@@ -1837,17 +1837,17 @@ def test_a_promisor_repository_fetches_nothing(repo, site):
     assert repo.cli("new -H box a").code == 1 and not trap.exists() and repo.workspaces() == {}
 
 
-def test_a_git_directory_of_somebody_else_is_refused(repo, site):
+def test_a_git_directory_of_somebody_else_is_refused(repo, common):
     """It came with a clone, and its config names a host and a work tree."""
     inner = repo.dir / "vendor"
     repo.git("clone -q --bare .", str(inner))
-    (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {site.home}\n[cmux]\n host = box\n")
+    (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {common.home}\n[cmux]\n host = box\n")
     for words in ("new w", "new --dirty w", "exec -n -- true", "list"):
-        refused(site.cli(words, cwd=inner), 125 if "exec" in words else 1, "inside another repository")
-    apart = site.dir / "apart.git"
+        refused(common.cli(words, cwd=inner), 125 if "exec" in words else 1, "inside another repository")
+    apart = repo.dir.parent / "apart.git"
     inner.rename(apart)
     (apart / "config").write_text("[core]\n repositoryformatversion = 0\n bare = true\n")
-    assert site.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
+    assert common.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
     if os.geteuid() == 0:  # only root can make a repository of somebody else's
         subprocess.run(["chown", "-R", "65534:65534", str(repo.dir)], check=True)
         refused(repo.cli("new -H box a"), 1, "another user")
@@ -2078,11 +2078,11 @@ def test_secrets_of_every_scope_are_masked(repo, site):
     assert repo.ok("pull w --json").json["secrets"] == {name: ["T"] for name in ("global", "project", "own")} and not ran.exists()
 
 
-def test_a_secret_command_is_stored(repo, site):
-    store = site.dir / "vault"
+def test_a_secret_command_is_stored(repo, common):
+    store = repo.dir.parent / "vault"
     store.write_text("from-the-vault")
     repo.secret("TOKEN", command=f"cat {store}")
-    assert repo.exec('printf %s "$TOKEN"').out == b"from-the-vault" and not files_holding(site.state, b"from-the-vault")
+    assert repo.exec('printf %s "$TOKEN"').out == b"from-the-vault" and not files_holding(common.state, b"from-the-vault")
     store.unlink()
     refused(repo.exec("echo ran"), 125, "TOKEN")
     repo.ok("secrets rm TOKEN")
@@ -2092,7 +2092,7 @@ def test_a_secret_command_is_stored(repo, site):
     refused(repo.exec("echo ran", sh='''exec bash -c 'trap "" CHLD; exec "$@"' sh "$@"'''), 125, "failed with status 7")
 
 
-def test_no_secret_lies_in_a_record(repo, site):
+def test_no_secret_lies_in_a_record(repo, common):
     values = {"PLAIN": "hunter2-hunter2-XYZ", "QUOTE": "it's-a-s\u00e9cret-Q9", "LINES": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n-----END KEY-----"}
     for name, value in values.items():
         repo.secret(name, value)
@@ -2103,7 +2103,7 @@ def test_no_secret_lies_in_a_record(repo, site):
     told = repo.cli("history").text + repo.cli("jobs").text
     assert in_library(repo, "print(Project('.').workspace('main').exec([b'printf', sys.argv[1].encode()]).exit_code)", said[1]) == "0\n"
     assert "cret-Q9" not in repo.cli("history").text and all(told.count(f"[secret {name}]") >= 2 for name in ("PLAIN", "QUOTE", "MADE", "LINES"))
-    kept = b"".join(slurp(p) for p in site.state.rglob("*") if p.is_file() and not any("secrets" in part for part in p.parts))
+    kept = b"".join(slurp(p) for p in common.state.rglob("*") if p.is_file() and not any("secrets" in part for part in p.parts))
     for value in [*said, said[1].replace("'", "'\"'\"'")]:
         assert value.encode() not in kept and json.dumps(value).encode() not in kept, value
 
@@ -2149,15 +2149,15 @@ def test_secrets_set_asks_without_echo(repo, typed, words):
     assert repo.exec('printf %s "$TOKEN"').out == (b"good" if words else b"typed-in-secret")
 
 
-def test_a_dotenv_file_is_read_or_refused_without_a_word_of_its_values(repo, site):
-    (site.dir / "dot").write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
-    (site.dir / "large").write_bytes(b"A=1\n" + b"#hunter2\n" * (1 << 17))
-    for line, words in (("set TOK=hunter2", "secrets set TOK"), (f"import {site.dir}/dot", "Line 2"), (f"import {site.dir}/large", "larger than"), ("set TOK", "NUL")):
+def test_a_dotenv_file_is_read_or_refused_without_a_word_of_its_values(repo):
+    file, large = repo.dir.parent / "dot", repo.dir.parent / "large"
+    file.write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
+    large.write_bytes(b"A=1\n" + b"#hunter2\n" * (1 << 17))
+    for line, words in (("set TOK=hunter2", "secrets set TOK"), (f"import {file}", "Line 2"), (f"import {large}", "larger than"), ("set TOK", "NUL")):
         said = repo.cli(f"secrets {line}", stdin=b"abc\0hunter2")
         refused(said, 2, words)
         assert "hunter2" not in said.said
     assert repo.cli("secrets list").out == b""
-    file = site.dir / "dot"
     file.write_bytes("A=x # c\nB= # c\nC=#x\nD='a # b' # c\nE=\"x\\ny\"\t#c\nF='x' y\r\nG=a#b  \r\nexport H = it's\n\n# no\n"
         "PLAIN=abc\nexport EXPORTED=def\nQUOTED=\"a b\\n$X\"\nSINGLE='it is $HOME \\n'\nUNI=ü\nI=".encode())
     repo.ok("secrets import", str(file))
@@ -2596,10 +2596,10 @@ def test_a_full_disk_on_the_host_leaves_nothing_half(site, what):
 
 
 @each("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
-def test_a_full_disk_on_this_machine_is_said(repo, verb, room, site):
+def test_a_full_disk_on_this_machine_is_said(repo, verb, room):
     assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
     repo.save("large", os.urandom(300000))
-    small = site.dir / "small"
+    small = repo.dir.parent / "small"
     small.mkdir()
     words = {"new": ["new", "-H", "box", "second"], "pull": ["pull"], "batch": ["batch"], "exec": ["exec", "--", "cat >got"]}[verb]
     line = json.dumps({"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "cat >got", "stdin": "x" * 300000}}).encode() + b"\n"
@@ -2915,12 +2915,12 @@ def test_two_projects_of_one_name_never_meet(site):
     assert len(one.cli("list --all-projects --json").json) == 2
 
 
-def test_a_subdirectory_is_the_same_project(repo, site):
+def test_a_subdirectory_is_the_same_project(repo, common):
     repo.new()
-    before = site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
+    before = common.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
     assert before.json["stdout"] == "-C x\n"
-    assert site.cli("exec --", "ls README", cwd=repo.dir / "src").out == b"README\n"
-    assert site.cli("list -C", str(repo.dir / "src"), "--json").json == repo.cli("list --json").json != []
+    assert common.cli("exec --", "ls README", cwd=repo.dir / "src").out == b"README\n"
+    assert common.cli("list -C", str(repo.dir / "src"), "--json").json == repo.cli("list --json").json != []
 
 
 @each("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
@@ -3181,8 +3181,8 @@ def test_push_leaves_a_readable_split_index(repo):
 
 
 @each("everywhere", [False, True])
-def test_dirty_goes_by_attributes_and_ignores(repo, everywhere, site):
-    ignored = site.dir / "ignore everywhere" if everywhere else repo.dir / ".myignore"
+def test_dirty_goes_by_attributes_and_ignores(repo, everywhere):
+    ignored = repo.dir.parent / "ignore everywhere" if everywhere else repo.dir / ".myignore"
     ignored.write_text("private.txt\n")
     (repo.dir / ".git" / "attrs").write_text("*.z filter=crypt\n*.txt text\n")
     repo.git("config core.attributesFile", str(repo.dir / ".git" / "attrs"))
@@ -3379,7 +3379,7 @@ def test_a_merge_comes_home_as_one(repo):
     assert repo.tree() == there
 
 
-def test_work_that_a_push_left_behind_is_set_aside(repo, site):
+def test_work_that_a_push_left_behind_is_set_aside(repo, common):
     repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
@@ -3389,7 +3389,7 @@ def test_work_that_a_push_left_behind_is_set_aside(repo, site):
     nothing_new(repo)
     assert repo.id("cmux/main") == pulled
     do(repo, "echo 2 >second")
-    assert repo.cli("pull", env=replaced(site, git='case " $* " in *" cmux pull refs/heads/cmux/main "*) kill -9 $PPID; exit 1;; esac')).code == -9
+    assert repo.cli("pull", env=replaced(common, git='case " $* " in *" cmux pull refs/heads/cmux/main "*) kill -9 $PPID; exit 1;; esac')).code == -9
     kept = repo.ok("pull")
     assert repo.id(f"cmux/main-{pulled[:8]}") == pulled and "kept as" in kept.said
     assert repo.changed() == "second"
@@ -3416,9 +3416,9 @@ def test_fork_waits_for_a_push(repo, line):
 
 
 @each("layout", ["bare", "linked", "separate", "submodule"])
-def test_hooks_of_another_layout(repo, layout, site):
+def test_hooks_of_another_layout(repo, layout, common):
     repo.save("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
-    other = site.dir / "other"
+    other = repo.dir.parent / "other"
     if layout == "bare":
         repo.git("clone -q --bare", str(repo.dir), str(other))
         repo.git("-C", str(other), "config", "core.hooksPath", "hooks")
@@ -3430,7 +3430,7 @@ def test_hooks_of_another_layout(repo, layout, site):
         repo.git("init -q --separate-git-dir", str(other))
         other = repo.dir
     elif layout == "submodule":  # which has a configuration of its own
-        outer = Repo(site, "outer")
+        outer = fresh(common)
         outer.git("-c protocol.file.allow=always submodule --quiet add", str(repo.dir), "sub")
         other = outer.dir / "sub"
     repo.ok("-C", str(other), "new", "-H", "box", "w")
@@ -3489,8 +3489,8 @@ def test_dirty_reads_line_ends_as_git_add_does(repo):
 
 
 @each("empty", [False, True])
-def test_dirty_names_a_repository_inside(repo, empty, site):
-    inner = Repo(site, f"{repo.dir.relative_to(site.dir)}/in ner")
+def test_dirty_names_a_repository_inside(repo, empty, common):
+    inner = Repo(common, f"{repo.dir.relative_to(common.dir)}/in ner")
     if empty:
         inner.git("update-ref -d HEAD")
     refused(repo.cli("new --dirty -H box w"), 1, "'in ner' is a repository of its own. Let .gitignore cover it")
@@ -4400,9 +4400,9 @@ def test_hooks_are_found_in_any_configuration(repo):
 
 
 @promise(4)
-def test_pull_into_a_malicious_repository_runs_nothing(repo, site):
-    trap = site.dir / "trap"
-    evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
+def test_pull_into_a_malicious_repository_runs_nothing(repo):
+    trap = repo.dir.parent / "trap"
+    evil = script(repo.dir.parent / "evil.sh", f"echo ran >>{trap}\ncat")
     for hook in ("reference-transaction", "post-index-change", "post-checkout", "pre-commit", "post-commit", "pre-auto-gc", "fsmonitor-watchman"):
         path = repo.dir / ".git" / "hooks" / hook
         path.parent.mkdir(exist_ok=True)
@@ -4823,7 +4823,7 @@ def test_damaged_lfs_content_is_not_sent(site):
 # === list, rm, fork, rename ===
 
 
-def test_list_json_has_the_promised_keys(repo, site):
+def test_list_json_has_the_promised_keys(repo, common):
     assert repo.cli("list --json").json == []
     repo.new("a", "b")
     rows = repo.workspaces()
@@ -4831,7 +4831,7 @@ def test_list_json_has_the_promised_keys(repo, site):
     assert set(rows["a"]) >= set("name host path base created state behind changed jobs".split())
     where = Path(repo.cli("exec -w a --", "pwd -P").text.strip())
     assert where == repo.path("a") and where.name == "a" and re.match(r"project-\w+$", where.parent.name)
-    assert where.parents[1] == site.far_home() / "cmux" and mode_of(where.parents[1]) == 0o700
+    assert where.parents[1] == common.far_home() / "cmux" and mode_of(where.parents[1]) == 0o700
 
 
 def test_list_counts_commits_changes_and_jobs(repo, site, line):
@@ -5336,21 +5336,21 @@ def test_cp_brings_files_and_directories_both_ways(site, tools, repo):
     assert set(os.listdir(near)) == {"new", "d", "one"} and not list(site.remote.glob("*/cmux/.cmux/stage/*"))
 
 
-def test_cp_replaces_only_with_force(repo, site):
+def test_cp_replaces_only_with_force(repo, common):
     repo.new()
     far, near = repo.path(), repo.dir
-    (site.dir / "elsewhere").mkdir()
-    (near / "link").symlink_to(site.dir / "elsewhere")
+    (common.dir / "elsewhere").mkdir()
+    (near / "link").symlink_to(common.dir / "elsewhere")
     (near / "file").write_bytes(b"mine")
     (near / "there").mkdir()
-    (near / "there/src").symlink_to(site.dir / "elsewhere")
+    (near / "there/src").symlink_to(common.dir / "elsewhere")
     before = untouched(repo)
     for words, said in ((":README file", "--force"), (":README link", "elsewhere"), (":README link/x", "elsewhere"), ("--force :README link", "elsewhere"), (":src there", "--force"),
             (":README .git/hooks/post-checkout", "git"), (":README none/x", "No such file"), (":README none/", "No such file"), (":nowhere x", "no file"), (":README/x x", "no file"),
             ("README :", "exists already"), ("README :../mainx", "not in the workspace"), ("README :/etc/x", "not in the workspace"), ("nowhere :", "No such file"),
-            ("README x", "NAME:PATH"), (":a :b", "NAME:PATH"), ("README none:x", "no workspace"), ("-w main main:README x", "More than one"), (f"{site.state} :", "this program's own")):
+            ("README x", "NAME:PATH"), (":a :b", "NAME:PATH"), ("README none:x", "no workspace"), ("-w main main:README x", "More than one"), (f"{common.state} :", "this program's own")):
         refused(repo.cli(f"cp {words}"), 1 if re.search("no (file|work)|exists already$|^--force|^git", said) else 2, words=said)
-    assert untouched(repo) == before and os.listdir(site.dir / "elsewhere") == []
+    assert untouched(repo) == before and os.listdir(common.dir / "elsewhere") == []
     os.chmod(near / "file", 0o600)
     for words in (":README file", ":src file", ":README file", ":src there"):
         assert copied(repo, "--force", *words.split()) == []
@@ -5805,14 +5805,14 @@ def test_logs_of_a_large_output_are_whole(shared, talker):
     assert shared.cli(f"logs {job}").out == whole and shared.cli(f"logs -f {job} --offset 1000000").out == whole[1000000:]
 
 
-def test_a_job_keeps_its_secret_out_of_its_record(repo, site):
+def test_a_job_keeps_its_secret_out_of_its_record(repo, common):
     needle = os.urandom(8).hex()
     repo.secret("KEY", needle)
     with watched(needle.encode()) as looks:
         job = repo.job("echo ${#KEY}; while [ ! -e go ]; do sleep 0.05; done")
         until(lambda: repo.cli(f"logs {job}").out == b"16\n")
         until(lambda: len(looks) > 3)
-    assert not any(looks) and files_holding(site.far_home(), needle.encode()) == []
+    assert not any(looks) and files_holding(common.far_home(), needle.encode()) == []
     (repo.path() / "go").touch()
     repo.ok(f"wait {job}")
 
@@ -6713,10 +6713,10 @@ def test_it_runs_however_python_is_given_it(shared, python, way):
     assert code == 125 and out == b"" and err.count(b"\n") == 1
 
 
-def test_two_copies_in_one_process(repo, site):
+def test_two_copies_in_one_process(repo, tmp_path):
     for name in ("one", "two"):
-        (site.dir / name).mkdir()
-        shutil.copy(PROGRAM, site.dir / name / "vendored.py")
+        (tmp_path / name).mkdir()
+        shutil.copy(PROGRAM, tmp_path / name / "vendored.py")
     assert in_library(repo, """
 import importlib.util
 def load(name):
@@ -6741,7 +6741,7 @@ for copy, other, project in zip(copies, copies[::-1], projects):
         print("of the other")
     except copy.WorkspaceExists:
         print("exists")
-""", str(site.dir)) == "True\n[130, 7]\nexists\nexists\n"
+""", str(tmp_path)) == "True\n[130, 7]\nexists\nexists\n"
 
 
 def public_callables():
@@ -7005,7 +7005,7 @@ def test_mcp_neutralises_what_the_host_says(repo, client):
     assert "w0rd" not in text and text.count("[secret S]") == 2, "also where it is escaped"
 
 
-def test_mcp_a_secret_cut_by_a_page_is_masked(site, repo):
+def test_mcp_a_secret_cut_by_a_page_is_masked(repo):
     repo.secret("TOKEN", b"abcdefghijklmnopqrstuvwxyz")
     repo.new()  # a call that makes the workspace may take longer than the soft timeout
     with Mcp(repo, "-H box --soft-timeout 1") as client:
@@ -7408,7 +7408,7 @@ def test_shell_leaves_its_terminal_as_it_was(repo, line):
 
 @each("words, code, shown", [(["--", 'cat README; echo "<$TOKEN-$ADD>"; pwd; tty; read x; exit $((x))'], 7, rb"hello\s+<%b-K>\s+\S+/main/src\s+/dev/\S+"),
     (["--login", "--", "sh", "-c", 'echo "$0 $1"; read x; kill -$((x)) $$', "a b", "c'$d"], 135, rb"a b c'\$d\s")])
-def test_exec_t_gives_one_command_a_terminal(repo, site, words, code, shown):
+def test_exec_t_gives_one_command_a_terminal(repo, words, code, shown):
     value = os.urandom(6).hex()
     repo.save("src/README", b"hello\n")
     repo.secret("TOKEN", value)
@@ -9003,9 +9003,9 @@ def test_rm_removes_an_unfinished_workspace(repo):
     assert path.is_dir(), "it is somebody else's"
 
 
-def test_mcp_a_failing_secret_command(repo, site):
+def test_mcp_a_failing_secret_command(repo):
     repo.new()
-    ran = site.dir / "ran"
+    ran = repo.dir.parent / "ran"
     repo.secret("TOK", command="echo ran >>%s; exit 1" % ran)
     with Mcp(repo) as mcp:
         failed, text = mcp.call("write", path="f", content="hello")
