@@ -2263,12 +2263,16 @@ def test_a_server_that_ends_silent_channels(site, tuned, way, repo, nap):
         child = repo.start("exec -w main --", line, stdin=PIPE)
         code = child.wait(30)  # its stdin stays open all the while
         return code, child.stdout.read() + child.stderr.read()
-    assert streamed(talk) == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
-    refused(repo.cli("exec -n -w main --", nap), 255, "ChannelTimeout")
+
+    def ran(line, *options):
+        return repo.cli("exec -n -w main", *options, "--", line)
+    talked, silent = at_once(2, lambda act, *words: act(*words), (streamed, ran), (talk, nap))
+    assert talked == (0, b"1\n2\n3\n4\n5\n6\n"), "the guard is not silent while the command talks"
+    refused(silent, 255, "ChannelTimeout")
     tuned(BEAT_MOST=1)
-    assert streamed("sleep 6; echo end") == (0, b"end\n")
-    assert repo.cli("exec -n -w main --", "sleep 6; exit 7").code == 7
-    assert repo.cli("exec -n -w main --timeout 6 --", nap).code == 124
+    told, own, late = at_once(3, lambda act, *words: act(*words), (streamed, ran, lambda line: ran(line, "--timeout=6")),
+        ("sleep 6; echo end", "sleep 6; exit 7", nap))
+    assert (told, own.code, late.code) == ((0, b"end\n"), 7, 124)
     nap.gone()
 
 
