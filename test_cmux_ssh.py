@@ -7783,14 +7783,10 @@ def test_demo_without_sshd_says_how_to_get_one(site):
     assert shown.code == 2 and "openssh-server" in shown.said and shown.said.count("\n") <= 2
 
 
-def bench(site, *args):
-    return subprocess.run([sys.executable, str(HERE / ".ci/bench.py"), *args], cwd=site.home, env=site.env,
-        stdin=DEVNULL, capture_output=True, timeout=250)
-
-
 @slow
 def test_bench_measures_every_row_of_the_readme(site):
-    done = bench(site, "--quick", "--json")
+    done = subprocess.run([sys.executable, str(HERE / ".ci/bench.py"), "--quick", "--json"], cwd=site.home, env=site.env,
+        stdin=DEVNULL, capture_output=True, timeout=250)
     assert (done.returncode, done.stderr) == (0, b"")
     rows = {row["work"]: row for row in json.loads(done.stdout)["rows"]}
     assert all(row["by"]["cmux"]["runs"] and row["by"]["cmux"]["median"] > 0 for row in rows.values())
