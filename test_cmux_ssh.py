@@ -2807,14 +2807,6 @@ def test_a_host_of_few_processes_is_given_fewer(site, sh, repo):
     assert [row["ok"] and row["result"]["exit_code"] for row in rows] == [0] * 40
 
 
-def test_top_in_a_pipe_says_why_it_knows_nothing(repo, tuned, site):
-    line = site.line("silent")
-    repo.new(host="silent")
-    line.stall()
-    tuned(TOP_PATIENCE=0.5)
-    assert "has not answered" in repo.cli("top").text and "has not answered" in repo.cli("top --json").json[0]["error"]
-
-
 def test_a_line_that_is_slow_or_stalls_loses_nothing(repo, line):
     data = os.urandom(1 << 20)
     line.delay = 0.025
@@ -4838,7 +4830,7 @@ def test_list_json_has_the_promised_keys(repo, common):
     assert where.parents[1] == common.far_home() / "cmux" and mode_of(where.parents[1]) == 0o700
 
 
-def test_list_counts_commits_changes_and_jobs(repo, site, line):
+def test_list_counts_commits_changes_and_jobs(repo, site, line, tuned):
     repo.new("some-name")
     repo.new("far-away", host="far")
     do(repo, "echo x >>README; git commit -qam one; echo y >new", "some-name")
@@ -4859,6 +4851,8 @@ def test_list_counts_commits_changes_and_jobs(repo, site, line):
         assert cells == [["far-away", "1", "-", "-"], ["some-name", "1", "2", "1"]]
     began = monotonic()
     assert counts()["far-away"] == [1, None, None] and monotonic() - began < 15
+    tuned(TOP_PATIENCE=0.5)
+    assert "has not answered" in repo.cli("top -H far").text and "has not answered" in repo.cli("top -H far --json").json[0]["error"]
 
 
 def test_a_fork_that_fails_frees_its_name(site, repo):
