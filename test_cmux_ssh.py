@@ -7845,13 +7845,15 @@ def test_a_read_only_state_directory_is_said(repo, site):
     assert repo.exec("echo again").out == b"again\n"
 
 
-def test_a_relative_state_directory_is_refused(repo):
+def test_a_relative_state_directory_or_no_current_one_is_refused(repo):
     """It would be another one in each directory, and the secrets a part of the repository."""
     for env, words in (({"CMUX_SSH_HOME": "state/here"}, "CMUX_SSH_HOME is not an absolute path"), ({"HOME": "relative", "CMUX_SSH_HOME": "", "XDG_STATE_HOME": ""}, "no home directory")):
         for args, code in (("secrets set X", 2), ("list", 2), ("exec -H box -- true", 125)):
             said = repo.cli(args, env=env, stdin=b"value")
             assert said.code == code and words in said.said and said.said.count("\n") == 1
     assert repo.git("status --porcelain --ignored") == ""
+    for words in ("list", "new x", "secrets list"):
+        refused(repo.cli(words, sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, "current directory has been removed")
 
 
 def test_a_state_directory_of_others_is_not_used(repo, site):
@@ -8170,11 +8172,6 @@ finally:
     os.kill(child, 9)
     os.waitpid(child, 0)
 """) == ""
-
-
-def test_no_current_directory_is_said(repo):
-    for words in ("list", "new x", "secrets list"):
-        refused(repo.cli(words, sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, "current directory has been removed")
 
 
 def test_a_pipe_closed_early_ends_the_command(shared, nap):
