@@ -7606,9 +7606,7 @@ def test_doctor_finds_a_good_host_good(repo, site):
     assert repo.ok("doctor").out.count(b"ok ") == 11
     alone = site.cli("doctor --json")  # looks at this machine
     assert alone.code == 0 and states(alone) == {"ssh here": "ok", "state": "ok", "host": "note"}
-
-
-def test_doctor_understands_an_ssh_before_8_7(repo, site):
+    # an ssh before 8.7
     in_sshs_place(site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
         '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
         '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')
