@@ -124,7 +124,7 @@ class Process(namedtuple("Process", "pid ppid cmdline environ")):
 
 def slurp(path):
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", buffering=0) as file:
             return file.read()
     except OSError:
         return b""
@@ -139,17 +139,17 @@ def pointer(content):
     return b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\nsize %d\n" % (digest(content).encode(), len(content))
 
 
-def processes(environ=True):
-    """Every living process of this machine that we may see; zombies have no cmdline and are left out."""
+def processes(environ=True, parents=False):
+    """Every living process of this machine that we may see; zombies have no cmdline and are left out. Somebody waits for
+    most looks: they read no more than is asked for."""
     if not os.path.isdir("/proc/self"):
         return processes_from_ps()
     found = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         cmdline = slurp(f"/proc/{pid}/cmdline")
         if cmdline:
-            fields = slurp(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-            if len(fields) > 1 and fields[0] not in (b"Z", b"X"):
-                found.append(Process(int(pid), int(fields[1]), cmdline, slurp(f"/proc/{pid}/environ") if environ else b""))
+            fields = slurp(f"/proc/{pid}/stat").rpartition(b")")[2].split() if parents else []
+            found.append(Process(int(pid), int(fields[1]) if fields else 0, cmdline, slurp(f"/proc/{pid}/environ") if environ else b""))
     return found
 
 
@@ -162,22 +162,22 @@ def processes_from_ps():
 
 def running(command):
     """The processes that run exactly this command; not those that only name it, like the shell around it."""
-    return [p for p in processes(environ=False) if p.cmdline.replace(b"\0", b" ").strip() == command.encode()]
+    return [p for p in processes(False) if p.cmdline.replace(b"\0", b" ").strip() == command.encode()]
 
 
 def naming(text):
-    return [p for p in processes(environ=False) if text.encode() in p.cmdline and p.pid != os.getpid()]
+    return [p for p in processes(False) if text.encode() in p.cmdline and p.pid != os.getpid()]
 
 
 def descendants(pid):
-    table, family = processes(environ=False), {pid}
+    table, family = processes(False, parents=True), {pid}
     while more := {p.pid for p in table if p.ppid in family} - family:
         family |= more
     return [p for p in table if p.pid in family and p.pid != pid]
 
 
 def ancestors():
-    parents, line = {p.pid: p.ppid for p in processes(environ=False)}, [os.getpid()]
+    parents, line = {p.pid: p.ppid for p in processes(False, parents=True)}, [os.getpid()]
     while parents.get(line[-1], 0) > 0:
         line.append(parents[line[-1]])
     return line
@@ -231,7 +231,7 @@ def meanwhile(act):
 def watched(needle):
     """Each look at every command line on this machine for bytes that must stand in none: the processes found."""
     looks = []
-    with meanwhile(lambda: looks.append([p for p in processes(environ=False) if needle in p.cmdline])):
+    with meanwhile(lambda: looks.append([p for p in processes(False) if needle in p.cmdline])):
         yield looks
 
 
@@ -430,6 +430,10 @@ class Answer(namedtuple("Answer", "argv code out err seconds")):
 class Child(subprocess.Popen):
     """The program at work. A traceback is a failure whatever the test expects."""
 
+    def say(self, data):
+        self.stdin.write(data)
+        self.stdin.flush()
+
     def communicate(self, data=None, timeout=60):
         out, err = super().communicate(data, timeout)
         assert b"Traceback" not in (out or b"") + (err or b""), (self.args, out, err)
@@ -617,16 +621,12 @@ class Site:
     def masters(self):
         """The ssh processes of this site that hold connections open."""
         name = os.fsencode(self.dir)
-        return [p for p in processes(environ=False)
+        return [p for p in processes(False)
             if name in p.cmdline and (b"[mux]" in p.cmdline or b"\0-M\0" in p.cmdline) and b"sshd" not in p.cmdline]
 
     def strike(self, sig=SIGKILL):
         for master in until(self.masters):
             kill(master.pid, sig)
-
-    def sockets(self):
-        found = [re.search(rb"(/[^\0 ]+)/m\.\w+(?: \[mux\]|\0)", master.cmdline) for master in self.masters()]
-        return next(Path(os.fsdecode(match.group(1))) for match in found if match)
 
     def close(self):
         for line in self.lines:
@@ -874,6 +874,10 @@ class Repo:
         return {}
 
 
+def fresh(site, odd=False):
+    return Repo(site, f"{os.urandom(4).hex()}/project", odd, {"nonce": os.urandom(16)} if not odd else {})
+
+
 def tree_of(directory):
     """The files below a directory in the form of Repo.tree, without .git."""
     found = {}
@@ -951,12 +955,12 @@ def site_of(request):
 @pytest.fixture
 def repo(request):
     """A small project, different in every test, on the test's own `site` where it asks for one."""
-    return Repo(site_of(request), f"{os.urandom(4).hex()}/project", files={"nonce": os.urandom(16)})
+    return fresh(site_of(request))
 
 
 @pytest.fixture
 def odd(request):
-    return Repo(site_of(request), f"{os.urandom(4).hex()}/project", odd=True)
+    return fresh(site_of(request), odd=True)
 
 
 @shared_fixture
@@ -974,9 +978,9 @@ def line(site):
 
 
 @pytest.fixture(params=["box", "nogit"])
-def place(request, site):
+def place(request):
     """A host with git, and one without."""
-    return bare_host(site) if request.param == "nogit" else request.param
+    return bare_host(site_of(request)) if request.param == "nogit" else request.param
 
 
 @pytest.fixture
@@ -1013,18 +1017,6 @@ def hang_guard(request):
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-
-
-# === The rig tells the truth ===
-
-
-@each("shell", SHELLS)
-def test_rig_login_shells_are_real_and_noisy(site, shell):
-    own = "$fish_pid" if shell == "fish" else "$$"
-    done = site.ssh(site.login(shell), f"readlink /proc/{own}/exe; true")
-    assert f"noise-of-{shell}".encode() in done.stdout and f"noise-of-{shell}".encode() in done.stderr
-    last = done.stdout.split()[-1].decode()
-    assert os.path.basename(last) == os.path.basename(os.path.realpath(program(shell)))
 
 
 # === The file: rooms and doors ===
@@ -1292,11 +1284,6 @@ def test_defaults_of_workspace_and_host(repo, site):
     repo.git("config cmux.host", site.at("third"))
     assert repo.cli("exec -w third --", "echo config").out == b"config\n"
     assert {row["host"] for row in repo.workspaces().values()} == {"box", "second", "third"}
-
-
-@promise(4)
-def test_exec_without_any_host_says_how_to_name_one(repo):
-    refused(repo.cli("exec -- true"), 125, "-H")
 
 
 # === exec: a stop is a stop (promise 6) ===
@@ -1708,6 +1695,9 @@ def test_a_config_that_lets_everything_leave_lets_nothing_leave(site, repo, agen
     ran = child.end()
     assert (ran.code, ran.err, listening) == (0, b"", []) and b"leak" not in ran.out and b"hijacked" not in ran.out
     assert b"agent=<> display=<>" in ran.out and b"not a tty" in ran.out
+    config = next(row["text"] for row in repo.ok("doctor hostile --json").json if row["what"] == "config")
+    for word in ("ForwardAgent", "ForwardX11", "SendEnv", "SetEnv", "LocalForward", "RemoteForward", "DynamicForward", "LocalCommand", "RemoteCommand"):
+        assert word in config, "doctor says what it would let out"
     assert not hostile.marker.exists() and not hostile.xauth.exists() and not (site.dir / "user-cm").exists()
     assert ssh_add(site, agent, "-L") == before and site.known_hosts.read_bytes() == known
 
@@ -1835,8 +1825,8 @@ def test_a_server_that_wants_a_password_gets_no_prompt(site):
 
 
 @promise(4)
-def test_a_promisor_repository_fetches_nothing(repo, site):
-    trap = site.dir / "trap"
+def test_a_promisor_repository_fetches_nothing(repo):
+    trap = repo.dir.parent / "trap"
     for key, value in (("core.repositoryformatversion", "1"), ("extensions.partialClone", "origin"), ("remote.origin.promisor", "true"),
             ("remote.origin.url", f"ext::sh -c touch% {trap}"), ("protocol.ext.allow", "always"),
             ("core.sshCommand", f"touch {trap}"), ("remote.origin.uploadpack", f"touch {trap};")):
@@ -1845,17 +1835,17 @@ def test_a_promisor_repository_fetches_nothing(repo, site):
     assert repo.cli("new -H box a").code == 1 and not trap.exists() and repo.workspaces() == {}
 
 
-def test_a_git_directory_of_somebody_else_is_refused(repo, site):
+def test_a_git_directory_of_somebody_else_is_refused(repo, common):
     """It came with a clone, and its config names a host and a work tree."""
     inner = repo.dir / "vendor"
     repo.git("clone -q --bare .", str(inner))
-    (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {site.home}\n[cmux]\n host = box\n")
+    (inner / "config").write_text(f"[core]\n repositoryformatversion = 0\n bare = false\n worktree = {common.home}\n[cmux]\n host = box\n")
     for words in ("new w", "new --dirty w", "exec -n -- true", "list"):
-        refused(site.cli(words, cwd=inner), 125 if "exec" in words else 1, "inside another repository")
-    apart = site.dir / "apart.git"
+        refused(common.cli(words, cwd=inner), 125 if "exec" in words else 1, "inside another repository")
+    apart = repo.dir.parent / "apart.git"
     inner.rename(apart)
     (apart / "config").write_text("[core]\n repositoryformatversion = 0\n bare = true\n")
-    assert site.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
+    assert common.cli("list", cwd=apart).code == 0  # a bare repository by itself is one
     if os.geteuid() == 0:  # only root can make a repository of somebody else's
         subprocess.run(["chown", "-R", "65534:65534", str(repo.dir)], check=True)
         refused(repo.cli("new -H box a"), 1, "another user")
@@ -1930,6 +1920,9 @@ workspace.exec("true")
 print(warm().exec(["printf", "<%s>", "it's", "!x"]).stdout, warm().write("a\\n'b", "one\\n")["created"], warm().read("a\\n'b").content,
       warm().edit("a\\n'b", [{"old": "one", "new": "two"}])["diff"].count("two"), warm().exec(["cat"], stdin=b"in").stdout)
 """, str(site.dir / f"log-{host}")) == "b\"<it's><!x>\" True b'one\\n' 1 b'in'\n"
+    plain, noise = site.ssh(host, f"readlink /proc/{'$fish_pid' if shell == 'fish' else '$$'}/exe; true"), f"noise-of-{shell}".encode()
+    assert noise in plain.stdout and noise in plain.stderr, "the control: it is noisy, and that shell"
+    assert plain.stdout.split()[-1] == os.fsencode(os.path.realpath(program(shell)))
 
 
 @each("foreign", ["bash -l", "zsh", "dash", "fish", "tcsh", "mksh", "ksh", "busybox sh", "cat", ".bashrc"])
@@ -2088,11 +2081,11 @@ def test_secrets_of_every_scope_are_masked(repo, site):
     assert repo.ok("pull w --json").json["secrets"] == {name: ["T"] for name in ("global", "project", "own")} and not ran.exists()
 
 
-def test_a_secret_command_is_stored(repo, site):
-    store = site.dir / "vault"
+def test_a_secret_command_is_stored(repo, common):
+    store = repo.dir.parent / "vault"
     store.write_text("from-the-vault")
     repo.secret("TOKEN", command=f"cat {store}")
-    assert repo.exec('printf %s "$TOKEN"').out == b"from-the-vault" and not files_holding(site.state, b"from-the-vault")
+    assert repo.exec('printf %s "$TOKEN"').out == b"from-the-vault" and not files_holding(common.state, b"from-the-vault")
     store.unlink()
     refused(repo.exec("echo ran"), 125, "TOKEN")
     repo.ok("secrets rm TOKEN")
@@ -2102,7 +2095,7 @@ def test_a_secret_command_is_stored(repo, site):
     refused(repo.exec("echo ran", sh='''exec bash -c 'trap "" CHLD; exec "$@"' sh "$@"'''), 125, "failed with status 7")
 
 
-def test_no_secret_lies_in_a_record(repo, site):
+def test_no_secret_lies_in_a_record(repo, common):
     values = {"PLAIN": "hunter2-hunter2-XYZ", "QUOTE": "it's-a-s\u00e9cret-Q9", "LINES": "-----BEGIN KEY-----\nMIIEvQIBADANBgkqhkiG9w0B\n-----END KEY-----"}
     for name, value in values.items():
         repo.secret(name, value)
@@ -2113,7 +2106,7 @@ def test_no_secret_lies_in_a_record(repo, site):
     told = repo.cli("history").text + repo.cli("jobs").text
     assert in_library(repo, "print(Project('.').workspace('main').exec([b'printf', sys.argv[1].encode()]).exit_code)", said[1]) == "0\n"
     assert "cret-Q9" not in repo.cli("history").text and all(told.count(f"[secret {name}]") >= 2 for name in ("PLAIN", "QUOTE", "MADE", "LINES"))
-    kept = b"".join(slurp(p) for p in site.state.rglob("*") if p.is_file() and not any("secrets" in part for part in p.parts))
+    kept = b"".join(slurp(p) for p in common.state.rglob("*") if p.is_file() and not any("secrets" in part for part in p.parts))
     for value in [*said, said[1].replace("'", "'\"'\"'")]:
         assert value.encode() not in kept and json.dumps(value).encode() not in kept, value
 
@@ -2159,18 +2152,15 @@ def test_secrets_set_asks_without_echo(repo, typed, words):
     assert repo.exec('printf %s "$TOKEN"').out == (b"good" if words else b"typed-in-secret")
 
 
-def test_the_value_of_a_secret_is_in_no_complaint(repo, site):
-    (site.dir / "dot").write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
-    (site.dir / "large").write_bytes(b"A=1\n" + b"#hunter2\n" * (1 << 17))
-    for line, words in (("set TOK=hunter2", "secrets set TOK"), (f"import {site.dir}/dot", "Line 2"), (f"import {site.dir}/large", "larger than"), ("set TOK", "NUL")):
+def test_a_dotenv_file_is_read_or_refused_without_a_word_of_its_values(repo):
+    file, large = repo.dir.parent / "dot", repo.dir.parent / "large"
+    file.write_text("A=1\nhttps://bob:hunter2@db.example/x?y=1\n")
+    large.write_bytes(b"A=1\n" + b"#hunter2\n" * (1 << 17))
+    for line, words in (("set TOK=hunter2", "secrets set TOK"), (f"import {file}", "Line 2"), (f"import {large}", "larger than"), ("set TOK", "NUL")):
         said = repo.cli(f"secrets {line}", stdin=b"abc\0hunter2")
         refused(said, 2, words)
         assert "hunter2" not in said.said
     assert repo.cli("secrets list").out == b""
-
-
-def test_dotenv_values_and_their_comments(repo, site):
-    file = site.dir / "dot"
     file.write_bytes("A=x # c\nB= # c\nC=#x\nD='a # b' # c\nE=\"x\\ny\"\t#c\nF='x' y\r\nG=a#b  \r\nexport H = it's\n\n# no\n"
         "PLAIN=abc\nexport EXPORTED=def\nQUOTED=\"a b\\n$X\"\nSINGLE='it is $HOME \\n'\nUNI=ü\nI=".encode())
     repo.ok("secrets import", str(file))
@@ -2607,10 +2597,10 @@ def test_a_full_disk_on_the_host_leaves_nothing_half(site, what):
 
 
 @each("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
-def test_a_full_disk_on_this_machine_is_said(repo, verb, room, site):
+def test_a_full_disk_on_this_machine_is_said(repo, verb, room):
     assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
     repo.save("large", os.urandom(300000))
-    small = site.dir / "small"
+    small = repo.dir.parent / "small"
     small.mkdir()
     words = {"new": ["new", "-H", "box", "second"], "pull": ["pull"], "batch": ["batch"], "exec": ["exec", "--", "cat >got"]}[verb]
     line = json.dumps({"id": 1, "workspace": "main", "tool": "exec", "arguments": {"command": "cat >got", "stdin": "x" * 300000}}).encode() + b"\n"
@@ -2815,14 +2805,6 @@ def test_a_host_of_few_processes_is_given_fewer(site, sh, repo):
     assert [row["ok"] and row["result"]["exit_code"] for row in rows] == [0] * 40
 
 
-def test_top_in_a_pipe_says_why_it_knows_nothing(repo, tuned, site):
-    line = site.line("silent")
-    repo.new(host="silent")
-    line.stall()
-    tuned(TOP_PATIENCE=0.5)
-    assert "has not answered" in repo.cli("top").text and "has not answered" in repo.cli("top --json").json[0]["error"]
-
-
 def test_a_line_that_is_slow_or_stalls_loses_nothing(repo, line):
     data = os.urandom(1 << 20)
     line.delay = 0.025
@@ -2892,8 +2874,7 @@ def test_a_failed_second_connection_makes_no_host_down(repo, line, nap):
     repo.new(host="far")
     child = repo.start("batch -j 9", stdin=PIPE)
     for commands in ([nap] * 8, ["true"]):
-        child.stdin.write(calls(commands, workspace="main"))
-        child.stdin.flush()
+        child.say(calls(commands, workspace="main"))
         nap.runs(8)
         line.refuse = True
     tried = line.connections
@@ -2928,12 +2909,12 @@ def test_two_projects_of_one_name_never_meet(site):
     assert len(one.cli("list --all-projects --json").json) == 2
 
 
-def test_a_subdirectory_is_the_same_project(repo, site):
+def test_a_subdirectory_is_the_same_project(repo, common):
     repo.new()
-    before = site.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
+    before = common.cli("-C", str(repo.dir), "-w", "main", "--json", "exec", "--", "echo", "-C", "x")  # as git has it
     assert before.json["stdout"] == "-C x\n"
-    assert site.cli("exec --", "ls README", cwd=repo.dir / "src").out == b"README\n"
-    assert site.cli("list -C", str(repo.dir / "src"), "--json").json == repo.cli("list --json").json != []
+    assert common.cli("exec --", "ls README", cwd=repo.dir / "src").out == b"README\n"
+    assert common.cli("list -C", str(repo.dir / "src"), "--json").json == repo.cli("list --json").json != []
 
 
 @each("how, at", [("cut", 20_000), ("cut", 300_000), ("cut", 1_500_000), ("killed", 100_000), *(
@@ -3087,13 +3068,22 @@ def test_an_init_hook_runs_once_and_undoes_nothing(repo):
     assert "hook of i failed" in repo.cli("batch -w i -H box", stdin=b'{"tool": "jobs"}').said
 
 
-def test_a_repository_cannot_name_its_host(repo, site):
+@promise(4)
+def test_exec_without_any_host_says_how_to_name_one(repo, site):
+    """A repository cannot name it."""
     repo.save(dict.fromkeys((".cmux/config", ".cmux/host", ".cmuxrc", ".cmux.json", ".cmux/config.json"), b'{"host": "box"}\nhost = box\n'))
-    assert repo.cli("exec -- true").code == 125 and not site.log().count("Accepted publickey")
+    refused(repo.cli("exec -- true"), 125, "-H")
+    assert not site.log().count("Accepted publickey")
 
 
-def test_a_record_with_wrong_parts_is_left_alone(repo):
+def test_a_record_with_wrong_parts_is_left_alone_and_disturbs_no_other(repo, site):
     repo.new()
+    other = site.state / "projects" / "zz.json"
+    other.write_text("damaged")
+    other.chmod(0o600)
+    everything = repo.cli("list --all-projects")
+    assert "main" in everything.text and "is damaged" in everything.said
+    other.unlink()
     good = json.loads(repo.record().read_text())
     entry = good["workspaces"]["main"]
 
@@ -3185,8 +3175,8 @@ def test_push_leaves_a_readable_split_index(repo):
 
 
 @each("everywhere", [False, True])
-def test_dirty_goes_by_attributes_and_ignores(repo, everywhere, site):
-    ignored = site.dir / "ignore everywhere" if everywhere else repo.dir / ".myignore"
+def test_dirty_goes_by_attributes_and_ignores(repo, everywhere):
+    ignored = repo.dir.parent / "ignore everywhere" if everywhere else repo.dir / ".myignore"
     ignored.write_text("private.txt\n")
     (repo.dir / ".git" / "attrs").write_text("*.z filter=crypt\n*.txt text\n")
     repo.git("config core.attributesFile", str(repo.dir / ".git" / "attrs"))
@@ -3213,15 +3203,6 @@ def test_what_was_dirty_is_not_the_agents(repo):
     do(repo, "echo 2 >second")
     repo.ok("pull")
     assert repo.pulled("second") == "2"
-
-
-def test_a_damaged_project_disturbs_no_other(repo, site):
-    repo.new()
-    other = site.state / "projects" / "zz.json"
-    other.write_text("damaged")
-    other.chmod(0o600)
-    listed = repo.cli("list --all-projects")
-    assert "main" in listed.text and "is damaged" in listed.said
 
 
 def test_what_is_not_sent_is_said_each_time(repo):
@@ -3392,7 +3373,7 @@ def test_a_merge_comes_home_as_one(repo):
     assert repo.tree() == there
 
 
-def test_work_that_a_push_left_behind_is_set_aside(repo, site):
+def test_work_that_a_push_left_behind_is_set_aside(repo, common):
     repo.new()
     do(repo, "echo 1 >agents; git add agents; git commit -qm agentwork")
     repo.ok("pull")
@@ -3402,7 +3383,7 @@ def test_work_that_a_push_left_behind_is_set_aside(repo, site):
     nothing_new(repo)
     assert repo.id("cmux/main") == pulled
     do(repo, "echo 2 >second")
-    assert repo.cli("pull", env=replaced(site, git='case " $* " in *" cmux pull refs/heads/cmux/main "*) kill -9 $PPID; exit 1;; esac')).code == -9
+    assert repo.cli("pull", env=replaced(common, git='case " $* " in *" cmux pull refs/heads/cmux/main "*) kill -9 $PPID; exit 1;; esac')).code == -9
     kept = repo.ok("pull")
     assert repo.id(f"cmux/main-{pulled[:8]}") == pulled and "kept as" in kept.said
     assert repo.changed() == "second"
@@ -3429,9 +3410,9 @@ def test_fork_waits_for_a_push(repo, line):
 
 
 @each("layout", ["bare", "linked", "separate", "submodule"])
-def test_hooks_of_another_layout(repo, layout, site):
+def test_hooks_of_another_layout(repo, layout, common):
     repo.save("hooks/pre-commit", b"#!/bin/sh\n", 0o755)
-    other = site.dir / "other"
+    other = repo.dir.parent / "other"
     if layout == "bare":
         repo.git("clone -q --bare", str(repo.dir), str(other))
         repo.git("-C", str(other), "config", "core.hooksPath", "hooks")
@@ -3443,7 +3424,7 @@ def test_hooks_of_another_layout(repo, layout, site):
         repo.git("init -q --separate-git-dir", str(other))
         other = repo.dir
     elif layout == "submodule":  # which has a configuration of its own
-        outer = Repo(site, "outer")
+        outer = fresh(common)
         outer.git("-c protocol.file.allow=always submodule --quiet add", str(repo.dir), "sub")
         other = outer.dir / "sub"
     repo.ok("-C", str(other), "new", "-H", "box", "w")
@@ -3502,8 +3483,8 @@ def test_dirty_reads_line_ends_as_git_add_does(repo):
 
 
 @each("empty", [False, True])
-def test_dirty_names_a_repository_inside(repo, empty, site):
-    inner = Repo(site, f"{repo.dir.relative_to(site.dir)}/in ner")
+def test_dirty_names_a_repository_inside(repo, empty, common):
+    inner = Repo(common, f"{repo.dir.relative_to(common.dir)}/in ner")
     if empty:
         inner.git("update-ref -d HEAD")
     refused(repo.cli("new --dirty -H box w"), 1, "'in ner' is a repository of its own. Let .gitignore cover it")
@@ -3833,17 +3814,17 @@ def test_names_that_fold_in_the_base_may_stay(new_lab):
         ("M 100644 :1 é".encode(), "M 100644 :1 e\u0301".encode()), (b"M 100644 :1 l/x", b"M 100644 :1 L/y"), (b"M 100644 :1 a", b"M 100644 :1 a"), (b"M 100644 :3 a",))),
     export(blob(1, b"src"), blob(2, b"x"), commit(3, b"M 120000 :1 l", b"M 100644 :2 l/x")),
     *(export(commit(1, line)) for line in (
-        b"M 160000 %s sub" % (b"1" * 40), b"M 100644 :1 a", b"M 100644 inline a", b"M 100644 %s a" % (b"1" * 40), b"R README x", b"C README x", b"deleteall", b"N :1 x")),
+        b"M 160000 %s sub" % (b"1" * 40), b"M 100644 :1 a", b"R README x", b"deleteall")),
     *(export(commit(1, parent=parent)) for parent in (b"from " + b"c" * 40, b"from :1", b"from main", b"merge :2", b"", b" ".join([b"from :0"] * 17))),
     export(commit(1), commit(1)), export(commit(1, parent=b"from :2"), commit(2)),
     [commit(1, parent=BASE)[0].replace(b"1 commit", HOSTS_BASE + b" commit"), b"", b""],
     export(*(blob(n, b"[a]b=%d\n" % n) for n in range(1, 102)), commit(999, *(b"M 100644 :%d d%d/.gitmodules" % (n, n) for n in range(1, 102)))),  # 2 processes each
     export(blob(2, b"x")), export(blob(1, b"x"), blob(1, b"y"), commit(2, b"M 100644 :1 a")), export(blob(1, b"x"), blob(2, b"y"), commit(2, b"M 100644 :1 a")),
     *([b"".join(part) for part in zip(commit(2, b"M 100644 :1 a"), (b"", b"", data))] for data in (
-        b"1 blob -1\n", b"1 blob <<E\nx\nE\n", b"1 blob 99999999999999999999\n", b"1 blob 21474836480\n", b"1 blob 01\nx\n", b"1 blob 0x1\nx\n", b"1 blob\n", b"1 missing\n",
-        b"1 tree 1\nx\n", b"1 tag 1\nx\n", b"1 commit 1\nx\n", b"blob\nmark :2\ndata 1\nx\n", b"1 blob 1\nxx", b"1 blob 2\nx\n", b"1 blob 1\nx\n\nmore", b"", b"\n", b"\0", b"1 blob 1\nx\r\n")),
+        b"1 blob -1\n", b"1 blob 99999999999999999999\n", b"1 blob 21474836480\n", b"1 blob 01\nx\n", b"1 blob 0x1\nx\n", b"1 blob\n", b"1 missing\n",
+        b"1 tree 1\nx\n", b"1 tag 1\nx\n", b"1 commit 1\nx\n", b"1 blob 1\nxx", b"1 blob 2\nx\n", b"1 blob 1\nx\n\nmore", b"", b"\n", b"\0", b"1 blob 1\nx\r\n")),
     *([data, b"", b""] for data in (
-        b"tag x\n", b"feature import-marks=/etc/passwd\n", b"option git quiet\n", b"cat-blob :1\n", b"checkpoint\n", b"progress x\n", b"ls \"\"\n", b"alias\nmark :1\nto :1\n", b"aa commit -1\n",
+        b"tag x\n", b"option git quiet\n", b"checkpoint\n", b"aa commit -1\n",
         b"aa commit 99999999999999999999\n", b"aa tree 1\nx\n", b"aa blob 1\nx\n", b"aa tag 3\nabc\n", b"aa commit 0\n\n", b"AA commit 0\n\n", b"x" * 65 + b" commit 0\n\n", b"x" * 100000, b"more", b"\0")),
     *([commit(2)[0], data, b""] for data in (
         b"3\0", b"2\0" * 2, row(b"D README"), b"2\0:100644 100644 0 1 M\0README\0" * 2, b"2\0:100644 100644 0 1 D\0README\0", b"2\0:100644 000000 0 0 M\0README\0", b"2\0:100644 000000 0 0 D\0nothing\0",
@@ -4362,7 +4343,7 @@ def test_pull_refuses_what_is_not_its_own(repo):
     assert repo.cli("pull").code == 1 and repo.id("cmux/main") == theirs
     repo.ok("pull --branch other")
     assert repo.git("show other:x") == "x"
-    do(repo, "head -c 300000000 /dev/zero >big")
+    do(repo, "truncate -s 300000000 big")
     refused(repo.cli("pull --branch third"), 1, "big")
     do(repo, "rm big; truncate -s 20G sparse")
     sparse = repo.cli("pull --branch third")
@@ -4415,9 +4396,9 @@ def test_hooks_are_found_in_any_configuration(repo):
 
 
 @promise(4)
-def test_pull_into_a_malicious_repository_runs_nothing(repo, site):
-    trap = site.dir / "trap"
-    evil = script(site.dir / "evil.sh", f"echo ran >>{trap}\ncat")
+def test_pull_into_a_malicious_repository_runs_nothing(repo):
+    trap = repo.dir.parent / "trap"
+    evil = script(repo.dir.parent / "evil.sh", f"echo ran >>{trap}\ncat")
     for hook in ("reference-transaction", "post-index-change", "post-checkout", "pre-commit", "post-commit", "pre-auto-gc", "fsmonitor-watchman"):
         path = repo.dir / ".git" / "hooks" / hook
         path.parent.mkdir(exist_ok=True)
@@ -4488,15 +4469,6 @@ def test_a_line_cut_during_pull_leaves_nothing(line, repo):
         assert not repo.git("for-each-ref refs/heads/cmux")
     line.cut["down"] = None
     repo.ok("pull")
-
-
-def test_only_a_large_result_gets_its_own_connection(repo, site):
-    repo.new()
-    for size in (200_000, 300_000):
-        do(repo, f"head -c {size} /dev/urandom >{size}")
-        before = site.log().count("Accepted publickey")
-        repo.ok("pull")
-        assert site.log().count("Accepted publickey") - before == (size > 262144) and repo.git(f"cat-file -s cmux/main:{size}") == str(size)
 
 
 def test_what_may_not_come_has_a_way_out(repo):
@@ -4862,7 +4834,7 @@ def test_damaged_lfs_content_is_not_sent(site):
 # === list, rm, fork, rename ===
 
 
-def test_list_json_has_the_promised_keys(repo, site):
+def test_list_json_has_the_promised_keys(repo, common):
     assert repo.cli("list --json").json == []
     repo.new("a", "b")
     rows = repo.workspaces()
@@ -4870,10 +4842,10 @@ def test_list_json_has_the_promised_keys(repo, site):
     assert set(rows["a"]) >= set("name host path base created state behind changed jobs".split())
     where = Path(repo.cli("exec -w a --", "pwd -P").text.strip())
     assert where == repo.path("a") and where.name == "a" and re.match(r"project-\w+$", where.parent.name)
-    assert where.parents[1] == site.far_home() / "cmux" and mode_of(where.parents[1]) == 0o700
+    assert where.parents[1] == common.far_home() / "cmux" and mode_of(where.parents[1]) == 0o700
 
 
-def test_list_counts_commits_changes_and_jobs(repo, site, line):
+def test_list_counts_commits_changes_and_jobs(repo, site, line, tuned):
     repo.new("some-name")
     repo.new("far-away", host="far")
     do(repo, "echo x >>README; git commit -qam one; echo y >new", "some-name")
@@ -4894,6 +4866,8 @@ def test_list_counts_commits_changes_and_jobs(repo, site, line):
         assert cells == [["far-away", "1", "-", "-"], ["some-name", "1", "2", "1"]]
     began = monotonic()
     assert counts()["far-away"] == [1, None, None] and monotonic() - began < 15
+    tuned(TOP_PATIENCE=0.5)
+    assert "has not answered" in repo.cli("top -H far").text and "has not answered" in repo.cli("top -H far --json").json[0]["error"]
 
 
 def test_a_fork_that_fails_frees_its_name(site, repo):
@@ -5375,21 +5349,21 @@ def test_cp_brings_files_and_directories_both_ways(site, tools, repo):
     assert set(os.listdir(near)) == {"new", "d", "one"} and not list(site.remote.glob("*/cmux/.cmux/stage/*"))
 
 
-def test_cp_replaces_only_with_force(repo, site):
+def test_cp_replaces_only_with_force(repo, common):
     repo.new()
     far, near = repo.path(), repo.dir
-    (site.dir / "elsewhere").mkdir()
-    (near / "link").symlink_to(site.dir / "elsewhere")
+    (common.dir / "elsewhere").mkdir()
+    (near / "link").symlink_to(common.dir / "elsewhere")
     (near / "file").write_bytes(b"mine")
     (near / "there").mkdir()
-    (near / "there/src").symlink_to(site.dir / "elsewhere")
+    (near / "there/src").symlink_to(common.dir / "elsewhere")
     before = untouched(repo)
     for words, said in ((":README file", "--force"), (":README link", "elsewhere"), (":README link/x", "elsewhere"), ("--force :README link", "elsewhere"), (":src there", "--force"),
             (":README .git/hooks/post-checkout", "git"), (":README none/x", "No such file"), (":README none/", "No such file"), (":nowhere x", "no file"), (":README/x x", "no file"),
             ("README :", "exists already"), ("README :../mainx", "not in the workspace"), ("README :/etc/x", "not in the workspace"), ("nowhere :", "No such file"),
-            ("README x", "NAME:PATH"), (":a :b", "NAME:PATH"), ("README none:x", "no workspace"), ("-w main main:README x", "More than one"), (f"{site.state} :", "this program's own")):
+            ("README x", "NAME:PATH"), (":a :b", "NAME:PATH"), ("README none:x", "no workspace"), ("-w main main:README x", "More than one"), (f"{common.state} :", "this program's own")):
         refused(repo.cli(f"cp {words}"), 1 if re.search("no (file|work)|exists already$|^--force|^git", said) else 2, words=said)
-    assert untouched(repo) == before and os.listdir(site.dir / "elsewhere") == []
+    assert untouched(repo) == before and os.listdir(common.dir / "elsewhere") == []
     os.chmod(near / "file", 0o600)
     for words in (":README file", ":src file", ":README file", ":src there"):
         assert copied(repo, "--force", *words.split()) == []
@@ -5537,8 +5511,6 @@ def test_brackets_of_a_glob_are_as_in_sh(shared, area):
     for pattern, yes, no in rows:
         found = own("glob", pattern=area.p(pattern))["paths"]
         assert area.p(yes) in found and area.p(no) not in found, pattern
-    for wrong in ("[[:alpha:]]x", "[z-a]"):
-        own.refusal("glob", pattern=wrong)
     assert own.end() == b"", "a warning of re's"
 
 
@@ -5841,14 +5813,14 @@ def test_logs_of_a_large_output_are_whole(shared, talker):
     assert shared.cli(f"logs {job}").out == whole and shared.cli(f"logs -f {job} --offset 1000000").out == whole[1000000:]
 
 
-def test_a_job_keeps_its_secret_out_of_its_record(repo, site):
+def test_a_job_keeps_its_secret_out_of_its_record(repo, common):
     needle = os.urandom(8).hex()
     repo.secret("KEY", needle)
     with watched(needle.encode()) as looks:
         job = repo.job("echo ${#KEY}; while [ ! -e go ]; do sleep 0.05; done")
         until(lambda: repo.cli(f"logs {job}").out == b"16\n")
         until(lambda: len(looks) > 3)
-    assert not any(looks) and files_holding(site.far_home(), needle.encode()) == []
+    assert not any(looks) and files_holding(common.far_home(), needle.encode()) == []
     (repo.path() / "go").touch()
     repo.ok(f"wait {job}")
 
@@ -6151,8 +6123,7 @@ class Client:
                 self.changed.notify_all()
 
     def send(self, line):
-        self.child.stdin.write(line + b"\n")
-        self.child.stdin.flush()
+        self.child.say(line + b"\n")
 
     def answer(self, number, seconds=PATIENCE):
         with self.changed:
@@ -6329,8 +6300,7 @@ def test_batch_answers_as_they_finish(shared):
 def test_a_stopped_batch_ends_what_runs_there(shared, sig, nap):
     for ended in (False, True):
         child = shared.start("batch -w main -j 2", stdin=PIPE)
-        child.stdin.write(calls([nap] * 3))
-        child.stdin.flush()
+        child.say(calls([nap] * 3))
         if ended:  # its input
             child.stdin.close()
             child.stdin = None
@@ -6344,12 +6314,10 @@ def test_a_stopped_batch_ends_what_runs_there(shared, sig, nap):
 
 def test_a_batch_whose_reader_is_gone_stops(shared, nap):
     child = shared.start("batch -j 2", stdin=PIPE)
-    child.stdin.write(calls([nap]))
-    child.stdin.flush()
+    child.say(calls([nap]))
     nap.runs()
     child.stdout.close()
-    child.stdin.write(calls(["echo nobody reads this"]))
-    child.stdin.flush()
+    child.say(calls(["echo nobody reads this"]))
     child.wait(PATIENCE)
     nap.gone()
     child.kill()
@@ -6413,18 +6381,15 @@ def test_12_batch_processes_of_10_each_all_succeed(repo, site):
 
 
 def test_contract_exec(talker, workspace, area, nap):
-    ran = talker("exec", command="echo 'single' \"double\" \\$HOME `echo tick` $((6*7)) '$x' '*' ';'; cat <<'E' >&2\nmulti 'line' \"$x\"\n  kept\nE")
-    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (0, "single double $HOME tick 42 $x * ;\n", "multi 'line' \"$x\"\n  kept\n")
+    ran = talker("exec", command='printf "%s|" "$A" "$B"; pwd; cat; cat <<\'E\' >&2\nmulti "$x"\n  kept\nE', cwd="src",
+        stdin="ümläut 🐙\n", env={"A": "it's \"$x\"\n`y`", "B": ""})
+    assert (ran["exit_code"], ran["stdout"], ran["stderr"]) == (0, f"it's \"$x\"\n`y`||{workspace}/src\nümläut 🐙\n", 'multi "$x"\n  kept\n')
     assert (ran["timed_out"], ran["truncated"]) == (False, False) and ran["duration"] > 0
     began = monotonic()
     ran = talker("exec", command=f"echo early; {nap}", timeout=1)
     assert (ran["exit_code"], ran["timed_out"], ran["stdout"], ran["stopped"]) == (124, True, "early\n", "confirmed")
     assert 0.9 < ran["duration"] <= monotonic() - began + 0.001 < 10  # it is rounded
-    assert talker("exec", command="cat; printf end", stdin="line one\nümläut 🐙\n")["stdout"] == "line one\nümläut 🐙\nend"
     assert talker("exec", command="cat")["stdout"] == "", "no stdin is an empty one, and does not hang"
-    assert talker("exec", command='printf "%s|" "$A" "$B"', env={"A": "it's \"$x\"\n`y`", "B": ""})["stdout"] == "it's \"$x\"\n`y`||"
-    assert talker("exec", command=["printf", "<%s>", "a b", "", "it's", "*", "\n"], cwd="src")["stdout"] == "<a b><><it's><*><\n>"
-    assert talker("exec", command=["pwd"], cwd="src")["stdout"] == f"{workspace}/src\n"
     area.put("script", b"#!/bin/sh\n", 0o644)
     denied = talker("exec", command=[f"./{area.p('script')}"])
     assert denied["exit_code"] == 126 and "ermission denied" in denied["stderr"]
@@ -6756,10 +6721,10 @@ def test_it_runs_however_python_is_given_it(shared, python, way):
     assert code == 125 and out == b"" and err.count(b"\n") == 1
 
 
-def test_two_copies_in_one_process(repo, site):
+def test_two_copies_in_one_process(repo, tmp_path):
     for name in ("one", "two"):
-        (site.dir / name).mkdir()
-        shutil.copy(PROGRAM, site.dir / name / "vendored.py")
+        (tmp_path / name).mkdir()
+        shutil.copy(PROGRAM, tmp_path / name / "vendored.py")
     assert in_library(repo, """
 import importlib.util
 def load(name):
@@ -6784,7 +6749,7 @@ for copy, other, project in zip(copies, copies[::-1], projects):
         print("of the other")
     except copy.WorkspaceExists:
         print("exists")
-""", str(site.dir)) == "True\n[130, 7]\nexists\nexists\n"
+""", str(tmp_path)) == "True\n[130, 7]\nexists\nexists\n"
 
 
 def public_callables():
@@ -6900,7 +6865,8 @@ def test_mcp_agrees_on_every_older_version(mcp, asked, given):
 def test_a_forked_child_has_a_cancel_of_its_own():
     cancels = [c.Cancel() for _ in range(3)]
     last = [cancel.fileno() for cancel in cancels][-1]
-    ThreadPoolExecutor(1).submit(cancels[1]._guard.acquire).result()  # held as it forks
+    holder = ThreadPoolExecutor(1)
+    holder.submit(cancels[1]._guard.acquire).result()  # held as it forks
 
     def look():
         cancels[0].set(), cancels[1].set()
@@ -6916,6 +6882,7 @@ def test_a_forked_child_has_a_cancel_of_its_own():
             os._exit(0 if look() else 1)
         finally:
             os._exit(2)
+    holder.submit(cancels[1]._guard.release).result()  # else its end would wait for that, five minutes
     assert os.waitpid(child, 0)[1] == 0
     assert select.select(cancels[::2], [], [], 0.2)[0] == [] and not cancels[0].is_set
     cancels[0].set()
@@ -6988,13 +6955,18 @@ def test_mcp_every_tool_works(mcp):
     assert mcp.ask("tools/call", {"name": "exec", "arguments": [1]})["result"]["isError"]
 
 
-def test_mcp_answers_calls_as_they_finish(client):
+def test_mcp_answers_calls_as_they_finish_and_says_how_far_they_are(client):
+    long = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
     slow = client.begin("rm -f go; until [ -e go ]; do sleep 0.1; done; echo slow")
     for number, n in {client.begin(f"sleep 0.3; echo n{n}"): n for n in range(100)}.items():
         assert f"n{n}\n" in client.text(number)
     assert slow not in client.answers
     last = client.begin("echo >go")
     assert "exit_code: 0" in client.text(last) and "slow" in client.text(slow)
+    assert "done" in client.text(long)
+    seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
+    steps = [params["progress"] for params in seen]
+    assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
 
 
 @each("line, code", [
@@ -7037,9 +7009,12 @@ def test_mcp_neutralises_what_the_host_says(repo, client):
     text = client.refusal("read", path=f"no-{value}")
     assert value not in text
     assert b"leak" in tree_of(repo.path())
+    repo.secret("S", b'pa$$w0rd"x\\1234')
+    text = client("exec", command="export -p; printf '%s\n' \"$S\" | sed 's/[\\\\\"]/\\\\&/g'")
+    assert "w0rd" not in text and text.count("[secret S]") == 2, "also where it is escaped"
 
 
-def test_mcp_a_secret_cut_by_a_page_is_masked(site, repo):
+def test_mcp_a_secret_cut_by_a_page_is_masked(repo):
     repo.secret("TOKEN", b"abcdefghijklmnopqrstuvwxyz")
     repo.new()  # a call that makes the workspace may take longer than the soft timeout
     with Mcp(repo, "-H box --soft-timeout 1") as client:
@@ -7047,13 +7022,6 @@ def test_mcp_a_secret_cut_by_a_page_is_masked(site, repo):
         job = job_of(text)
         assert "abcdef" not in text
         until(lambda: "[secret TOKEN]!" in client("logs", job=job, offset=0, wait=1))
-
-
-def test_mcp_masks_a_secret_that_was_escaped(repo, client):
-    repo.secret("S", b'pa$$w0rd"x\\1234')
-    script = "export -p; printf '%s\n' \"$S\" | sed 's/[\\\\\"]/\\\\&/g'"
-    text = client("exec", command=script)
-    assert "w0rd" not in text and text.count("[secret S]") == 2
 
 
 @each("pause", [":", "sleep 0.01"])
@@ -7107,14 +7075,6 @@ def test_mcp_no_stop_of_the_lost_is_confirmed(site):
         line.drop()
         until(lambda: "state: lost" in client("logs", job=job))
         assert "stopped: requested" in client("stop", job=job)
-
-
-def test_mcp_progress_rises_and_ends_with_the_call(client):
-    number = client.begin("sleep 4.5; echo done", _meta={"progressToken": "tok"})
-    assert "done" in client.text(number)
-    seen = [m["params"] for m in client.others if m["method"] == "notifications/progress"]
-    steps = [params["progress"] for params in seen]
-    assert steps and steps == sorted(set(steps)) and all(params["progressToken"] == "tok" for params in seen)
 
 
 @promise(6)
@@ -7354,8 +7314,7 @@ def test_mcp_odd_values_everywhere(mcp, value):
 @each("how", ["eof", "term"])
 def test_mcp_neither_grows_nor_hangs_unread(repo, how, nap):
     child = repo.start("mcp -H box", stdin=PIPE)
-    child.stdin.write(request("n", "tools/call", {"name": "exec", "arguments": {"command": nap}}))
-    child.stdin.flush()
+    child.say(request("n", "tools/call", {"name": "exec", "arguments": {"command": nap}}))
     nap.runs()
     fill(child, request("N", "tools/call", {"name": "exec", "arguments": {"command": "head -c 100000 /dev/zero | tr '\\0' z"}}), 5000)
     assert peak(child.pid) < 100
@@ -7458,7 +7417,7 @@ def test_shell_leaves_its_terminal_as_it_was(repo, line):
 
 @each("words, code, shown", [(["--", 'cat README; echo "<$TOKEN-$ADD>"; pwd; tty; read x; exit $((x))'], 7, rb"hello\s+<%b-K>\s+\S+/main/src\s+/dev/\S+"),
     (["--login", "--", "sh", "-c", 'echo "$0 $1"; read x; kill -$((x)) $$', "a b", "c'$d"], 135, rb"a b c'\$d\s")])
-def test_exec_t_gives_one_command_a_terminal(repo, site, words, code, shown):
+def test_exec_t_gives_one_command_a_terminal(repo, words, code, shown):
     value = os.urandom(6).hex()
     repo.save("src/README", b"hello\n")
     repo.secret("TOKEN", value)
@@ -7658,23 +7617,12 @@ def test_doctor_finds_a_good_host_good(repo, site):
     assert repo.ok("doctor").out.count(b"ok ") == 11
     alone = site.cli("doctor --json")  # looks at this machine
     assert alone.code == 0 and states(alone) == {"ssh here": "ok", "state": "ok", "host": "note"}
-
-
-def test_doctor_understands_an_ssh_before_8_7(repo, site):
+    # an ssh before 8.7
     in_sshs_place(site, 'for a; do case $a in /*cmux-doctor-*) log=$a;; esac; done; $ssh "$@"; code=$?\n'
         '[ ! "$log" ] || sed \'s/^Authenticated to .* using "\\(.*\\)".*/debug1: Authentication succeeded (\\1)./\' "$log" >"$log.8"\n'
         '[ ! "$log" ] || mv "$log.8" "$log"; exit $code')
     found = repo.ok("doctor box --json")
     assert {row["state"] for row in found.json} == {"ok"} and "by publickey" in next(row["text"] for row in found.json if row["what"] == "connect")
-
-
-def test_doctor_says_what_the_config_would_let_out(site):
-    Hostile(site, "RequestTTY force", "RemoteCommand echo hijacked")
-    found = site.cli("doctor hostile --json")
-    config = next(row["text"] for row in found.json if row["what"] == "config")
-    assert found.code == 0
-    for word in ("ForwardAgent", "ForwardX11", "SendEnv", "SetEnv", "LocalForward", "RemoteForward", "DynamicForward", "LocalCommand", "RemoteCommand"):
-        assert word in config
 
 
 def without_tar(site):
@@ -7817,7 +7765,7 @@ def test_demo_shows_the_flow_and_leaves_nothing(site, length, interrupted):
     folder, runtime = site.tmp / ("t" * (length - 1 - len(str(site.tmp)))), site.dir / "run"
     folder.mkdir()
     runtime.mkdir(0o700)
-    before = {p.pid for p in processes(environ=False)}
+    before = {p.pid for p in processes(False)}
     env = site.environment({"TMPDIR": str(folder), "PYTHONPATH": str(HERE), "CMUX_SSH_HOST": "mine", "XDG_RUNTIME_DIR": str(runtime)})
     child = Child([sys.executable, "-c", DEMO], cwd=site.home, env=env, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True)
     if interrupted:
@@ -7838,14 +7786,10 @@ def test_demo_without_sshd_says_how_to_get_one(site):
     assert shown.code == 2 and "openssh-server" in shown.said and shown.said.count("\n") <= 2
 
 
-def bench(site, *args):
-    return subprocess.run([sys.executable, str(HERE / ".ci/bench.py"), *args], cwd=site.home, env=site.env,
-        stdin=DEVNULL, capture_output=True, timeout=250)
-
-
 @slow
 def test_bench_measures_every_row_of_the_readme(site):
-    done = bench(site, "--quick", "--json")
+    done = subprocess.run([sys.executable, str(HERE / ".ci/bench.py"), "--quick", "--json"], cwd=site.home, env=site.env,
+        stdin=DEVNULL, capture_output=True, timeout=250)
     assert (done.returncode, done.stderr) == (0, b"")
     rows = {row["work"]: row for row in json.loads(done.stdout)["rows"]}
     assert all(row["by"]["cmux"]["runs"] and row["by"]["cmux"]["median"] > 0 for row in rows.values())
@@ -7885,7 +7829,7 @@ def test_a_state_file_is_synced_and_then_renamed(tmp_path, monkeypatch):
 
 def test_a_cleared_socket_directory_is_made_anew(repo, site):
     repo.new()
-    masters = site.masters()
+    masters, (folder,) = site.masters(), site.state.glob("m/*")
     assert in_library(repo, """
 import os, shutil
 workspace = here()
@@ -7893,7 +7837,7 @@ assert workspace.exec("true").exit_code == 0
 while os.path.isdir(sys.argv[1]):  # sessions that are opened ahead put locks into it
     shutil.rmtree(sys.argv[1], ignore_errors=True)
 print(workspace.exec("echo on").stdout)
-""", str(site.sockets())) == "b'on\\n'\n"
+""", str(folder)) == "b'on\\n'\n"
     for master in masters:
         kill(master.pid, SIGTERM)
 
@@ -7910,13 +7854,15 @@ def test_a_read_only_state_directory_is_said(repo, site):
     assert repo.exec("echo again").out == b"again\n"
 
 
-def test_a_relative_state_directory_is_refused(repo):
+def test_a_relative_state_directory_or_no_current_one_is_refused(repo):
     """It would be another one in each directory, and the secrets a part of the repository."""
     for env, words in (({"CMUX_SSH_HOME": "state/here"}, "CMUX_SSH_HOME is not an absolute path"), ({"HOME": "relative", "CMUX_SSH_HOME": "", "XDG_STATE_HOME": ""}, "no home directory")):
         for args, code in (("secrets set X", 2), ("list", 2), ("exec -H box -- true", 125)):
             said = repo.cli(args, env=env, stdin=b"value")
             assert said.code == code and words in said.said and said.said.count("\n") == 1
     assert repo.git("status --porcelain --ignored") == ""
+    for words in ("list", "new x", "secrets list"):
+        refused(repo.cli(words, sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, "current directory has been removed")
 
 
 def test_a_state_directory_of_others_is_not_used(repo, site):
@@ -8237,11 +8183,6 @@ finally:
 """) == ""
 
 
-def test_no_current_directory_is_said(repo):
-    for words in ("list", "new x", "secrets list"):
-        refused(repo.cli(words, sh='mkdir x; cd x; rmdir ../x; exec "$@"'), 1, "current directory has been removed")
-
-
 def test_a_pipe_closed_early_ends_the_command(shared, nap):
     child = shared.start("exec --", f"({nap}) & while :; do echo y; done")
     assert child.stdout.readline() == b"y\n"
@@ -8485,17 +8426,20 @@ class Gate:
     """A host on which a program stands still when its arguments hold a word, before or after its work, so
     that a script of ours is caught in its middle: until the gate opens."""
 
-    def __init__(self, site, of, when="before"):
-        self.dir = site.dir / "gate"
+    def __init__(self, site):
+        self.site, self.dir = site, site.dir / "gate"
         self.dir.mkdir()
-        real = program(of)
+        self.shut("none", "")
         wait = f"if mkdir {self.dir}/reached 2>/dev/null; then while [ ! -e {self.dir}/open ]; do sleep 0.02; done; fi"
-        script(self.dir / of, f'here() {{ case " $* " in *"$(cat {self.dir}/word 2>/dev/null || echo //)"*) {wait};; esac; }}\n' + (
-            f'here "$@"; exec {real} "$@"' if when == "before" else f'{real} "$@"; r=$?; here "$@"; exit $r'))
-        self.host = site.daemon("gated", env={"PATH": f"{self.dir}:{os.environ['PATH']}"})
+        for of in ("ln", "mv", "tar"):
+            script(self.dir / of, f'here() {{ case "$*" in $(cat {self.dir}/word)) {wait};; esac; }}\n'
+                f'here before {of} "$@"; {program(of)} "$@"; r=$?; here after {of} "$@"; exit $r')
+        site.daemon("gated", env={"PATH": f"{self.dir}:{os.environ['PATH']}"})
 
-    def shut(self, word):
-        (self.dir / "word").write_text(word)
+    def shut(self, of, word, when="before"):
+        (self.dir / "open").unlink(missing_ok=True)
+        shutil.rmtree(self.dir / "reached", ignore_errors=True)
+        (self.dir / "word").write_text(f"{when} {of} *{word}*")
 
     def reached(self):
         until((self.dir / "reached").exists)
@@ -8511,6 +8455,12 @@ class Gate:
         else:
             with suppress(OSError):
                 (self.dir / "open").touch()
+
+
+@shared_fixture
+def gate(keys):
+    with open_site(keys) as opened:
+        yield Gate(opened)
 
 
 def killed(child):
@@ -8557,15 +8507,14 @@ HALFWAY = {
 
 @each("when, verb, then", [(when, verb, then) for verb, (_, _, calls) in HALFWAY.items() for then in calls for when in ("before", "after")] + [
     ("too late", "rename", "exec -w main -- true"), ("too late", "new", "rm victim"), ("too late", "push", "pull -w main"), ("too late", "rm", "new -H gated main")])
-def test_killed_while_its_script_goes_on(site, when, verb, then, repo):
+def test_killed_while_its_script_goes_on(gate, when, verb, then):
     """The script is caught around the step that counts, and goes on once the next call has come; or before it has the lock
     of the workspace's name, and then it does nothing any more."""
-    late = when == "too late"
-    gate = Gate(site, *("ln",) if late else ("mv", when))
+    late, repo = when == "too late", fresh(gate.site)
     repo.new(host="gated")
     repo.save("README", b"second\n")
     words, at, _ = HALFWAY[verb]
-    gate.shut(".by" if late else at)
+    gate.shut(*("ln", ".by") if late else ("mv", at, when))
     child = repo.start(words)
     gate.reached()
     killed(child)
@@ -8580,7 +8529,7 @@ def test_killed_while_its_script_goes_on(site, when, verb, then, repo):
     names |= {"victim"} if "victim" in then and not then.startswith("rm") else set()
     gate.ended()
     whole(repo, *names)
-    settled(site)
+    settled(gate.site)
     if late:
         assert tree_of(repo.path()) == there
     elif verb == "push" and "main" in names:
@@ -8613,10 +8562,9 @@ def test_a_pull_killed_as_it_moves_the_branch(repo, kills, site):
 
 def test_a_line_lost_while_a_workspace_is_unpacked(site, repo):
     """The call is tried again over a new connection while the first attempt still unpacks."""
-    gate = Gate(site, "tar")
-    line = site.line("far", to="gated")
+    gate, line = Gate(site), site.line("far", to="gated")
     repo.new("first", host="far")
-    gate.shut("whole.tar")
+    gate.shut("tar", "whole.tar")
     child = repo.start("new -H far second")
     gate.reached()
     line.drop()
@@ -8779,7 +8727,7 @@ def test_masters_killed_or_stopped_in_the_middle(wire, verb, how):
         struck = []
 
         def strike(struck=struck):
-            for process in processes(environ=False):  # masters, and the connections that carry one stream
+            for process in processes(False):  # masters, and the connections that carry one stream
                 if os.fsencode(wire.site.dir) in process.cmdline and re.match(rb"(\S*/)?ssh[:\0 ]", process.cmdline):
                     struck.append(process.pid)
                     kill(process.pid, how)
@@ -9052,9 +9000,9 @@ def test_rm_removes_an_unfinished_workspace(repo):
     assert path.is_dir(), "it is somebody else's"
 
 
-def test_mcp_a_failing_secret_command(repo, site):
+def test_mcp_a_failing_secret_command(repo):
     repo.new()
-    ran = site.dir / "ran"
+    ran = repo.dir.parent / "ran"
     repo.secret("TOK", command="echo ran >>%s; exit 1" % ran)
     with Mcp(repo) as mcp:
         failed, text = mcp.call("write", path="f", content="hello")
