@@ -9595,14 +9595,8 @@ def parse(name: str, words: list[str]) -> Options:
         import difflib
         near = difflib.get_close_matches(name, {verb.split()[0]: 0 for verb in VERBS}, 1)
         raise UsageError(f"There is no command {show(name)}.", "Read the help.",
-<<<<<<< HEAD
-                         "secrets -h" if name.startswith("secrets") else "-h")
-    options = parser_of(VERBS[name]).parse_args(words)
-=======
                          " ".join([*near, "-h"]))
-    at = words.index("--") if name == "exec" and "--" in words else len(words)
-    options, tail = parser_of(VERBS[name]).parse_args(words[:at]), words[at + 1:]
->>>>>>> parent of 13b95fb (Leave out the command help and the guess of a command's name)
+    options = parser_of(VERBS[name]).parse_args(words)
     options.verb, options.verbosity = name, options.verbose - options.quiet
     options.terminal = Terminal(options.verbosity)
     if NAME in VERBS[name].line and options.name:
@@ -9687,17 +9681,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_standard_streams()
     CALLED.update(program=typed_program(), project="", workspace="")
     try:
-<<<<<<< HEAD
-        if name == "__complete" and words:
-            return complete(words)
-        if name in ("", "-h", "--help", "secrets -h", "secrets --help", "--version"):
-=======
         if name in ("help", "-h", "--help"):
             name, words = command_of([*words, "-h"])
-        if name == "__complete" and words[1:]:  # the first names the shell
-            return complete(words[1:])
+        if name == "__complete" and words:
+            return complete(words)
         if name in ("", "-h", "secrets -h", "secrets --help", "--version"):
->>>>>>> parent of 13b95fb (Leave out the command help and the guess of a command's name)
             print_text(version_text() if name == "--version" else usage(name.partition("-")[0]))
             return 0 if name else 2
         options = parse(name, words)
