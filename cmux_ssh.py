@@ -5994,8 +5994,8 @@ def unified_diff(before: bytes, after: bytes, path: str) -> str:
 
 
 _NO_GLOB = (  # what would match nothing: an empty answer would lie
-    (r".*(\{[^{}]*(,|\.\.)[^{}]*\}|\[[^\]]*\[:)", "has braces or a class, which are not understood",
-     "Ask for each word in braces by itself, and write the characters of a class out, as [a-z]."),
+    (r".*(\{[^{}]*\.\.[^{}]*\}|\[[^\]]*\[:)", "has a range in braces, or a class",
+     "Write the words and the characters out, as {1,2,3} and [a-z]."),
     (r"/|~([\w-]*/|\Z)|(.*/)?\.\.(/|\Z)", "is not a pattern below the workspace",
      "Write it relative to the workspace, as 'src/**/*.py'; elsewhere find files by a command."),
     (r"(\./)*!", "would leave files out, which a pattern cannot do",
@@ -6003,11 +6003,33 @@ _NO_GLOB = (  # what would match nothing: an empty answer would lie
     (r"((\./)*\.)?\Z", "has no name in it", "For all files write '**'."))
 
 
+def glob_patterns(pattern: str) -> Iterator[str]:
+    """The patterns that one with {a,b} stands for, as in bash."""
+    braces = re.search(r"\{([^{}]*,[^{}]*)\}", pattern)
+    if not braces:
+        yield pattern
+        return
+    for word in re.split(r",(?![^\[]*\])", braces[1]):
+        yield from glob_patterns(pattern.replace(braces[0], word, 1))
+
+
 def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[[str], Any], str]:
     """A test for paths below the workspace at ``home`` that fit a pattern: a component ``**`` is
-    any number of components, ``*`` of characters of one, ``[...]`` is as in sh; ``by_name``:
-    without a slash it is for any depth. And a wider one for find -path, whose ``*`` crosses
-    slashes."""
+    any number of components, ``*`` of characters of one, ``[...]`` is as in sh, ``{a,b}`` as in
+    bash; ``by_name``: without a slash it is for any depth. And a wider one for find -path, whose
+    ``*`` crosses slashes."""
+    if len(pattern) > PATH_MAX:
+        raise UsageError("The pattern is longer than any path.", "Write a shorter one.")
+    patterns = list(itertools.islice(glob_patterns(pattern), 101))
+    if patterns[100:]:
+        raise UsageError(f"{show(pattern)} stands for more than 100.", "Write fewer braces.")
+    tests, wider = zip(*(plain_glob_test(one, home, by_name) for one in patterns))
+    return (lambda path: any(test(path) for test in tests),
+            os.path.commonprefix(wider) + "*" * (len(wider) > 1))
+
+
+def plain_glob_test(pattern: str, home: str, by_name: bool) -> tuple[Callable[[str], Any], str]:
+    """glob_test() for a pattern without braces."""
     import fnmatch
     below = pattern.removeprefix(home + "/")
     for wrong, what, hint in _NO_GLOB:
@@ -6025,9 +6047,8 @@ def glob_test(pattern: str, home: str, by_name: bool = False) -> tuple[Callable[
         parts = [None if regex == "**" else re.compile(regex).match for regex in regexes]
     except re.error:
         parts = []
-    if not parts or "(?!)" in "".join(regexes) or len(pattern) > PATH_MAX:
-        raise UsageError(f"{show(pattern)} is not a glob pattern.",
-                         "It may be longer than any path, or have a range that is empty.")
+    if not parts or "(?!)" in "".join(regexes):
+        raise UsageError(f"{show(pattern)} is not a glob pattern.", "Has it an empty range?")
     # ? and [...] become * too: in the C locale they stand for one byte of a character
     wider = re.sub(r"\*\*/?|\?|\[.*\]|\\", "*", "/".join(names), flags=re.S)
     return lambda path: match_parts(parts, path.split("/")), "./" + wider
@@ -7846,7 +7867,7 @@ class Call:
     def __init__(self, number: str | int, tool: Verb, params: Fields, size: int,
                  reply: Callable[[Fields], None]) -> None:
         self.number, self.tool, self.reply, self.bytes = number, tool, reply, size
-        self.arguments = params.get("arguments") or {}
+        self.arguments = understood(tool, params.get("arguments"))
         self.token = params.get("_meta", {}).get("progressToken")
         self.id = "r" + os.urandom(4).hex()
         self.op = ""  # the id of its workspace
@@ -7874,6 +7895,16 @@ class Call:
         status, data = self.status(), bytes(self.output[offset:offset + MCP_ROOM])
         return dict(status, output=data, next_offset=offset + len(data),
                     truncated=len(self.output) == MCP_LOG_MAX)
+
+
+def understood(tool: Verb, given: Any) -> Any:
+    """The arguments. Models mix `name` and `workspace` up: where a tool has only one of them, the
+    other is taken for it."""
+    both = {"name", "workspace"}
+    own = both & {arg.name for arg in tool.params}
+    if len(own) == 1 and isinstance(given, dict) and not own & set(given):
+        return {min(own) if key in both else key: value for key, value in given.items()}
+    return given or {}
 
 
 class McpServer:
