@@ -2830,21 +2830,18 @@ def ssh_command() -> list[str]:
 
 
 def read_ssh_config(host: str, command: str = "") -> SSHConfig:
-    """Ask ssh how it would reach ``host``, without connecting; also what holds only for a
-    connection that carries ``command`` (OpenSSH 10: Match sessiontype, command). Raises HostError.
-
-    -N: else a config with ForkAfterAuthentication makes ssh die for want of a command."""
+    """Ask ssh how it would reach ``host``, without connecting, for a connection that carries
+    ``command``, or for a master (OpenSSH 10: Match sessiontype, command). Raises HostError."""
     config = SSHConfig(host=host, command=ssh_command(), values={})
-    argv = [*config.command, "-G", "-N", "--", host]
-    while argv:
-        status, out, err = run(argv, patience=CONNECT_TIMEOUT)
-        if status != 0:
-            raise failure_in(err, config)
-        for line in as_text(out).splitlines():
-            key, _, value = line.partition(" ")
-            config.values.setdefault(key.lower(), []).append(value)
-        argv = [*ssh_argv(config, "-G"), "--", host, command] if command else []
-        command = ""
+    # Else ssh dies of a RemoteCommand beside the command, or for want of any (ForkAfter...).
+    options = ["-o", "RemoteCommand=none"] if command else ["-N"]
+    argv = [*config.command, "-G", *options, "--", host, *filter(None, [command])]
+    status, out, err = run(argv, patience=CONNECT_TIMEOUT)
+    if status != 0:
+        raise failure_in(err, config)
+    for line in as_text(out).splitlines():
+        key, _, value = line.partition(" ")
+        config.values.setdefault(key.lower(), []).append(value)
     return config
 
 
@@ -3339,7 +3336,7 @@ class Masters:
         background."""
         self._sweep()
         path, log, errors = master.path, master.path + ".log", master.path + ".log.err"
-        config = self.ask_config("exec sh -c :")
+        config = self.ask_config("")
         other = {"SessionType=default": "SessionType=none"}  # ssh dies where it contradicts -N
         if not batch:
             other["BatchMode=yes"] = "BatchMode=no"
