@@ -3361,16 +3361,11 @@ class Masters:
             self._mark("person")
 
     def _sweep(self) -> None:
-        """Remove what ended masters left, and the directories of hosts that nobody uses any more.
-        (One that is in use all the same is made again.)"""
-        import shutil
+        """Remove what ended masters left."""
         for path in paths_in(self.folder):
             master = re.sub(r"(/[mo]\.\w{8})\.[^/]*\Z", r"\1", path)
             if age_of(path) > 3600 and not os.path.lexists(master):
                 remove_file(path)
-        for path in paths_in(os.path.dirname(self.folder)):
-            if age_of(path) > 30 * 86400:
-                shutil.rmtree(path, ignore_errors=True)
 
     # -- slots, a lock file each: all processes of this user count --
 
@@ -3738,15 +3733,12 @@ def end_masters() -> None:
 
 def socket_folder(name: str) -> str:
     """The private directory for the sockets of a host, by the 16 digits of ``name`` ("": of all):
-    below the state directory or, where that is too long for a socket, the user's runtime directory
-    or /tmp."""
+    below the state directory or, where that is too long for a socket, /tmp."""
     home = state_home()
     folder = os.path.join(home, "m")
     # 104 bytes on macOS, less 17 that ssh appends while it binds, less NUL.
     if len(os.fsencode(folder)) + len("/0123456789abcdef/m.01234567") > 86:
-        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-        base = runtime if os.path.isabs(runtime) and len(runtime) < 40 else "/tmp"
-        folder = os.path.join(base, f"cmux-{os.geteuid()}-{sha256_of(home)[:8]}")
+        folder = f"/tmp/cmux-{os.geteuid()}-{sha256_of(home)[:8]}"
     return private_directory(os.path.join(folder, name))
 
 
