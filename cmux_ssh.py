@@ -1125,7 +1125,9 @@ make_repository() { # in $files, for $base, or a copy of the one that is there a
   cd "$files" || return
   # The index of the first has these times; that of a link cannot be set everywhere.
   links=$(find . -type f -exec touch -r "$root/$base/whole.tar" {} + -o -type l -print)
-  if [ -f "$kept/index" ] && cp -R "$kept" .git && [ ! "$links" ]; then return; fi
+  if [ -f "$kept/index" ]; then
+    if cp -R "$kept" .git; then [ "$links" ] || return 0; else rm -rf .git; fi
+  fi
   clean_environment
   if [ -f .git/index ] && git update-index -q --refresh; then return; fi
   git init -q --template= . && git symbolic-ref HEAD refs/heads/main &&

@@ -2596,6 +2596,13 @@ def test_a_full_disk_on_the_host_leaves_nothing_half(site, what):
     assert repo.workspaces() == {}
 
 
+def test_half_of_a_copied_repository_is_not_kept(site, repo):
+    site.daemon("full", env=replaced(site, cp=f'case "$*" in *" .git") mkdir .git; {program("cp")} "$2/index" .git; exit 1;; esac'))
+    for name in ("first", "second"):
+        repo.new(name, host="full")
+        assert repo.ok(f"exec -w {name} --", "git fsck --strict && git status --short").out == b""
+
+
 @each("verb, room", [("new", "nr_inodes=2"), ("pull", "size=40k"), ("pull", "nr_inodes=2"), ("batch", "size=40k"), ("exec", "size=40k")])
 def test_a_full_disk_on_this_machine_is_said(repo, verb, room):
     assert repo.exec("head -c 300000 /dev/urandom >big").code == 0
