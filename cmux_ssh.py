@@ -2759,6 +2759,7 @@ FORCED_IF_KNOWN = (
 NEEDED_ENV = set("PATH HOME USER LOGNAME SHELL SSH_AUTH_SOCK DISPLAY TMPDIR XDG_RUNTIME_DIR"
                  .split())
 
+NEWER_SSH = "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND."
 # What ssh writes into its own log (-E: the host cannot), what it means, and what to do (the last is
 # a command of failure_in()). The first pattern that is found decides.
 FAILURES: tuple[tuple[Any, ...], ...] = (
@@ -2776,13 +2777,14 @@ FAILURES: tuple[tuple[Any, ...], ...] = (
     (r"Permission denied|No more authentication methods|no mutual signature", AuthenticationFailed,
      "{host} accepted none of your keys.",
      "ssh-add -l lists your agent's keys; ssh must log in without a question.", "ssh"),
+    (r"(?i)Bad configuration option: setenv", ConnectionFailed,
+     "The ssh of this machine is older than OpenSSH 7.8, which is needed.",
+     NEWER_SSH),
     (r"Bad (configuration|owner)|line \d+: |unknown key type|Bad number", ConnectionFailed,
-     "ssh does not accept its configuration: {said}.",
-     "Correct the file it names. (OpenSSH 7.8 or newer is needed.)"),
-    (r"Could not resolve hostname|Connection refused|timed out|No route to host|"
-     r"Network is unreachable|Host is down|not responding", ConnectionFailed,
-     "{host} does not answer: {said}.",
-     "Is its name right, and are the machine, its sshd and the network up?"),
+     "ssh does not accept its configuration: {said}.", "Correct the file it names."),
+    (r"timed out during banner exchange", ConnectionFailed,
+     "{host} accepted the connection, but sent nothing.",
+     "Its sshd may hang, or another service may have that port.", "look"),
     (r"kex_exchange_identification|Connection reset by peer|banner exchange|"
      r"Connection closed by (remote host|UNKNOWN|[0-9a-f.:]+ port)", ConnectionDropped,
      "{host} dropped the connection during the handshake.",
@@ -2790,6 +2792,10 @@ FAILURES: tuple[tuple[Any, ...], ...] = (
     (r"break-in attempt", ConnectionFailed,
      "The server of {host} asked for this machine's agent or screen, which ssh refused.",
      "Do not trust that machine until somebody has looked at its sshd."),
+    (r"Could not resolve hostname|Connection refused|timed out|No route to host|"
+     r"Network is unreachable|Host is down|not responding", ConnectionFailed,
+     "{host} does not answer: {said}.",
+     "Is its name right, and are the machine, its sshd and the network up?"),
     ("", ConnectionFailed, "Cannot connect to {host}: {said}.", "Look closer.", "look"),
 )
 
@@ -2873,14 +2879,17 @@ def look_into(host: str) -> str:
     return f"doctor {quote(host)}"
 
 
-def forget_key(config: SSHConfig) -> str:
-    """The command that removes a changed key, made of `ssh -G`. ssh's words hold one, too, but a
-    server can add to them."""
+def forget_key(config: SSHConfig, words: str) -> str:
+    """The command that removes a changed key. ssh's words hold one, too, but a server can add to
+    them: they only choose among the files of `ssh -G`."""
     port, name = config.first("port"), config.first("hostkeyalias")
     if not name:
         name = config.first("hostname")
         name = name if port == "22" else f"[{name}]:{port}"
-    path = config.first("userknownhostsfile").split(" ")[0]
+    files = f"{config.first('userknownhostsfile')} {config.first('globalknownhostsfile')}"
+    found = [path for path in re.findall(r"(?m)^Offending .* key in (/.*):\d+\r?$", words)
+             if f" {path} " in f" {files} "]
+    path = found[-1] if found else files.split(" ")[0]
     return f"ssh-keygen -f {quote(path)} -R {quote(name)}"
 
 
@@ -2918,7 +2927,7 @@ def failure_in(words: bytes, config: SSHConfig, heard: Sequence[bytes] = ()) -> 
             "Wait before the next try: a penalty lasts from 15 seconds to 10 minutes, and each "
             "refused key adds to it.", host)
     commands = {"look": look_into(host), "ssh": f"{plain_ssh()} {quote(host)} true",
-                "forget": forget_key(config)}
+                "forget": forget_key(config, text)}
     error: HostError = kind(sentence.format(host=host, said=said), hint, host,
                             *map(commands.__getitem__, names))
     error.asks = kind in (HostKeyFailed, AuthenticationFailed) and not re.search(
@@ -8341,8 +8350,7 @@ def examine_machine() -> Iterator[Finding]:
     printed = neutralise(run([ssh_command()[0], "-V"], patience=CONNECT_TIMEOUT)[2]).strip()
     version = re.search(r"OpenSSH_(\d+)\.(\d+)", printed)
     state = "fix" if not version else "ok" if tuple(map(int, version.groups())) >= (7, 8) else "bad"
-    yield (state, "ssh here", printed[:100],
-           "Install OpenSSH 7.8 or newer, or name one with CMUX_SSH_COMMAND.")
+    yield state, "ssh here", printed[:100], NEWER_SSH
     yield "ok", "state", f"{private_directory(state_home())} is private"
 
 
