@@ -9692,8 +9692,8 @@ def fail(name: str, words: Sequence[str], error: CmuxError) -> int:
 
 def version_text() -> str:
     digest = "unknown"
-    with contextlib.suppress(OSError), open(__file__, "rb") as stream:
-        digest = sha256_of(stream.read())
+    with contextlib.suppress(OSError, NameError, AttributeError):
+        digest = sha256_of(globals()["__loader__"].get_data(__file__))  # of a zip, too
     return f"{PROGRAM} {__version__} (sha256 {digest})"
 
 
