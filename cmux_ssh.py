@@ -1812,11 +1812,13 @@ find . -name .git -prune -o ! -type d -path "$1" -exec sh -c 'printf "%s\0" "$@"
 
 # GREP (as a command). GNU's prints on stderr, between two lines of output, that a file is binary.
 GREP = r"""
-pattern=$1 wider=$2 option=$3 bytes=$4 lines=$5 # option: -i or -n
+pattern=$1 wider=$2 option=$3 bytes=$4 lines=$5 null= # option: -i or -n
 echo | grep -E $option -e "$pattern" >/dev/null || [ $? -lt 2 ] || exit 34
+if echo x | grep --null -n x /dev/null - >/dev/null 2>&1; then null=--null; echo null
+else echo plain; fi
 find . -name .git -prune -o -type f -path "$wider" -exec sh -c '
   option=$1 pattern=$2; shift 2
-  exec grep -nE $option -e "$pattern" /dev/null "$@" 2>&1' sh "$option" "$pattern" {} + \
+  exec grep -nE $option -e "$pattern" /dev/null "$@" 2>&1' sh "$option $null" "$pattern" {} + \
   2>/dev/null | head -n "$lines" | head -c "$bytes"
 """
 
@@ -6067,8 +6069,18 @@ def match_parts(parts: Sequence[Any], names: Sequence[str]) -> bool:
 _BINARY = rb"(?m)^(?:grep: |Binary file )\./(.*?)(?:: binary file)? matches$"
 
 
-def grep_rows(data: bytes) -> Iterator[tuple[bytes, int, bytes]]:
+def grep_rows(data: bytes, null: bool) -> Iterator[tuple[bytes, int, bytes]]:
     """(path, line, text) of what grep printed, in linear time whatever the host sent."""
+    if null:  # path NUL line:text NEWLINE; a path may hold newlines
+        path, *rest = data.split(b"\0")
+        for part in rest:
+            if path[:2] != b"./":  # after messages of grep
+                path = b"./" + path.partition(b"\n./")[2]
+            row = re.match(rb"(\d{1,15}):(.*)", part)
+            if row and path[2:]:
+                yield path[2:], int(row[1]), row[2]
+            path = part.partition(b"\n")[2]
+        return
     for line in data.split(b"\n"):
         match = re.match(rb"\./(.*?):(\d{1,15}):", line)
         if match:
@@ -6509,9 +6521,9 @@ class Workspace:
 
     @logged("glob")
     def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Found:
-        """Files that match (``*``, ``?``, ``[...]`` within a component, ``**`` across them;
-        ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than ``limit``.
-        ToolFailed after two minutes."""
+        """Files that match (``*``, ``?``, ``[...]`` within a component, ``**`` across them; ``.git``
+        is left out): ``paths``, sorted; ``truncated`` if there are more than ``limit``. ToolFailed
+        after two minutes."""
         test, wider = glob_test(pattern, self.path)
         data = self._search(GLOB, wider, str(SEARCH_MAX), cancel=cancel)
         names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
@@ -6524,8 +6536,7 @@ class Workspace:
              cancel: Cancel | None = None) -> Lines:
         """Lines that match an extended regular expression, in files that match ``glob`` (without a
         slash: by name, at any depth): ``matches`` (each ``path``, ``line`` from 1, ``text`` of up
-        to 500 characters), ``truncated``. A file whose name has a newline is left out, and one
-        with a number between colons is shown with a part of its name."""
+        to 500 characters), ``truncated``."""
         if not pattern or "\n" in pattern:
             raise UsageError("The pattern is empty or has a newline.")
         # grep would quietly misread these:
@@ -6536,9 +6547,10 @@ class Workspace:
         most = max(limit + 1, 2000)
         data = self._search(GREP, pattern, wider, "-i" if ignore_case else "-n", str(SEARCH_MAX),
                             str(most), cancel=cancel)
+        kind, _, data = data.partition(b"\n")
         matches, binary = [], set(re.findall(_BINARY, data))  # type: list[Line], set[bytes]
         cut = len(data) >= SEARCH_MAX or data.count(b"\n") >= most
-        for name, line, row in grep_rows(data):
+        for name, line, row in grep_rows(data, kind == b"null"):
             path = as_text(name)
             if len(name) <= PATH_MAX and test(path):
                 cut = cut or name in binary

@@ -5631,8 +5631,9 @@ def test_impossible_arguments_are_refused(talker):
 
 
 def test_searches_are_read_in_linear_time(site):
-    size, answer = 400_000, site.dir / "answer"
-    site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat"))
+    size, answer, plain = 400_000, site.dir / "answer", site.dir / "plain"
+    site.daemon("search", env=replaced(site, find=f"[ ! -e {answer} ] || exec cat {answer}", head=f"[ ! -e {answer} ] || exec cat",
+        grep=f'[ ! -e {plain} ] || case "$*" in *--null*) exit 2;; esac'))
     said = b"x\n" * 1000000 + b"grep: ./a: binary file matches\n"
     with Agent(Repo(site), "-H search") as talker:
         def found(data):
@@ -5640,10 +5641,14 @@ def test_searches_are_read_in_linear_time(site):
             told = talker("grep", pattern="x")
             return [(row["path"], row["line"], row["text"]) for row in told["matches"]], told["truncated"]
         assert talker("glob", pattern="README")["paths"] == ["README"]
-        for data in (b"./" * size, b"./:1:" * size, b":" * size, b"./a" + b":1" * size, b"./x/\0" * size, b"\0" * size):
-            assert len(found(data)[0]) <= 1
-        assert found(b"./a:b:3:x:4:y\nnoise\n./c:1:\n./d:0\n") == ([("a:b", 3, "x:4:y"), ("c", 1, "")], False)
-        assert found(said + b"./a:1:row\n" + said + b"./b:2:row\n") == ([("a", 1, "row"), ("b", 2, "row")], True)
+        for null in (True, False):
+            plain.touch() if not null else None
+            for data in (b"./" * size, b"./:1:" * size, b":" * size, b"./a" + b":1" * size, b"./x/\0" * size, b"\0" * size):
+                assert len(found(data)[0]) <= 1
+            assert found(b"./a\nb\x003:x:4:y\n./c\x001:\nrest" if null else b"./a:b:3:x:4:y\nnoise\n./c:1:\n./d:0\n") == (
+                [("a\nb" if null else "a:b", 3, "x:4:y"), ("c", 1, "")], False)
+            if null:
+                assert found(said + b"./a\0" + b"1:row\n" + said + b"./b\0" + b"2:row\n") == ([("a", 1, "row"), ("b", 2, "row")], True)
 
 
 def test_grep_misses_nothing_without_saying_so(talker, area):
