@@ -8629,7 +8629,9 @@ class Terminal(Report):
             doing += " " + human_age(time.monotonic() - since)
         if steps[1:]:
             doing += f" (and {len(steps) - 1} more)"
-        draw(2, "\r" + f"{name}  {doing}"[:terminal_size()[0] - 1] + "\x1b[K")
+        columns = terminal_size()[0]
+        name = name[:max(8, columns - len(doing) - 3)]
+        draw(2, "\r" + f"{name}  {doing}"[:columns - 1] + "\x1b[K")
         self.drawn = True
 
 
