@@ -8629,7 +8629,7 @@ class Terminal(Report):
             doing += " " + human_age(time.monotonic() - since)
         if steps[1:]:
             doing += f" (and {len(steps) - 1} more)"
-        columns = terminal_size()[0]
+        columns = terminal_size(2)[0]
         name = name[:max(8, columns - len(doing) - 3)]
         draw(2, "\r" + f"{name}  {doing}"[:columns - 1] + "\x1b[K")
         self.drawn = True
@@ -8656,11 +8656,16 @@ def write_out(fd: int, data: bytes, deadline: Deadline = NEVER, ends: Sequence[A
     return True
 
 
-def terminal_size() -> tuple[int, int]:
-    """Columns and lines, of $COLUMNS and $LINES or stdout."""
-    import shutil
-    columns, lines = shutil.get_terminal_size()
-    return columns or 80, lines or 24  # Python 3.9 and 3.10 may have 0 of a terminal
+def terminal_size(fd: int) -> tuple[int, int]:
+    """Columns and rows. (shutil would take 3 ms of each start.)"""
+    size = 0, 0
+    with contextlib.suppress(OSError):
+        size = os.get_terminal_size(fd)
+    return size[0] or 80, size[1] or 24
+
+
+def page_width() -> int:
+    return max(0, number(os.environ.get("COLUMNS", ""))) or terminal_size(1)[0]
 
 
 def draw(fd: int, text: str) -> None:
@@ -8940,7 +8945,7 @@ def table(heads: str, rows: Iterable[Fields]) -> str:
     """A line for each row, of its members named like ``heads``; None is a dash. What does not fit
     the terminal is cut off."""
     names = heads.split()
-    width = terminal_size()[0] if os.isatty(1) else 1 << 16
+    width = page_width() if os.isatty(1) else 1 << 16
     cells = [names, *(["-" if value is None else re.sub(r"[\n\t]", " ", neutralise(str(value)))
                        for value in (row.get(name.lower(), "") for name in names)]
                       for row in rows)]
@@ -8993,7 +8998,7 @@ def command_top(options: Options) -> Shown:
         while True:
             rows = top_rows(view, project, TOP_EVERY)[1].split("\n")
             lines = [f"{project.name}: {time.strftime('%H:%M:%S')}  (Ctrl-C quits)", "", *rows]
-            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:terminal_size()[1] - 1])
+            shown = "".join(f"\x1b[K{line}\r\n" for line in lines[:terminal_size(1)[1] - 1])
             draw(1, f"\x1b[H{shown}\x1b[J")
             time.sleep(TOP_EVERY)
     except KeyboardInterrupt:
@@ -9599,8 +9604,8 @@ def parser_of(verb: Verb) -> argparse.ArgumentParser:
     parser = Parser(
         prog=f"{PROGRAM} {verb.name}", usage=" ".join(["%(prog)s [options]", *words]),
         description=verb.text, epilog=f"example: {PROGRAM} {verb.name} {verb.example}".rstrip(),
-        # Of the terminal's width it would ask shutil, which takes 3 ms of each start.
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, width=78),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, width=page_width() - 2),
         allow_abbrev=False)
     vars(parser)["color"] = False  # of Python 3.14; print_text() would neutralise the escapes
     for arg in line_args(verb):
