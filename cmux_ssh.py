@@ -6521,9 +6521,9 @@ class Workspace:
 
     @logged("glob")
     def glob(self, pattern: str, limit: int = 1000, cancel: Cancel | None = None) -> Found:
-        """Files that match (``*``, ``?``, ``[...]`` within a component, ``**`` across them; ``.git``
-        is left out): ``paths``, sorted; ``truncated`` if there are more than ``limit``. ToolFailed
-        after two minutes."""
+        """Files that match (``*``, ``?``, ``[...]``, ``{a,b}``, and ``**`` for directories;
+        ``.git`` is left out): ``paths``, sorted; ``truncated`` if there are more than ``limit``.
+        ToolFailed after two minutes."""
         test, wider = glob_test(pattern, self.path)
         data = self._search(GLOB, wider, str(SEARCH_MAX), cancel=cancel)
         names = [as_text(name[2:]) for name in data.split(b"\0")[:-1]
