@@ -2557,13 +2557,23 @@ def read_secrets(path: str) -> Secrets:
 
 class History:
     """What was done in a project (a JSON line for each operation, which one write appends), and
-    what runs now (a locked file for each). It never fails its caller."""
+    what runs now (a locked file for each process, with ROW_ROOM bytes for each thread). It never
+    fails its caller."""
+
+    ROW_ROOM = 4096
 
     def __init__(self, registry: Registry) -> None:
         self.path = registry.path[:-4] + "history"
         self.running = registry.running
+        self._forked()
+        fork_aware().add(self)
         with contextlib.suppress(OSError):
             self.now()  # removes what killed processes left
+
+    def _forked(self) -> None:
+        self._mutex = threading.Lock()
+        self._places: dict[int, int] = {}  # of threads at work, in the file of this process
+        self._lock = Lock(f"{self.running}/{os.getpid()}.{os.urandom(4).hex()}")
 
     def append(self, row: Mapping[str, Any]) -> None:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
@@ -2586,26 +2596,42 @@ class History:
                     if fits(row, ROW) and 0 <= row["time"] < 1e11 > row.get("duration", 0) >= 0:
                         yield row
 
-    def begin(self, row: Mapping[str, Any]) -> Lock:
-        """Record what runs, until that lock is freed or this process dies."""
-        lock = Lock(f"{self.running}/{os.urandom(8).hex()}")
-        with contextlib.suppress(OSError, StateFailed):
-            if lock.wait(Deadline(1)):  # now() may take the file for that of a dead process
-                os.pwrite(lock.fd, json.dumps(row).encode("ascii"), 0)
-        return lock
+    def begin(self, row: Mapping[str, Any]) -> None:
+        """Record what this thread does, until end() or the death of this process."""
+        self._note(json.dumps(row).encode("ascii"))
+
+    def end(self) -> None:
+        self._note(b"")
+
+    def _note(self, line: bytes) -> None:
+        with self._mutex, contextlib.suppress(OSError, StateFailed):
+            thread, taken = threading.get_ident(), self._places
+            place = taken.pop(thread, None)
+            if place is None:
+                place = min({*range(len(taken) + 1)} - {*taken.values()})
+            if line:
+                taken[thread] = place
+            # now() may take the file for that of a dead process.
+            if not taken:
+                self._lock.free()
+            elif self._lock.fd >= 0 or self._lock.wait(Deadline(1)):
+                line = line[:self.ROW_ROOM - 1] + b"\n"
+                os.pwrite(self._lock.fd, line, place * self.ROW_ROOM)
 
     def now(self) -> list[Fields]:
         """What runs now, oldest first. The files of processes that died are removed."""
         rows: list[Any] = []
         for path in paths_in(self.running):
-            lock = Lock(path)
-            with contextlib.suppress(OSError, StateFailed, ValueError, RecursionError):
-                if lock.take():
-                    lock.free()
-                    continue
-                row = json.loads(read_bytes(path, STATE_MAX) or b"")
-                if fits(row, ROW):
-                    rows.append(row)
+            lock, data = Lock(path), b""
+            with contextlib.suppress(OSError, StateFailed):
+                if not lock.take():
+                    data = read_bytes(path, STATE_MAX) or b""
+                lock.free()
+            for at in range(0, len(data), self.ROW_ROOM):
+                with contextlib.suppress(ValueError, RecursionError):
+                    row = json.loads(data[at:at + self.ROW_ROOM].partition(b"\n")[0])
+                    if fits(row, ROW):
+                        rows.append(row)
         return sorted(rows, key=lambda row: float(row["time"]))
 
 
@@ -2671,10 +2697,9 @@ def noted(project: "Project", operation: str, workspace: str, host: str = "",
 
     began, row["time"] = time.monotonic(), round(time.time(), 3)
     known: object = None
-    running: Lock | None = None
     if operation in ("exec", "new", "push", "pull", "diff", "shell", "upload", "download"):
         known = describe()
-        running = project.history.begin(row)
+        project.history.begin(row)
     try:
         project.logging.add(thread)  # in the try: after an interrupt it must be discarded
         yield entry
@@ -2683,8 +2708,8 @@ def noted(project: "Project", operation: str, workspace: str, host: str = "",
         raise
     finally:
         project.logging.discard(thread)
-        if running:
-            running.free()  # first: what follows fails where no descriptor is free
+        if known is not None:
+            project.history.end()  # first: what follows fails where no descriptor is free
         if known is not project.handed_over:  # what a secret's command made is known by now
             describe()
         seconds = round(time.monotonic() - began, 3)
