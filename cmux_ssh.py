@@ -2862,7 +2862,7 @@ def read_ssh_config(host: str, command: str = "") -> SSHConfig:
     """Ask ssh how it would reach ``host``, without connecting, for a connection that carries
     ``command``, or for a master (OpenSSH 10: Match sessiontype, command). Raises HostError."""
     config = SSHConfig(host=host, command=ssh_command(), values={})
-    # Else ssh dies of a RemoteCommand beside the command, or for want of any (ForkAfter...).
+    # ssh fails with a RemoteCommand and a command, and with ForkAfterAuthentication and none.
     options = ["-o", "RemoteCommand=none"] if command else ["-N"]
     argv = [*config.command, "-G", *options, "--", host, *filter(None, [command])]
     status, out, err = run(argv, patience=CONNECT_TIMEOUT)
